@@ -1,0 +1,62 @@
+"""The seam of the gang: what the engine asks of the processes that act together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Protocol, TypeAlias
+
+Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | dict[str, Json]"
+"""What a message may hold. Messages are JSON and never pickles: a peer cannot make us run code."""
+
+
+class Gang(Protocol):
+    """Some processes (or, in tests, threads) that act together; exchanges small JSON values, never tensors.
+
+    Every operation is called by all ranks of the gang, in the same order, from one thread per rank at
+    a time, and ends on every rank within its timeout: with a result, or with a `GangError` that names
+    the ranks that did not come (`absent`). Rank numbers are those of this gang: 0 .. size - 1.
+    """
+
+    @property
+    def name(self) -> str:
+        """For messages: "root", "dp", ..."""
+        ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def enter(self, scope: str, *, timeout: timedelta) -> None:
+        """Start a new conversation, e.g. "save/1000/0": all ranks that take part give the same name.
+
+        Whatever an earlier conversation left behind (messages of a rank that came late, a broken
+        connection) cannot reach the new one. All ranks meet here, so it is also a barrier.
+        """
+        ...
+
+    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+        """Give `value`; rank 0 gets every rank's value in rank order, the others get None.
+
+        On rank 0 it raises `GangError(absent=...)` when values are missing at the timeout. The other
+        ranks need not learn of that here; they do in the `broadcast` that follows.
+        """
+        ...
+
+    def broadcast(self, value: Json, *, timeout: timedelta) -> Json:
+        """Every rank gets the value that rank 0 gave; what the others pass is ignored."""
+        ...
+
+    def subgang(self, ranks: Sequence[int], name: str) -> Gang | None:
+        """A gang of these ranks of this one, in this order; None where this rank is not among them.
+
+        Called by all ranks of this gang (also by those outside), with the same arguments or, for
+        disjoint groups made at once, with each rank's own group.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back connections and threads. Never blocks on peers; may be called twice."""
+        ...

@@ -1,0 +1,103 @@
+"""The seam of the storage: a rooted place of string keys to bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""Contiguous bytes. A memoryview must be of format "B"; its memory stays valid and unchanged during the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One ranged read: `len(into)` bytes of `key` from byte `offset` go into the writable `into`."""
+
+    key: str
+    offset: int
+    into: memoryview
+
+
+class Storage(Protocol):
+    """A rooted place of keys to bytes; safe to use from several threads at once.
+
+    A key is a relative POSIX path ("step_100/rank_0.pt"): no empty part, no "." or "..", no backslash,
+    no NUL, not absolute (`check_key`). Errors are `OSError`s (`FileNotFoundError`, `FileExistsError`, ...)
+    whose message names the key and the redacted URL, says what to do, and holds no credential.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where it is, for people: without user name, password, token or query."""
+        ...
+
+    def put(self, key: str, parts: Iterable[Buffer]) -> int:
+        """Create `key` from the parts, one after the other; give the number of bytes.
+
+        Write-once: `FileExistsError` if the key is there already. When it returns, the content is as
+        durable as the place allows (fsynced; acknowledged). If `parts` or a write raises, the key is not
+        there afterwards (best effort where the place itself has died); a truncated object is never published.
+        Large parts may be written by several threads; parts are consumed in order, each is done with before the
+        call returns, so a caller may stream through a bounded window only if the parts are distinct memory.
+        """
+        ...
+
+    def read(self, key: str) -> bytes:
+        """The whole of a small object. `FileNotFoundError` if it is not there."""
+        ...
+
+    def read_into(self, reads: Sequence[Read]) -> None:
+        """Fill every destination, many at once. `EOFError` (naming key and range) if an object ends too early."""
+        ...
+
+    def size(self, key: str) -> int:
+        """Bytes of the object. `FileNotFoundError` if it is not there; never from a stale cache."""
+        ...
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted names directly below a folder ("" is the root); folders end in "/". A missing folder is empty."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are not there are passed over."""
+        ...
+
+    def delete_tree(self, prefix: str) -> None:
+        """Delete a folder and all below it; a missing one is passed over. Does not follow links."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class RenamingStorage(Storage, Protocol):
+    """A file system: folders are real, and a folder can be renamed atomically and durably."""
+
+    def make_folder(self, prefix: str, *, exist_ok: bool = False) -> None:
+        """Create one folder (parents as needed), durably. `FileExistsError` if there, unless `exist_ok`."""
+        ...
+
+    def sync_folder(self, prefix: str) -> None:
+        """Make the entries of a folder durable (fsync of the directory)."""
+        ...
+
+    def rename_folder(self, source: str, target: str) -> None:
+        """Atomically; then make it durable in the parent. `FileExistsError` if the target is there, even empty."""
+        ...
+
+    def exchange_folders(self, one: str, other: str) -> bool:
+        """Swap two folders atomically and durably; False, with nothing done, where the place cannot do that."""
+        ...
+
+    def replace(self, key: str, content: bytes) -> None:
+        """Write a small object under another name, fsync it, rename it over `key`, fsync the folder."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Give the key back, or raise `ValueError` if it could point outside the root."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in key or "\0" in key or ":" in parts[0]:
+        raise ValueError(f"{key!r} is not a storage key: it must be a plain relative path such as 'step_100/rank_0.pt'")
+    return key
