@@ -1,0 +1,37 @@
+"""CRC-32 as in ZIP and zlib (ISO-HDLC, polynomial 0x04C11DB7), and its algebra.
+
+One checksum serves the zip headers, the indexes and the digest of a whole file: because the CRC of a
+concatenation follows from the CRCs of its pieces, every byte of a tensor is summed exactly once.
+
+2026-11: of zlib (2.3 GB/s), google-crc32c (another polynomial, of no use in a zip) and isal (16 GB/s, one
+thread, 256 MiB, same machine), isal is the one that does not show beside a memory copy; it releases the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from isal.isal_zlib import crc32, crc32_combine
+
+__all__ = ["combine", "crc32", "crc32_combine", "from_hex", "to_hex"]
+
+
+def combine(pieces: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(crc, nbytes) of the concatenation of pieces, each given as (crc, nbytes)."""
+    total_crc, total_nbytes = 0, 0
+    for crc, nbytes in pieces:
+        total_crc = crc32_combine(total_crc, crc, nbytes) if nbytes else total_crc
+        total_nbytes += nbytes
+    return total_crc, total_nbytes
+
+
+def to_hex(crc: int) -> str:
+    """Eight hexadecimal digits: of fixed width, so that a text that holds it keeps its length."""
+    return f"{crc:08x}"
+
+
+def from_hex(text: str) -> int:
+    """The inverse of `to_hex`; `ValueError` for anything else."""
+    if len(text) != 8:
+        raise ValueError(f"{text!r} is not a CRC-32 of eight hexadecimal digits")
+    return int(text, 16)

@@ -1,0 +1,87 @@
+"""Every name that the engine writes or reads below a root, and the rules for names that come from a file.
+
+step_1000/                      a committed step on a file system
+step_1000.<attempt>.tmp/        an attempt under way on a file system (renamed at its commit)
+step_1000.<attempt>.old/        a committed step that another attempt of the same step has just replaced
+step_1000/<attempt>/            an attempt's files on an object store
+.../manifest.json               the commit record
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+
+MANIFEST = "manifest.json"
+SCORE = "score.txt"
+CARBON_COPY = "cc"
+
+_STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
+_ASIDE = re.compile(r"step_(0|[1-9][0-9]{0,17})\.([0-9a-z]{8,64})\.(tmp|old)")
+_ATTEMPT = re.compile(r"[0-9a-z]{8,64}")
+_BAD_IN_NAME = re.compile(r'[\x00-\x1f\\:*?"<>|]')
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A folder beside the steps: an attempt that did not commit ("tmp") or a step replaced by another ("old")."""
+
+    step: int
+    attempt: str
+    kind: str
+    folder: str
+
+
+def new_attempt() -> str:
+    """An id that no other attempt has or will have: 80 random bits. Drawn by rank 0 and told to all."""
+    return secrets.token_hex(10)
+
+
+def is_attempt(text: str) -> bool:
+    return _ATTEMPT.fullmatch(text) is not None
+
+
+def step_folder(step: int) -> str:
+    if step < 0:
+        raise ValueError(f"a step is a number from 0 on, not {step}")
+    return f"step_{step}"
+
+
+def parse_step(folder: str) -> int | None:
+    """The step of a folder name, with or without the trailing slash of a listing; None for any other name."""
+    match = _STEP.fullmatch(folder.rstrip("/"))
+    return int(match[1]) if match else None
+
+
+def aside_folder(step: int, attempt: str, kind: str) -> str:
+    return f"{step_folder(step)}.{attempt}.{kind}"
+
+
+def parse_aside(folder: str) -> Aside | None:
+    match = _ASIDE.fullmatch(folder.rstrip("/"))
+    return Aside(int(match[1]), match[2], match[3], folder.rstrip("/")) if match else None
+
+
+def model_file(shard: int, shards: int) -> str:
+    """Model state of one model-parallel rank: `model.<r>.pt`, or `model.pt` where there is but one."""
+    return f"model.{shard}.pt" if shards > 1 else "model.pt"
+
+
+def replicated_file(shard: int, shards: int) -> str:
+    return f"replicated.{shard}.pt" if shards > 1 else "replicated.pt"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank}.pt"
+
+
+def check_file_name(name: str) -> str:
+    """A file name from a record, given back if it stays inside its checkpoint; else `ValueError`.
+
+    Allowed are relative paths of plain parts ("rank_0.pt", "3f…/model.0.pt", "tokenizer/vocab.json").
+    """
+    parts = name.split("/")
+    if not name or len(name) > 1024 or any(p in ("", ".", "..") for p in parts) or _BAD_IN_NAME.search(name):
+        raise ValueError(f"{name!r} is not the name of a file inside a checkpoint")
+    return name

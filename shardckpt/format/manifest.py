@@ -1,0 +1,282 @@
+"""The commit record, `manifest.json`. No torch.
+
+It holds what a loader needs to find its bytes without opening every file, and it grows with tensors plus ranks,
+not with their product: a sharded tensor is described once, by its placement on a mesh; ranks that hold the same
+keys share one table. The last line is a SHA-256 over all bytes before it: a record is whole or it is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from shardckpt.format.checksum import from_hex, to_hex
+from shardckpt.format.index import ITEMSIZE
+from shardckpt.format.layout import check_file_name, is_attempt
+
+FORMAT = 1
+
+Home = Literal["model", "replicated", "rank"]
+"""In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt or rank_<rank>.pt."""
+
+HOMES: tuple[Home, ...] = ("model", "replicated", "rank")
+
+Extent = tuple[int, int, int]
+"""A checked range of a file: byte offset, bytes, CRC-32."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file of the checkpoint; `name` is relative to the step's folder. Copies of `cc/` have no index and no tree."""
+
+    name: str
+    nbytes: int
+    crc: int
+    kind: str
+    writer: int
+    index: Extent | None = None
+    tree: Extent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MeshEntry:
+    """A device mesh: names and sizes of its dimensions, and the global ranks in row-major order."""
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutEntry:
+    """How tensors lie: in which home and, if sharded, by which placements ("R", "S(0)", "SS(0,2)") on which mesh."""
+
+    home: Home
+    mesh: int | None = None
+    placements: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor as a whole: dtype, global shape, which layout, and which replica of a shard was written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: int
+    replica: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What some ranks hold alike in kind: their tensors and their Python values (key to home)."""
+
+    ranks: tuple[int, ...]
+    tensors: Mapping[str, TensorEntry]
+    values: Mapping[str, Home]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The record of one committed step."""
+
+    step: int
+    attempt: str
+    created: str
+    """UTC, ISO 8601."""
+    shard_of: tuple[int, ...]
+    """For every global rank its model-parallel shard: the number in model.<shard>.pt. Its length is the world size."""
+    files: tuple[FileEntry, ...]
+    meshes: tuple[MeshEntry, ...] = ()
+    layouts: tuple[LayoutEntry, ...] = ()
+    tables: tuple[Table, ...] = ()
+    differ: tuple[str, ...] = ()
+    """Keys that several files hold with different content: such a key belongs to its rank (or shard)."""
+    mesh_sizes: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.shard_of)
+
+    @property
+    def shards(self) -> int:
+        return max(self.shard_of, default=0) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes of its files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The top-level keys that are present: "model", "optimizer", "rng", ..."""
+        keys = {key.split(".", 1)[0] for table in self.tables for key in (*table.tensors, *table.values)}
+        return tuple(sorted(keys))
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The record as it is stored."""
+    content = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "attempt": manifest.attempt,
+        "created": manifest.created,
+        "world_size": manifest.world_size,
+        "mesh": dict(manifest.mesh_sizes),
+        "shard_of": _runs(manifest.shard_of),
+        "parts": manifest.parts,
+        "files": [_encode_file(file) for file in manifest.files],
+        "meshes": [asdict(mesh) | {"ranks": _runs(mesh.ranks)} for mesh in manifest.meshes],
+        "layouts": [asdict(layout) for layout in manifest.layouts],
+        "tables": [_encode_table(table) for table in manifest.tables],
+        "differ": manifest.differ,
+        "versions": dict(manifest.versions),
+        "metadata": dict(manifest.metadata),
+    }
+    lines = ",\n".join(f'"{key}": {json.dumps(value, separators=(",", ":"))}' for key, value in content.items())
+    body = f"{{\n{lines},\n"
+    return f'{body}"sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The record again. `data` is untrusted: `ValueError` for whatever is not a whole, well-formed record."""
+    body, mark, rest = data.rpartition(b'"sha256": "')
+    if not mark or rest[64:] != b'"\n}\n' or hashlib.sha256(body).hexdigest().encode() != rest[:64]:
+        raise ValueError("its SHA-256 does not agree: it is damaged, truncated or not a record of shardckpt")
+    try:
+        return _decode(json.loads(data))
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"not a well-formed record: {type(error).__name__}: {error}") from error
+
+
+def encode_table(table: Table) -> dict[str, Any]:
+    """A table as JSON, as it travels from a rank to rank 0."""
+    return _encode_table(table)
+
+
+def decode_table(content: Mapping[str, Any]) -> Table:
+    return _decode_table(content)
+
+
+def _encode_file(file: FileEntry) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": file.name, "nbytes": file.nbytes, "crc32": to_hex(file.crc)}
+    entry |= {"kind": file.kind, "writer": file.writer}
+    for part, extent in (("index", file.index), ("tree", file.tree)):
+        if extent is not None:
+            entry[part] = [extent[0], extent[1], to_hex(extent[2])]
+    return entry
+
+
+def decode_file(entry: Mapping[str, Any]) -> FileEntry:
+    """A file entry from JSON; `ValueError` for names that leave the checkpoint and ranges that leave the file."""
+    nbytes = _size(entry["nbytes"])
+    extents = [_extent(entry.get(part), nbytes) for part in ("index", "tree")]
+    name = check_file_name(entry["name"])
+    return FileEntry(name, nbytes, from_hex(entry["crc32"]), str(entry["kind"]), _size(entry["writer"]), *extents)
+
+
+encode_file = _encode_file
+
+
+def _extent(value: Any, file_nbytes: int) -> Extent | None:
+    if value is None:
+        return None
+    at, nbytes, crc = value
+    if _size(at) + _size(nbytes) > file_nbytes:
+        raise ValueError(f"bytes {at} to {at + nbytes} of a file of {file_nbytes}")
+    return at, nbytes, from_hex(crc)
+
+
+def _encode_table(table: Table) -> dict[str, Any]:
+    entries = list(table.tensors.values())
+    return {
+        "ranks": _runs(table.ranks),
+        "tensors": {
+            "name": list(table.tensors),
+            "dtype": [e.dtype for e in entries],
+            "shape": [list(e.shape) for e in entries],
+            "layout": [e.layout for e in entries],
+            "replica": [e.replica for e in entries],
+        },
+        "values": {home: [key for key, at in table.values.items() if at == home] for home in HOMES},
+    }
+
+
+def _decode_table(content: Mapping[str, Any]) -> Table:
+    columns = content["tensors"]
+    rows = zip(columns["dtype"], columns["shape"], columns["layout"], columns["replica"], strict=True)
+    entries = [TensorEntry(_dtype(d), tuple(map(_size, s)), _size(at), _size(copy)) for d, s, at, copy in rows]
+    tensors = dict(zip(columns["name"], entries, strict=True))
+    values = {str(key): home for home in HOMES for key in content["values"][home]}
+    return Table(_unruns(content["ranks"]), tensors, values)
+
+
+def _decode(content: Mapping[str, Any]) -> Manifest:
+    if content["format"] != FORMAT:
+        raise ValueError(f"its format is {content['format']!r}, but this version reads format {FORMAT}")
+    if not is_attempt(content["attempt"]):
+        raise ValueError(f"{content['attempt']!r} is not an attempt id")
+    files = tuple(decode_file(entry) for entry in content["files"])
+    meshes = tuple(
+        MeshEntry(tuple(m["dims"]), tuple(map(_size, m["shape"])), _unruns(m["ranks"])) for m in content["meshes"]
+    )
+    layouts = tuple(_decode_layout(layout, len(meshes)) for layout in content["layouts"])
+    tables = tuple(_decode_table(table) for table in content["tables"])
+    if any(entry.layout >= len(layouts) for table in tables for entry in table.tensors.values()):
+        raise ValueError("a tensor names a layout that is not there")
+    return Manifest(
+        step=_size(content["step"]),
+        attempt=content["attempt"],
+        created=str(content["created"]),
+        shard_of=_unruns(content["shard_of"]),
+        files=files,
+        meshes=meshes,
+        layouts=layouts,
+        tables=tables,
+        differ=tuple(map(str, content["differ"])),
+        mesh_sizes={str(key): _size(size) for key, size in content["mesh"].items()},
+        versions={str(key): str(text) for key, text in content["versions"].items()},
+        metadata=dict(content["metadata"]),
+    )
+
+
+def _decode_layout(content: Mapping[str, Any], meshes: int) -> LayoutEntry:
+    home, mesh = content["home"], content["mesh"]
+    if home not in HOMES or (mesh is not None and not 0 <= mesh < meshes):
+        raise ValueError(f"no such home or mesh: {home!r}, {mesh!r}")
+    return LayoutEntry(home, mesh, tuple(map(str, content["placements"])))
+
+
+def _dtype(name: str) -> str:
+    if name not in ITEMSIZE:
+        raise ValueError(f"unknown dtype {name!r}")
+    return name
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r} should be a size")
+    return value
+
+
+def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
+    """Compact form of a list of numbers: runs of [first, step, count]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and (runs[-1][2] == 1 or number == runs[-1][0] + runs[-1][1] * runs[-1][2]):
+            if runs[-1][2] == 1:
+                runs[-1][1] = number - runs[-1][0]
+            runs[-1][2] += 1
+        else:
+            runs.append([number, 0, 1])
+    return runs
+
+
+def _unruns(runs: Any) -> tuple[int, ...]:
+    if sum(_size(count) for _, _, count in runs) > 1 << 24:
+        raise ValueError("more ranks than any job has")
+    return tuple(_size(first + step * i) for first, step, count in runs for i in range(count))
