@@ -1,0 +1,128 @@
+"""Commit: the seam between file systems that rename and object stores that do not. All of it runs on rank 0.
+
+File system: an attempt is the folder `step_N.<attempt>.tmp`; its record is written and synced in it, and one
+rename of the folder makes it the step. A step that is there already is exchanged with it in one operation, or,
+where the system cannot do that, moved aside first: between the two renames the step is in force under its `.old`
+name (`shardckpt.run.catalog` looks there), so a crash at any point leaves the old or the new one.
+
+Object store: the attempt's files lie under `step_N/<attempt>/`; putting `step_N/manifest.json` makes it the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+
+from shardckpt.errors import CommitUnknownError
+from shardckpt.format.layout import MANIFEST, aside_folder, step_folder
+from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
+from shardckpt.storage.base import RenamingStorage, Storage
+
+_log = logging.getLogger(__name__)
+
+
+def attempt_prefix(storage: Storage, step: int, attempt: str) -> str:
+    """Where the files of an attempt go. Pure; every rank computes it."""
+    if isinstance(storage, RenamingStorage):
+        return aside_folder(step, attempt, "tmp")
+    return f"{step_folder(step)}/{attempt}"
+
+
+def begin_attempt(storage: Storage, prefix: str) -> None:
+    """Make room for an attempt. `FileExistsError` if there is one of this id: ids are never used twice."""
+    if isinstance(storage, RenamingStorage):
+        storage.make_folder(prefix)
+
+
+def commit_attempt(storage: Storage, prefix: str, manifest: Manifest) -> None:
+    """Make the attempt the step. Returns only if it is; raises `CommitUnknownError` where that cannot be told."""
+    if isinstance(storage, RenamingStorage):
+        _commit_by_rename(storage, prefix, manifest)
+    else:
+        _commit_by_record(storage, manifest)
+
+
+def abandon_attempt(storage: Storage, prefix: str) -> None:
+    """Remove what an attempt left behind, as far as that is possible; a writer that comes late harms nobody."""
+    try:
+        storage.delete_tree(prefix)
+    except OSError as error:
+        _log.warning("could not remove the leftovers of a failed save, %s: %s", prefix, error)
+
+
+def _commit_by_rename(storage: RenamingStorage, prefix: str, manifest: Manifest) -> None:
+    target = step_folder(manifest.step)
+    storage.put(f"{prefix}/{MANIFEST}", [encode_manifest(manifest)])
+    for folder in sorted({file.name.rpartition("/")[0] for file in manifest.files} - {""}, reverse=True):
+        storage.sync_folder(f"{prefix}/{folder}")
+    storage.sync_folder(prefix)
+    try:
+        storage.rename_folder(prefix, target)
+    except FileExistsError:
+        _replace_step(storage, prefix, target, manifest)
+
+
+def _replace_step(storage: RenamingStorage, prefix: str, target: str, manifest: Manifest) -> None:
+    if storage.exchange_folders(prefix, target):
+        _remove_replaced(storage, prefix)
+        return
+    aside = aside_folder(manifest.step, manifest.attempt, "old")
+    storage.rename_folder(target, aside)
+    storage.rename_folder(prefix, target)
+    _remove_replaced(storage, aside)
+
+
+def _remove_replaced(storage: RenamingStorage, folder: str) -> None:
+    """Remove the step that has just been replaced, record first; a folder that was never a step is left alone."""
+    try:
+        if MANIFEST in storage.list(folder):
+            storage.delete([f"{folder}/{MANIFEST}"])
+            storage.sync_folder(folder)
+            storage.delete_tree(folder)
+        else:
+            _log.warning("%s held no committed step; it was set aside as %s", step_folder(0)[:5], folder)
+    except OSError as error:
+        _log.warning("the new checkpoint is in force, but the replaced one, %s, could not be removed: %s", folder, error)
+
+
+def _commit_by_record(storage: Storage, manifest: Manifest) -> None:
+    stored = replace(
+        manifest,
+        files=tuple(replace(file, name=f"{manifest.attempt}/{file.name}") for file in manifest.files),
+    )
+    key = f"{step_folder(manifest.step)}/{MANIFEST}"
+    previous = _read_record(storage, key)
+    content = encode_manifest(stored)
+    try:
+        if previous is None:
+            storage.put(key, [content])
+        else:
+            storage.replace(key, content)
+    except OSError as error:
+        _settle(storage, key, content, manifest.step, error)
+    if previous is not None:
+        with contextlib.suppress(OSError):  # no longer named by any record: leftovers, not checkpoints
+            storage.delete_tree(f"{step_folder(manifest.step)}/{previous.attempt}")
+
+
+def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError) -> None:
+    """After an error of the deciding put: committed, not committed, or unknown. The attempt id is the write id."""
+    try:
+        found = storage.read(key)
+    except FileNotFoundError:
+        raise error from None
+    except OSError as second:
+        raise CommitUnknownError(
+            f"whether {key} was accepted cannot be told ({error}; then {second}); nothing was deleted: look again later",
+            step=step,
+        ) from error
+    if found != content:
+        raise error
+
+
+def _read_record(storage: Storage, key: str) -> Manifest | None:
+    try:
+        return decode_manifest(storage.read(key))
+    except (FileNotFoundError, ValueError):
+        return None

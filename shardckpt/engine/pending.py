@@ -1,0 +1,108 @@
+"""A save under way, as its caller sees it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from shardckpt.engine.progress import Progress, SaveReport
+from shardckpt.errors import CheckpointError, CheckpointSaveError
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed step."""
+
+    step: int
+    url: str
+    """Where it lies, without credentials."""
+    nbytes: int
+    world_size: int
+    created: str
+    """UTC, ISO 8601."""
+    metadata: dict[str, Any]
+    skipped: tuple[tuple[int, str], ...] = ()
+    """By `resume`: newer steps that were passed over, and why."""
+
+
+class PendingSave:
+    """What `save` gives back: the save goes on by itself. Any thread may look; each rank has its own."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.report = SaveReport(step)
+        self.progress = Progress()
+        self._copied = threading.Event()
+        self._future: Future[CheckpointInfo] = Future()
+        self._seen = False
+
+    def staged(self, timeout: timedelta | None = None) -> bool:
+        """Wait until everything that training may change next has been copied; False if that took too long."""
+        return self._copied.wait(None if timeout is None else timeout.total_seconds())
+
+    def done(self) -> bool:
+        """Whether it is over: committed or failed."""
+        return self._future.done()
+
+    def result(self, timeout: timedelta | None = None) -> CheckpointInfo:
+        """Wait for the commit. Raises `CheckpointSaveError` if there was none, `TimeoutError` if it is not over yet."""
+        try:
+            info = self._future.result(None if timeout is None else timeout.total_seconds())
+        except FutureTimeoutError:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"step {self.step} is not committed yet; it goes on in the background") from None
+        finally:
+            self._seen = self._seen or self._future.done()
+        return info
+
+    def cancel(self) -> None:
+        """Ask this rank's part to stop. The step is then committed on no rank, and every rank's result says so."""
+        self.progress.cancel()
+
+    def unseen_error(self) -> CheckpointError | None:
+        """The failure that nobody has looked at yet, once: it is raised where the user next looks."""
+        if self._seen or not self._future.done():
+            return None
+        self._seen = True
+        error = self._future.exception()
+        return error if isinstance(error, CheckpointError) or error is None else _as_save_error(error, self.step)
+
+    @contextmanager
+    def stalling(self) -> Iterator[None]:
+        """Count the time inside as stall of the training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.stall_s += time.perf_counter() - began
+
+    def wait_until_staged(self) -> None:
+        """Called before an optimizer step: hold it until the copy is done, and count the wait."""
+        if not self._copied.is_set():
+            with self.stalling():
+                self._copied.wait()
+
+    def _mark_staged(self) -> None:
+        self._copied.set()
+
+    def _finish(self, info: CheckpointInfo) -> None:
+        self._copied.set()
+        self._future.set_result(info)
+
+    def _fail(self, error: BaseException) -> None:
+        self._copied.set()
+        self._future.set_exception(error)
+
+
+def _as_save_error(error: BaseException, step: int) -> CheckpointSaveError:
+    wrapped = CheckpointSaveError(f"step {step} was not saved: {type(error).__name__}: {error}", step=step)
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,231 @@
+"""Stage: copy this rank's part of the state to its final place in the images of its files. The snapshot is the file.
+
+`Stager.prepare` runs on the caller's thread and only lays out; the copies of what may change at once run there
+too; the copies of parameters and optimizer state run on the save thread while the next forward and backward run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from shardckpt.engine.image import Image
+from shardckpt.engine.plan import FilePlan, PlannedRecord, SavePlan
+from shardckpt.format.archive import (
+    LARGE,
+    ArchiveLayout,
+    Tail,
+    file_crc,
+    lay_out,
+    make_tail,
+    write_crcs,
+    write_headers,
+)
+from shardckpt.format.checksum import crc32, to_hex
+from shardckpt.format.index import StoredRecord, encode_index
+from shardckpt.format.manifest import FileEntry, Home
+
+_SLICE = 32 << 20
+"""Bytes copied in one call: small enough to share a large tensor between threads, large enough not to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFile:
+    """A finished file image: `parts` one after the other are the file that `entry` describes."""
+
+    entry: FileEntry
+    parts: tuple[memoryview, ...]
+    digests: dict[str, str]
+    """For each tensor without a sharding: what it is, as text, to be compared with other ranks' copies."""
+
+
+class Stager:
+    """Keeps the images and layouts from save to save. One per manager; used for one save at a time."""
+
+    def __init__(self, *, threads: int = 2) -> None:
+        self._slots: dict[Home, _FileStage] = {}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shardckpt-copy")
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held by the images."""
+        return sum(stage.image.capacity for stage in self._slots.values())
+
+    def prepare(self, plan: SavePlan, *, rank: int) -> Staging:
+        """Lay the files out and have memory for them. Copies nothing yet."""
+        stages = []
+        for file in plan.files:
+            stage = self._slots.setdefault(file.home, _FileStage())
+            stage.lay_out(file)
+            stages.append(stage)
+        return Staging(stages, plan, self._pool, rank)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        self._slots.clear()
+
+
+class Staging:
+    """One save's way into the images."""
+
+    def __init__(self, stages: list[_FileStage], plan: SavePlan, pool: ThreadPoolExecutor, rank: int) -> None:
+        self._stages = stages
+        self._plan = plan
+        self._pool = pool
+        self._rank = rank
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of this rank."""
+        return sum(stage.nbytes for stage in self._stages)
+
+    def copy(self, wanted: Callable[[torch.Tensor], bool]) -> None:
+        """Copy the tensors for which `wanted` holds. Returns when they are in the images."""
+        jobs: list[Callable[[], None]] = []
+        for stage in self._stages:
+            jobs += stage.copy_jobs(wanted)
+        _run_all(self._pool, jobs)
+
+    def sum_alike(self) -> dict[str, dict[str, str]]:
+        """By file, what this rank holds of the tensors that another rank writes for it (see `SavePlan.alike`)."""
+        return {
+            file: {name: _digest(tensor.dtype, tuple(tensor.shape), _crc_of(tensor)) for name, tensor in tensors}
+            for file, tensors in self._plan.alike.items()
+        }
+
+    def seal(self) -> list[SealedFile]:
+        """Checksums, indexes and directories: the files are complete. After all copies."""
+        return [stage.seal(self._pool, self._rank) for stage in self._stages]
+
+
+class _FileStage:
+    """One file's image and its layout, reused while the records keep their shapes and dtypes."""
+
+    def __init__(self) -> None:
+        self.image = Image()
+        self._signature: list[tuple[str, tuple[int, ...]]] | None = None
+        self._layout = ArchiveLayout((), ())
+        self._targets: list[torch.Tensor] = []
+        self._file: FilePlan | None = None
+        self._tail_nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._layout.tail + self._tail_nbytes
+
+    def lay_out(self, file: FilePlan) -> None:
+        signature = [(record.dtype, record.shape) for record in file.records]
+        if signature != self._signature:
+            self._layout = lay_out([record.nbytes for record in file.records])
+        self._file = file
+        self._tail_nbytes = len(self._tail([0] * len(file.records)).content)
+        fresh = self.image.reserve(self.nbytes)
+        if fresh or signature != self._signature:
+            self._signature = signature
+            write_headers(self._layout, self.image.view)
+            self._targets = [
+                self.image.tensor(slot.data, record.tensor.dtype, record.shape)
+                for slot, record in zip(self._layout.slots, file.records, strict=True)
+            ]
+
+    def copy_jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+        assert self._file is not None
+        small_targets, small_sources = [], []
+        for target, record in zip(self._targets, self._file.records, strict=True):
+            if not record.nbytes or not wanted(record.tensor):
+                continue
+            if record.nbytes < LARGE:
+                small_targets.append(target)
+                small_sources.append(record.tensor)
+            else:
+                yield from _slices(target, record.tensor)
+        if small_targets:
+            yield lambda: _copy_small(small_targets, small_sources)
+
+    def seal(self, pool: ThreadPoolExecutor, rank: int) -> SealedFile:
+        assert self._file is not None
+        view, layout, file = self.image.view, self._layout, self._file
+        crcs = _crcs(pool, layout, view)
+        write_crcs(layout, view, crcs)
+        tail = self._tail(crcs)
+        view[layout.tail : layout.tail + len(tail.content)] = tail.content
+        crc = file_crc(layout, view, crcs, tail)
+        entry = FileEntry(file.name, self.nbytes, crc, file.home, rank, tail.index, tail.tree)
+        return SealedFile(entry, (view[: self.nbytes],), _plain_digests(file, crcs))
+
+    def _tail(self, crcs: Sequence[int]) -> Tail:
+        assert self._file is not None
+        records = [
+            StoredRecord(record.dtype, record.shape, slot.data, slot.nbytes, crc)
+            for record, slot, crc in zip(self._file.records, self._layout.slots, crcs, strict=True)
+        ]
+        return make_tail(self._layout, crcs, encode_index(records, self._file.boxes), self._file.tree)
+
+
+def _crcs(pool: ThreadPoolExecutor, layout: ArchiveLayout, view: memoryview) -> list[int]:
+    large = [slot for slot in layout.slots if slot.nbytes >= LARGE]
+    sums = dict(zip((s.data for s in large), pool.map(lambda s: crc32(view[s.data : s.end]), large), strict=True))
+    return [sums[s.data] if s.nbytes >= LARGE else crc32(view[s.data : s.end]) for s in layout.slots]
+
+
+def _plain_digests(file: FilePlan, crcs: Sequence[int]) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    for stored in file.boxes:
+        record: PlannedRecord = file.records[stored.record]
+        if stored.shape == record.shape:
+            digests[stored.name] = _digest(record.tensor.dtype, record.shape, crcs[stored.record])
+    return digests
+
+
+def _digest(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{json.dumps(shape, separators=(',', ':'))}{to_hex(crc)}"
+
+
+def _crc_of(tensor: torch.Tensor) -> int:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return crc32(memoryview(flat.numpy())) if flat.numel() else 0
+
+
+def _slices(target: torch.Tensor, source: torch.Tensor) -> Iterable[Callable[[], None]]:
+    if source.is_contiguous() and target.numel() * target.element_size() > _SLICE:
+        step = _SLICE // target.element_size()
+        flat_target, flat_source = target.view(-1), source.view(-1)
+        for start in range(0, flat_target.numel(), step):
+            yield _copy_job(flat_target[start : start + step], flat_source[start : start + step])
+    else:
+        yield _copy_job(target, source)
+
+
+def _copy_job(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+    def copy() -> None:
+        _raw(target).copy_(_raw(source))
+
+    return copy
+
+
+def _copy_small(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """20,000 small tensors in one call instead of 20,000."""
+    with torch.no_grad():
+        torch._foreach_copy_([_raw(t) for t in targets], [_raw(s) for s in sources])
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or its bytes where torch has no copy for its dtype (bits8, float4, ...)."""
+    name = str(tensor.dtype)
+    if "bits" in name or "float4" in name:
+        return tensor.contiguous().view(torch.uint8)
+    return tensor
+
+
+def _run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> None:
+    """Run the jobs on the pool and wait for all of them, also when one fails."""
+    futures = [pool.submit(job) for job in jobs]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
+
+

@@ -1,0 +1,249 @@
+"""What a state is here: a dict of live objects, tensors and values, taken apart into parts and put together again.
+
+A part is a module, an optimizer, any object with `state_dict`/`load_state_dict`, or a plain leaf. Names of model
+and optimizer state are those of `torch.distributed.checkpoint.state_dict` (no "module." of DDP, no "_orig_mod." of
+`torch.compile`; optimizer state by parameter name), so that they do not depend on how the model is wrapped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch.distributed.checkpoint import state_dict as torch_state
+
+from shardckpt.errors import InvalidStateError
+
+Path = tuple[Any, ...]
+"""Keys from the top of the state down; dict keys as they are, list positions as numbers."""
+
+Kind = Literal["module", "optimizer", "stateful", "leaf"]
+
+NewWorld = Literal["fail", "own", "first"]
+"""What a rank gets, of values that differ between ranks, when the number of ranks has changed: an error; its own
+where there was a rank of its number, else what it has now; or those of rank 0."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What PyTorch's schedulers, loaders and scalers have."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a state: where it is, what it belongs to, and its content now (nested containers)."""
+
+    path: Path
+    kind: Kind
+    owner: Any
+    """The live object; for a leaf the mapping that holds it."""
+    tree: Any
+
+    @property
+    def key(self) -> str:
+        return join_path(self.path)
+
+
+def join_path(path: Path) -> str:
+    """The flat name of a path, as DCP names it: its keys joined by dots."""
+    return ".".join(map(str, path))
+
+
+def take_apart(state: Mapping[str, Any], *, for_loading: bool = False) -> list[Part]:
+    """The parts of a state, in its order. Called on the caller's thread of every rank.
+
+    With `for_loading`, an optimizer that has not stepped yet is given its (zero) state first, so that there is
+    something to load into; for saving it is left exactly as it is.
+    """
+    found = list(_find(state, ()))
+    modules = [owner for _, owner, _ in found if isinstance(owner, torch.nn.Module)]
+    return [_part(path, owner, holder, modules, for_loading) for path, owner, holder in found]
+
+
+def put_together(parts: list[Part]) -> dict[str, Any]:
+    """The nested tree that the parts make up: what is stored."""
+    tree: dict[str, Any] = {}
+    for part in parts:
+        node = tree
+        for key in part.path[:-1]:
+            node = node.setdefault(key, {})
+        node[part.path[-1]] = part.tree
+    return tree
+
+
+def restore(part: Part, loaded: Any) -> None:
+    """Give a part its loaded content; tensors of modules and optimizers have been filled in place before.
+
+    Called on the caller's thread of every rank, parts in the order of the state, `RngState` last.
+    """
+    if part.kind == "module":
+        _restore_extra_state(part.owner, loaded)
+    elif part.kind == "optimizer":
+        _restore_optimizer(part.owner.optimizer, part.owner.module, loaded)
+    elif part.kind == "stateful":
+        part.owner.load_state_dict(loaded)
+    else:
+        _restore_leaf(part, loaded)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerOf:
+    """An optimizer and the module whose parameters it updates."""
+
+    optimizer: torch.optim.Optimizer
+    module: torch.nn.Module
+
+
+class RngState:
+    """Every random stream of this process: Python, NumPy's global generator, torch's CPU and accelerator generators.
+
+    Put it into the state as `"rng": RngState()`. It is captured when `save` is called and restored last. The streams
+    belong to their rank: in a job of another size a rank takes up the stream of its own number, and a rank that had
+    no counterpart keeps the stream it has.
+    """
+
+    new_world: NewWorld = "own"
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+        numpy = _numpy_random()
+        if numpy is not None:
+            kind, keys, position, has_gauss, gauss = numpy.get_state()
+            state["numpy"] = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if device is not None:
+            module = torch.get_device_module(device)
+            state[device.type] = [module.get_rng_state(i) for i in range(module.device_count())]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        kind, internal, gauss = state_dict["python"]
+        random.setstate((kind, tuple(internal), gauss))
+        torch.set_rng_state(state_dict["torch"])
+        numpy = _numpy_random()
+        if numpy is not None and "numpy" in state_dict:
+            kind, keys, position, has_gauss, gauss = state_dict["numpy"]
+            numpy.set_state((kind, keys, position, has_gauss, gauss))
+        for device in set(state_dict) - {"python", "torch", "numpy"}:
+            _restore_device_streams(device, state_dict[device])
+
+
+def _restore_device_streams(device: str, streams: list[torch.Tensor]) -> None:
+    module = torch.get_device_module(device)
+    for i, stream in enumerate(streams[: module.device_count()]):
+        module.set_rng_state(stream.cpu(), i)
+
+
+def _numpy_random() -> Any:
+    try:
+        import numpy as np
+    except ImportError:
+        return None
+    return np.random
+
+
+def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
+    """(path, object or leaf, the mapping that holds it) of everything in nested dicts."""
+    for key, value in node.items():
+        here = (*path, key)
+        if isinstance(value, Mapping) and not isinstance(value, torch.nn.Module):
+            if value:
+                yield from _find(value, here)
+            else:
+                yield here, value, node
+        else:
+            yield here, value, node
+
+
+def _part(path: Path, owner: Any, holder: Any, modules: list[torch.nn.Module], for_loading: bool) -> Part:
+    if isinstance(owner, torch.nn.Module):
+        return Part(path, "module", owner, torch_state.get_model_state_dict(owner))
+    if isinstance(owner, torch.optim.Optimizer):
+        module = _owner_of(owner, modules)
+        if module is None:
+            return Part(path, "stateful", owner, owner.state_dict())
+        return Part(path, "optimizer", OptimizerOf(owner, module), _optimizer_tree(owner, module, for_loading))
+    if isinstance(owner, Stateful) and not isinstance(owner, type):
+        return Part(path, "stateful", owner, owner.state_dict())
+    return Part(path, "leaf", holder, owner)
+
+
+def _owner_of(optimizer: torch.optim.Optimizer, modules: list[torch.nn.Module]) -> torch.nn.Module | None:
+    """The module of the state that has all parameters of the optimizer; None if there is no such module."""
+    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for module in modules:
+        if wanted and wanted <= {id(p) for p in module.parameters()}:
+            return module
+    return None
+
+
+def _optimizer_tree(optimizer: torch.optim.Optimizer, module: torch.nn.Module, for_loading: bool) -> dict[str, Any]:
+    if not optimizer.state and not for_loading:
+        # torch would take a zero step to create the state: the saved run would then no longer be the run itself
+        return {"state": {}, "param_groups": _named_groups(optimizer, module)}
+    return dict(torch_state.get_optimizer_state_dict(module, optimizer))
+
+
+def _named_groups(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> list[dict[str, Any]]:
+    names = {id(parameter): name for name, parameter in _parameters(module)}
+    return [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+
+
+def _parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters by the name that `get_model_state_dict` gives them.
+
+    2026-11: torch keeps the rule (what DDP, FSDP, `torch.compile` put into a name) in a private function; stripping
+    words ourselves would go wrong for a user's own submodule called "module".
+    """
+    for name, parameter in module.named_parameters():
+        (plain,) = torch_state._get_fqns(module, name)
+        yield plain, parameter
+
+
+def _restore_extra_state(module: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
+    extra = {key: value for key, value in loaded.items() if not isinstance(value, torch.Tensor)}
+    if extra:
+        torch_state.set_model_state_dict(module, extra, options=torch_state.StateDictOptions(strict=False))
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, module: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Groups by parameter name, and the state that is not tensors; the tensors are in place already.
+
+    2026-11: not `set_optimizer_state_dict`: it ends in `Optimizer.load_state_dict`, which casts a float32 moment of
+    a bfloat16 parameter to bfloat16 without a word.
+    """
+    parameters = dict(_parameters(module))
+    if not loaded.get("state"):
+        optimizer.state.clear()
+    for name, values in loaded.get("state", {}).items():
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                optimizer.state[parameters[name]][key] = value
+    saved = {tuple(sorted(group["params"])): group for group in loaded.get("param_groups", [])}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        key = tuple(sorted(names[id(p)] for p in group["params"]))
+        if key not in saved:
+            raise InvalidStateError(
+                f"the checkpoint has no optimizer group of the {len(key)} parameters {', '.join(key[:3])}...: "
+                f"group the parameters as they were when it was saved"
+            )
+        group.update({k: v for k, v in saved[key].items() if k != "params"})
+
+
+def _restore_leaf(part: Part, loaded: Any) -> None:
+    if isinstance(part.tree, torch.Tensor):
+        return
+    if not isinstance(part.owner, MutableMapping):
+        raise InvalidStateError(f"{part.key}: its value is to be restored, but the mapping that holds it is read-only")
+    part.owner[part.path[-1]] = loaded
