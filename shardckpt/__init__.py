@@ -1,0 +1,60 @@
+"""A distributed-first sharded checkpoint engine for PyTorch.
+
+The public names are loaded when they are first used: `import shardckpt` by itself imports neither torch nor fsspec,
+so that commands which only list or check start at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardckpt.errors import CheckpointDamagedError as CheckpointDamagedError
+    from shardckpt.errors import CheckpointDeleteError as CheckpointDeleteError
+    from shardckpt.errors import CheckpointError as CheckpointError
+    from shardckpt.errors import CheckpointLoadError as CheckpointLoadError
+    from shardckpt.errors import CheckpointMismatchError as CheckpointMismatchError
+    from shardckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from shardckpt.errors import CheckpointSaveError as CheckpointSaveError
+    from shardckpt.errors import CommitUnknownError as CommitUnknownError
+    from shardckpt.errors import Failure as Failure
+    from shardckpt.errors import GangError as GangError
+    from shardckpt.errors import InvalidStateError as InvalidStateError
+
+    __version__: str
+
+_HOME = {
+    "CheckpointDamagedError": "errors",
+    "CheckpointDeleteError": "errors",
+    "CheckpointError": "errors",
+    "CheckpointLoadError": "errors",
+    "CheckpointMismatchError": "errors",
+    "CheckpointNotFoundError": "errors",
+    "CheckpointSaveError": "errors",
+    "CommitUnknownError": "errors",
+    "Failure": "errors",
+    "GangError": "errors",
+    "InvalidStateError": "errors",
+}
+"""Public name -> the module of this package that defines it; tests/house checks it against the imports above."""
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use (PEP 562); the module keeps it afterwards."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: object = version("shardckpt")
+    elif name in _HOME:
+        value = getattr(import_module(f"shardckpt.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'shardckpt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, "__version__"})
