@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardckpt.format.checksum import combine, crc32
 
@@ -30,12 +30,16 @@ LARGE = 1 << 16
 PREFIX = "archive"
 INDEX_NAME = "shardckpt.json"
 _FRONT = (("version", b"3\n"), ("byteorder", b"little"))
+"""The first records; torch asks for both."""
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _DOS_DATE = 0x21  # 1 January 1980: the same state gives the same bytes
 _MAX32 = 0xFFFFFFFF
 CRC_AT = 14
 """Where the CRC stands in a local header, in bytes from its beginning."""
+_CENTRAL_CRC_AT = 16
+"""The same in a central header."""
+_PUT_CRC = struct.Struct("<I").pack_into
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class ArchiveLayout:
-    """The fixed part of an archive: the front records, and one slot for each tensor record."""
+    """The fixed part of an archive: the front records, and one slot for each tensor record. Made by `lay_out`.
+
+    `directory` holds the central headers of all of them, those of the slots with a CRC of zero, and `crcs_at` says
+    at which of its bytes each slot's CRC belongs: with a layout that is kept, a tail costs next to nothing.
+    """
 
     front: tuple[Slot, ...]
     slots: tuple[Slot, ...]
+    directory: bytes = field(repr=False)
+    crcs_at: tuple[int, ...] = field(repr=False)
 
     @property
     def tail(self) -> int:
@@ -85,7 +95,14 @@ def lay_out(sizes: Sequence[int]) -> ArchiveLayout:
     for number, nbytes in enumerate(sizes):
         slots.append(_place(f"data/{number}", position, nbytes))
         position = slots[-1].end
-    return ArchiveLayout(tuple(front), tuple(slots))
+    headers = [_central_header(slot, crc32(content)) for slot, (_, content) in zip(front, _FRONT, strict=True)]
+    at = sum(map(len, headers)) + _CENTRAL_CRC_AT
+    crcs_at: list[int] = []
+    for slot in slots:
+        headers.append(_central_header(slot, 0))
+        crcs_at.append(at)
+        at += len(headers[-1])
+    return ArchiveLayout(tuple(front), tuple(slots), b"".join(headers), tuple(crcs_at))
 
 
 def write_headers(layout: ArchiveLayout, image: memoryview) -> None:
@@ -99,9 +116,8 @@ def write_headers(layout: ArchiveLayout, image: memoryview) -> None:
 
 def write_crcs(layout: ArchiveLayout, image: memoryview, crcs: Sequence[int]) -> None:
     """Put each record's CRC into its local header."""
-    put = struct.Struct("<I").pack_into
     for slot, crc in zip(layout.slots, crcs, strict=True):
-        put(image, slot.header + CRC_AT, crc)
+        _PUT_CRC(image, slot.header + CRC_AT, crc)
 
 
 def make_tail(layout: ArchiveLayout, crcs: Sequence[int], index: bytes, tree: bytes) -> Tail:
@@ -111,11 +127,12 @@ def make_tail(layout: ArchiveLayout, crcs: Sequence[int], index: bytes, tree: by
     tree_slot = _place("data.pkl", index_slot.end, len(tree))
     index_crc, tree_crc = crc32(index), crc32(tree)
     pieces = [_local_header(index_slot, index_crc), index, _local_header(tree_slot, tree_crc), tree]
-    entries = [(slot, crc32(content)) for slot, (_, content) in zip(layout.front, _FRONT, strict=True)]
-    entries += zip(layout.slots, crcs, strict=True)
-    entries += [(index_slot, index_crc), (tree_slot, tree_crc)]
-    directory = b"".join(_central_header(slot, crc) for slot, crc in entries)
-    pieces += [directory, _end_of_directory(len(entries), tree_slot.end, len(directory))]
+    directory = bytearray(layout.directory)
+    for at, crc in zip(layout.crcs_at, crcs, strict=True):
+        _PUT_CRC(directory, at, crc)
+    directory += _central_header(index_slot, index_crc) + _central_header(tree_slot, tree_crc)
+    count = len(layout.front) + len(layout.slots) + 2
+    pieces += [directory, _end_of_directory(count, tree_slot.end, len(directory))]
     return Tail(
         b"".join(pieces),
         (index_slot.data, len(index), index_crc),
