@@ -66,8 +66,8 @@ class ArchiveLayout:
 
     front: tuple[Slot, ...]
     slots: tuple[Slot, ...]
-    directory: bytes = field(repr=False)
-    crcs_at: tuple[int, ...] = field(repr=False)
+    directory: bytes = field(default=b"", repr=False)
+    crcs_at: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def tail(self) -> int:
@@ -132,7 +132,7 @@ def make_tail(layout: ArchiveLayout, crcs: Sequence[int], index: bytes, tree: by
         _PUT_CRC(directory, at, crc)
     directory += _central_header(index_slot, index_crc) + _central_header(tree_slot, tree_crc)
     count = len(layout.front) + len(layout.slots) + 2
-    pieces += [directory, _end_of_directory(count, tree_slot.end, len(directory))]
+    pieces += [bytes(directory), _end_of_directory(count, tree_slot.end, len(directory))]
     return Tail(
         b"".join(pieces),
         (index_slot.data, len(index), index_crc),
