@@ -1,0 +1,169 @@
+"""Retention: which steps to keep, and why. Pure functions over facts; nothing here touches a storage.
+
+A policy is asked on rank 0 after each commit. Policies are joined by `|`: a step stays if any of them keeps it.
+`decide` adds what no policy may overrule.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Fact = Literal["score", "created"]
+"""Facts that cost a request per step, so they are gathered only for policies that name them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What is known of a committed step."""
+
+    step: int
+    created: str | None = None
+    """UTC, ISO 8601, from its record; None if no policy asked for it or the record cannot be read."""
+    score: float | None = None
+    """None if no policy asked for it or the step has none."""
+    pinned: bool = False
+
+
+class Policy(ABC):
+    """Says which steps to keep. A policy of your own needs `keep`, and `uses` if it looks at more than step numbers."""
+
+    @abstractmethod
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        """The steps to keep and the reason for each, for people. `history` ascends by step. Pure: no I/O, no clock."""
+
+    @property
+    def uses(self) -> frozenset[Fact]:
+        return frozenset()
+
+    def __or__(self, other: Policy) -> KeepAny:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        return KeepAny((*_members(self), *_members(other)))
+
+
+@dataclass(frozen=True)
+class KeepAll(Policy):
+    """Nothing is ever deleted."""
+
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        return {facts.step: "all are kept" for facts in history}
+
+
+@dataclass(frozen=True)
+class KeepLast(Policy):
+    """The `n` steps with the highest numbers."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _at_least_one("KeepLast", self.n)
+
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        steps = sorted(facts.step for facts in history)
+        return dict.fromkeys(steps[-self.n :], f"one of the last {self.n}")
+
+
+@dataclass(frozen=True)
+class KeepBest(Policy):
+    """The `n` steps with the best scores; of equal ones the later. Steps without a score are not among them."""
+
+    n: int
+    lower_better: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("KeepBest", self.n)
+
+    @property
+    def uses(self) -> frozenset[Fact]:
+        return frozenset({"score"})
+
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        sign = -1 if self.lower_better else 1
+        scored = [(sign * facts.score, facts.step, facts.score) for facts in history if facts.score is not None]
+        best = sorted(scored, reverse=True)[: self.n]
+        return {step: f"number {place} of the best: {score}" for place, (_, step, score) in enumerate(best, start=1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepEvery(Policy):
+    """Each step whose number is a multiple of `steps`."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _at_least_one("KeepEvery", self.steps)
+
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        return {f.step: f"a multiple of {self.steps}" for f in history if f.step % self.steps == 0}
+
+
+@dataclass(frozen=True)
+class KeepAny(Policy):
+    """What any of these keeps; written `KeepLast(3) | KeepBest(2)`."""
+
+    policies: tuple[Policy, ...]
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise ValueError("KeepAny needs a policy: without one it would keep nothing")
+
+    @property
+    def uses(self) -> frozenset[Fact]:
+        return frozenset[Fact]().union(*(policy.uses for policy in self.policies))
+
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        return _joined([policy.keep(history) for policy in self.policies])
+
+    def __str__(self) -> str:
+        return " | ".join(str(policy) for policy in self.policies)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Every step of a history is in exactly one of the two."""
+
+    kept: Mapping[int, str]
+    """Ascending by step, with all reasons."""
+    doomed: tuple[int, ...]
+    """Ascending."""
+
+
+NOTHING: Mapping[int, str] = MappingProxyType({})
+
+
+def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[int, str] = NOTHING) -> Decision:
+    """What to keep and what to delete. The last committed step, pinned and protected ones stay whatever the policy says.
+
+    `protected` gives a reason for each such step ("resumed from", "just saved"); steps that are not in the history are
+    passed over. The best-scored step needs no rule here: a policy that looks at scores keeps it (`KeepBest`, n >= 1).
+    """
+    ordered = sorted(history, key=lambda facts: facts.step)
+    steps = [facts.step for facts in ordered]
+    if len(set(steps)) != len(steps):
+        raise ValueError(f"a step is in the history twice: {steps}")
+    last = dict.fromkeys(steps[-1:], "the last committed step")
+    pinned = {facts.step: "pinned" for facts in ordered if facts.pinned}
+    reasons = _joined([last, pinned, protected, policy.keep(ordered)])
+    kept = {step: reasons[step] for step in steps if step in reasons}
+    return Decision(kept, tuple(step for step in steps if step not in reasons))
+
+
+def _joined(reasons: Sequence[Mapping[int, str]]) -> dict[int, str]:
+    together: dict[int, str] = {}
+    for some in reasons:
+        for step, reason in some.items():
+            together[step] = f"{together[step]}; {reason}" if step in together else reason
+    return together
+
+
+def _members(policy: Policy) -> tuple[Policy, ...]:
+    return policy.policies if isinstance(policy, KeepAny) else (policy,)
+
+
+def _at_least_one(name: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{name}({number}): the number must be 1 or more; to delete nothing use KeepAll()")
