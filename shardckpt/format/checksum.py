@@ -9,11 +9,16 @@ thread, 256 MiB, same machine), isal is the one that does not show beside a memo
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Iterable
 
 from isal.isal_zlib import crc32, crc32_combine
 
-__all__ = ["combine", "crc32", "crc32_combine", "from_hex", "to_hex"]
+__all__ = ["all_from_hex", "combine", "crc32", "crc32_combine", "from_hex", "to_hex"]
+
+_HEX = re.compile(r"[0-9a-f]{8}")
+_MANY_HEX = re.compile(r"[0-9a-f]*")
 
 
 def combine(pieces: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -32,6 +37,13 @@ def to_hex(crc: int) -> str:
 
 def from_hex(text: str) -> int:
     """The inverse of `to_hex`; `ValueError` for anything else."""
-    if len(text) != 8:
+    if not isinstance(text, str) or _HEX.fullmatch(text) is None:
         raise ValueError(f"{text!r} is not a CRC-32 of eight hexadecimal digits")
     return int(text, 16)
+
+
+def all_from_hex(text: str, count: int) -> tuple[int, ...]:
+    """The CRCs of a text of `count` times eight digits, as an index holds them; `ValueError` for anything else."""
+    if not isinstance(text, str) or len(text) != 8 * count or _MANY_HEX.fullmatch(text) is None:
+        raise ValueError(f"not {count} CRC-32 of eight hexadecimal digits each")
+    return struct.unpack(f">{count}I", bytes.fromhex(text))

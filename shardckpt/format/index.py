@@ -1,21 +1,26 @@
 """The index inside each archive (`shardckpt.json`): which box of which tensor lies at which bytes. No torch.
 
 JSON, in columns, so that 20,000 tensors are a few long lists instead of 20,000 objects. The CRCs are one string
-of eight digits each: the text keeps its length while they are not known yet.
+of eight digits each: the text keeps its length while they are not known yet. What is nothing special is null, in a
+column or for a whole column: a shape like the record's, offsets and places of zero, lengths of the whole tensor.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardckpt.format.checksum import from_hex, to_hex
+from shardckpt.format.checksum import all_from_hex, to_hex
 from shardckpt.format.placement import Box
 
 FORMAT = 1
+
+MAX_DIMS = 64
+"""Dimensions of a tensor; torch computes with no more."""
+_TOO_LARGE = 1 << 62
 
 ITEMSIZE = {
     **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2", "float4_e2m1fn_x2"), 1),
@@ -65,7 +70,6 @@ class ArchiveIndex:
 
 def encode_index(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) -> bytes:
     """JSON whose length does not depend on the CRCs."""
-    local = [None if not any(b.box.local) else list(b.box.local) for b in boxes]
     content = {
         "format": FORMAT,
         "records": {
@@ -78,10 +82,10 @@ def encode_index(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) ->
         "tensors": {
             "name": [b.name for b in boxes],
             "record": [b.record for b in boxes],
-            "shape": [b.shape for b in boxes],
-            "offsets": [b.box.offsets for b in boxes],
-            "lengths": [b.box.lengths for b in boxes],
-            "local": local if any(local) else None,
+            "shape": _sparse([None if b.shape == records[b.record].shape else b.shape for b in boxes]),
+            "offsets": _sparse([b.box.offsets if any(b.box.offsets) else None for b in boxes]),
+            "lengths": _sparse([None if b.box.lengths == b.shape else b.box.lengths for b in boxes]),
+            "local": _sparse([b.box.local if any(b.box.local) else None for b in boxes]),
         },
     }
     return json.dumps(content, separators=(",", ":")).encode()
@@ -90,63 +94,106 @@ def encode_index(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) ->
 def decode_index(data: bytes, file_nbytes: int) -> ArchiveIndex:
     """The index again. `data` is untrusted: `ValueError` for whatever is not well-formed or leaves the file."""
     try:
-        content = json.loads(data)
+        content = load_json(data)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, but this version reads format {FORMAT}")
-        records = _decode_records(content["records"])
-        boxes = _decode_boxes(content["tensors"])
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        records = _decode_records(content["records"], file_nbytes)
+        return ArchiveIndex(records, _decode_boxes(content["tensors"], records))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"not a well-formed archive index: {type(error).__name__}: {error}") from error
-    for record in records:
-        _check_record(record, file_nbytes)
-    for stored in boxes:
-        _check_box(stored, records)
-    return ArchiveIndex(records, boxes)
 
 
-def _decode_records(columns: dict[str, Any]) -> tuple[StoredRecord, ...]:
-    crcs = columns["crc32"]
-    rows = zip(columns["dtype"], columns["shape"], columns["at"], columns["nbytes"], strict=True)
-    if len(crcs) != 8 * len(columns["at"]):
-        raise ValueError("as many CRCs as records are needed")
-    return tuple(
-        StoredRecord(dtype, _ints(shape), at, nbytes, from_hex(crcs[8 * i : 8 * i + 8]))
-        for i, (dtype, shape, at, nbytes) in enumerate(rows)
-    )
+def load_json(data: bytes) -> Any:
+    """Untrusted JSON, in UTF-8; `ValueError` also for what Python would let pass: NaN, a key given twice, any depth."""
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
 
 
-def _decode_boxes(columns: dict[str, Any]) -> tuple[StoredBox, ...]:
-    names = columns["name"]
-    local = columns["local"] or [None] * len(names)
-    rows = zip(names, columns["record"], columns["shape"], columns["offsets"], columns["lengths"], local, strict=True)
-    return tuple(
-        StoredBox(str(name), record, _ints(shape), Box(_ints(at), _ints(size), _ints(inner or (0,) * len(at))))
-        for name, record, shape, at, size, inner in rows
-    )
+def as_size(value: Any) -> int:
+    """A count from a file: a plain number from 0 on, below 2**62; `ValueError` for anything else."""
+    if type(value) is not int or not 0 <= value < _TOO_LARGE:
+        raise ValueError(f"{str(value)[:40]!r} should be a size")
+    return value
 
 
-def _ints(values: Sequence[Any]) -> tuple[int, ...]:
-    if not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"{values!r} should be sizes")
+def as_shape(values: Any) -> tuple[int, ...]:
+    """A list of sizes, one for each dimension of a tensor, from a file; `ValueError` for anything else."""
+    if type(values) is not list or len(values) > MAX_DIMS:
+        raise ValueError(f"not a list of at most {MAX_DIMS} sizes")
+    for value in values:
+        if type(value) is not int or not 0 <= value < _TOO_LARGE:
+            raise ValueError(f"{str(value)[:40]!r} should be a size")
     return tuple(values)
 
 
-def _check_record(record: StoredRecord, file_nbytes: int) -> None:
-    _ints((record.at, record.nbytes))
-    if record.dtype not in ITEMSIZE:
-        raise ValueError(f"unknown dtype {record.dtype!r}")
-    if math.prod(record.shape) * ITEMSIZE[record.dtype] != record.nbytes:
-        raise ValueError(f"{record.nbytes} bytes do not make a {record.dtype} tensor of shape {list(record.shape)}")
-    if record.at + record.nbytes > file_nbytes:
-        raise ValueError(f"bytes {record.at} to {record.at + record.nbytes} of a file of {file_nbytes}")
+def as_text(value: Any) -> str:
+    """A text from a file; `ValueError` for anything else."""
+    if type(value) is not str:
+        raise ValueError(f"{str(value)[:40]!r} should be a text")
+    return value
 
 
-def _check_box(stored: StoredBox, records: Sequence[StoredRecord]) -> None:
-    if type(stored.record) is not int or not 0 <= stored.record < len(records):
-        raise ValueError(f"{stored.name}: there is no record {stored.record!r}")
-    box, inner = stored.box, records[stored.record].shape
-    if not len(stored.shape) == len(box.offsets) == len(box.lengths) == len(box.local) == len(inner):
-        raise ValueError(f"{stored.name}: dimensions do not agree")
-    for at, length, whole, low, size in zip(box.offsets, box.lengths, stored.shape, box.local, inner, strict=True):
+def as_dtype(value: Any) -> str:
+    """The name of a dtype that can be stored, from a file; `ValueError` for anything else."""
+    if type(value) is not str or value not in ITEMSIZE:
+        raise ValueError(f"unknown dtype {str(value)[:40]!r}")
+    return value
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key is given twice")
+    return content
+
+
+def _sparse(column: list[Any]) -> list[Any] | None:
+    """None for a column in which there is nothing but None."""
+    return None if column.count(None) == len(column) else column
+
+
+def _decode_records(columns: Mapping[str, Any], file_nbytes: int) -> tuple[StoredRecord, ...]:
+    crcs = all_from_hex(columns["crc32"], len(columns["at"]))
+    rows = zip(columns["dtype"], columns["shape"], columns["at"], columns["nbytes"], crcs, strict=True)
+    return tuple([_decode_record(row, file_nbytes) for row in rows])
+
+
+def _decode_record(row: tuple[Any, ...], file_nbytes: int) -> StoredRecord:
+    dtype, shape, at, nbytes = as_dtype(row[0]), as_shape(row[1]), as_size(row[2]), as_size(row[3])
+    if math.prod(shape) * ITEMSIZE[dtype] != nbytes:
+        raise ValueError(f"{nbytes} bytes do not make a {dtype} tensor of shape {list(shape)}")
+    if at + nbytes > file_nbytes:
+        raise ValueError(f"bytes {at} to {at + nbytes} of a file of {file_nbytes}")
+    return StoredRecord(dtype, shape, at, nbytes, row[4])
+
+
+def _decode_boxes(columns: Mapping[str, Any], records: Sequence[StoredRecord]) -> tuple[StoredBox, ...]:
+    count = len(columns["name"])
+    given = [columns[key] for key in ("shape", "offsets", "lengths", "local")]
+    sparse = [[None] * count if column is None else column for column in given]
+    rows = zip(columns["name"], columns["record"], *sparse, strict=True)
+    return tuple([_decode_box(row, records) for row in rows])
+
+
+def _decode_box(row: tuple[Any, ...], records: Sequence[StoredRecord]) -> StoredBox:
+    name, number = as_text(row[0]), as_size(row[1])
+    if number >= len(records):
+        raise ValueError(f"{name}: there is no record {number}")
+    inner = records[number].shape
+    shape = inner if row[2] is None else as_shape(row[2])
+    zeros = (0,) * len(inner)
+    offsets = zeros if row[3] is None else as_shape(row[3])
+    lengths = shape if row[4] is None else as_shape(row[4])
+    local = zeros if row[5] is None else as_shape(row[5])
+    if not len(shape) == len(offsets) == len(lengths) == len(local) == len(inner):
+        raise ValueError(f"{name}: dimensions do not agree")
+    for at, length, whole, low, size in zip(offsets, lengths, shape, local, inner, strict=True):
         if at + length > whole or low + length > size:
-            raise ValueError(f"{stored.name}: its box leaves the tensor or its record")
+            raise ValueError(f"{name}: its box leaves the tensor or its record")
+    return StoredBox(name, number, shape, Box(offsets, lengths, local))

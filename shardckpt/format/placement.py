@@ -1,22 +1,33 @@
 """Where the shard of a rank lies in the whole tensor, from placements and mesh coordinates alone. Pure; no torch.
 
-Rules (those of `torch.distributed.tensor`, mesh dimensions applied from left to right): `S(d)` splits what is
-left of dimension d as `torch.chunk` does; `SS(d, f)` (`_StridedShard`) splits it into f x n chunks and gives
-rank i the chunks i, i + n, i + 2n, ...; `R` keeps it.
+The rules are those of `torch.distributed.tensor`, where dimension d of a tensor may be split by several dimensions
+of the mesh. `R` keeps it. `S(d)` splits what is left of it as `torch.chunk` does. `SS(d,f)` (`_StridedShard`) stands
+for a split that is done after those of mesh dimensions further right, which make f pieces. So there are two readings:
 
-2026-11: DCP's own `create_chunk_list` of a DTensor gives one box and only its first offset, which is wrong
-where a `_StridedShard` leaves several separate ranges; here a shard is a list of boxes, almost always of one.
+* The splits that the factors tell of are done in that order. This is what FSDP2 after tensor parallelism holds, and
+  how torch redistributes (`DTensorSpec._maybe_convert_StridedShard_to_shard_order`).
+* Where no order of the mesh dimensions has these factors (a reshaped DTensor), each placement is applied from left
+  to right: `SS(d,f)` cuts into f pieces, each piece into as many as the mesh dimension has ranks, and gives rank i
+  the i-th of every piece (`_StridedShard._split_tensor`).
+
+Both agree wherever everything divides evenly. 2026-11, torch 2.13: where it does not, they may differ. With 9 rows on
+a mesh (4, 2) rank (3, 0) of FSDP2 x TP holds nothing, which the second reading, `DTensor.from_local` and DCP
+take for row 8; hence the first wherever it exists. DCP's `create_chunk_list` of a DTensor gives one box and only its
+first offset, which is wrong where several separate ranges are left; here a shard is a list of boxes, almost always one.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Interval = tuple[int, int]
 """(start, length) along one dimension."""
+
+MAX_BOXES = 1 << 16
+"""Of one shard. Real shards have a few; a record that claims more is not worth the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +42,47 @@ class Box:
     local: tuple[int, ...]
 
 
-_PLACEMENT = re.compile(r"R|S\((\d+)\)|SS\((\d+),(\d+)\)")
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """One split of a tensor dimension: into `size` shares, of which this rank has number `index`."""
+
+    size: int
+    index: int
+    factor: int
+
+
+_PLACEMENT = re.compile(r"R|S\(([0-9]{1,3})\)|SS\(([0-9]{1,3}),([1-9][0-9]{0,5})\)")
+
+
+def parse_placement(placement: str) -> tuple[int, int] | None:
+    """(tensor dimension, split factor), None for "R"; `ValueError` for a text that is no placement."""
+    match = _PLACEMENT.fullmatch(placement)
+    if match is None:
+        raise ValueError(f"{placement!r} is not a placement: R, S(dim) or SS(dim,split_factor)")
+    if match[1] is not None:
+        return int(match[1]), 1
+    return (int(match[2]), int(match[3])) if match[2] is not None else None
 
 
 def shard_boxes(
     shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[str], coordinate: Sequence[int]
 ) -> tuple[Box, ...]:
-    """The boxes that the rank at `coordinate` of the mesh holds; none if its shard is empty."""
-    dims: list[list[Interval]] = [[(0, length)] for length in shape]
+    """The boxes that the rank at `coordinate` of the mesh holds; none if its shard is empty.
+
+    `ValueError` for placements that do not fit the shape or the mesh.
+    """
+    splits: dict[int, list[_Split]] = {}
     for size, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
-        match = _PLACEMENT.fullmatch(placement)
-        if match is None:
-            raise ValueError(f"{placement!r} is not a placement: R, S(dim) or SS(dim,split_factor)")
-        if match[1] is not None:
-            dim = int(match[1])
-            dims[dim] = _take(dims[dim], size, (index,))
-        elif match[2] is not None:
-            dim, factor = int(match[2]), int(match[3])
-            dims[dim] = _take(dims[dim], factor * size, range(index, factor * size, size))
+        if not 0 <= index < size:
+            raise ValueError(f"coordinate {list(coordinate)} is not on a mesh of shape {list(mesh_shape)}")
+        parsed = parse_placement(placement)
+        if parsed is not None:
+            if parsed[0] >= len(shape):
+                raise ValueError(f"{placement} of a tensor of {len(shape)} dimensions")
+            splits.setdefault(parsed[0], []).append(_Split(size, index, parsed[1]))
+    dims: list[list[Interval]] = [[(0, length)] for length in shape]
+    for dim, of_dim in splits.items():
+        dims[dim] = _split(shape[dim], of_dim)
     return _product(dims)
 
 
@@ -63,36 +97,88 @@ def is_replicated(placements: Sequence[str]) -> bool:
     return all(placement == "R" for placement in placements)
 
 
-def _take(intervals: list[Interval], chunks: int, wanted: Sequence[int] | range) -> list[Interval]:
-    """The chunks numbered `wanted` of the concatenated intervals, split as `torch.chunk(chunks)` does."""
-    total = sum(length for _, length in intervals)
-    size = -(-total // chunks) if total else 0
+def _split(length: int, splits: list[_Split]) -> list[Interval]:
+    """What is left of a dimension after all splits of it, given from left to right."""
+    order = _order(splits)
+    if order is not None:
+        start = 0
+        for split in order:
+            begin, length = _chunk(length, split.size, split.index)
+            start += begin
+        return [(start, length)]
+    intervals = [(0, length)]
+    for split in splits:
+        total = sum(length for _, length in intervals)
+        intervals = _select(intervals, _strided(total, split))
+    return intervals
+
+
+def _order(splits: list[_Split]) -> list[_Split] | None:
+    """In which order the splits were done if each factor counts the pieces made before by those to the right of it.
+
+    None if there is no such order. Source: `DTensorSpec._maybe_convert_StridedShard_to_shard_order`, torch 2.13.
+    """
+    order: list[_Split] = []
+    for split in reversed(splits):
+        pieces = itertools.accumulate((done.size for done in order), lambda a, b: a * b, initial=1)
+        place = next((i for i, count in enumerate(pieces) if count == split.factor), None)
+        if place is None:
+            return None
+        order.insert(place, split)
+    return order
+
+
+def _chunk(length: int, chunks: int, index: int) -> Interval:
+    """The chunk of that number as `torch.chunk` cuts; what is left for the last ones may be short or nothing."""
+    size = -(-length // chunks)
+    begin = min(index * size, length)
+    return begin, min(size, length - begin)
+
+
+def _strided(length: int, split: _Split) -> Iterable[Interval]:
+    """The share of every one of `factor` pieces, from the first to the last."""
+    for number in range(min(split.factor, length)):
+        begin, piece = _chunk(length, split.factor, number)
+        inner, share = _chunk(piece, split.size, split.index)
+        if share:
+            yield begin + inner, share
+
+
+def _select(intervals: list[Interval], wanted: Iterable[Interval]) -> list[Interval]:
+    """The wanted positions (ascending, disjoint) of the concatenated intervals. One pass over both."""
     taken: list[Interval] = []
-    for number in wanted:
-        for start, length in _cut(intervals, number * size, min((number + 1) * size, total)):
-            if taken and sum(taken[-1]) == start:
-                taken[-1] = (taken[-1][0], taken[-1][1] + length)
-            else:
-                taken.append((start, length))
+    number, position = 0, 0  # the interval looked at, and the position at which it begins
+    for begin, length in wanted:
+        end = begin + length
+        while begin < end:
+            start, size = intervals[number]
+            if begin >= position + size:
+                number, position = number + 1, position + size
+                continue
+            stop = min(end, position + size)
+            _append(taken, start + begin - position, stop - begin)
+            begin = stop
     return taken
 
 
-def _cut(intervals: list[Interval], begin: int, end: int) -> list[Interval]:
-    """Positions [begin, end) of the concatenated intervals."""
-    pieces: list[Interval] = []
-    position = 0
-    for start, length in intervals:
-        low, high = max(begin, position), min(end, position + length)
-        if low < high:
-            pieces.append((start + low - position, high - low))
-        position += length
-    return pieces
+def _append(intervals: list[Interval], start: int, length: int) -> None:
+    if intervals and sum(intervals[-1]) == start:
+        intervals[-1] = (intervals[-1][0], intervals[-1][1] + length)
+    else:
+        intervals.append((start, length))
+    if len(intervals) > MAX_BOXES:
+        raise ValueError(f"a shard in more than {MAX_BOXES} pieces")
 
 
 def _product(dims: list[list[Interval]]) -> tuple[Box, ...]:
     placed: list[list[tuple[int, int, int]]] = []
+    count = 1
     for intervals in dims:
         local = itertools.accumulate((length for _, length in intervals), initial=0)
-        placed.append([(start, length, at) for (start, length), at in zip(intervals, local, strict=False)])
-    boxes = (Box(*zip(*corner, strict=True)) if corner else Box((), (), ()) for corner in itertools.product(*placed))
-    return tuple(box for box in boxes if all(box.lengths))
+        placed.append([(start, length, at) for (start, length), at in zip(intervals, local, strict=False) if length])
+        count *= len(placed[-1])
+    if count > MAX_BOXES:
+        raise ValueError(f"a shard in {count} pieces")
+    return tuple(
+        Box(*zip(*corner, strict=True)) if corner else Box((), (), ()) for corner in itertools.product(*placed)
+    )
