@@ -136,10 +136,11 @@ NOTHING: Mapping[int, str] = MappingProxyType({})
 
 
 def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[int, str] = NOTHING) -> Decision:
-    """What to keep and what to delete. The last committed step, pinned and protected ones stay whatever the policy says.
+    """What to keep and what to delete.
 
-    `protected` gives a reason for each such step ("resumed from", "just saved"); steps that are not in the history are
-    passed over. The best-scored step needs no rule here: a policy that looks at scores keeps it (`KeepBest`, n >= 1).
+    The last committed step, pinned ones and protected ones stay whatever the policy says. `protected` gives a reason
+    for each such step ("resumed from", "just saved"); steps that are not in the history are passed over. The
+    best-scored step needs no rule here: a policy that looks at scores keeps it (`KeepBest`, n >= 1).
     """
     ordered = sorted(history, key=lambda facts: facts.step)
     steps = [facts.step for facts in ordered]
