@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from shardckpt.engine.progress import Progress, SaveReport
+from shardckpt.engine.saving.progress import Progress, SaveReport
 from shardckpt.errors import CheckpointError, CheckpointSaveError
 
 
@@ -50,6 +51,10 @@ class PendingSave:
     def done(self) -> bool:
         """Whether it is over: committed or failed."""
         return self._future.done()
+
+    def failed(self) -> bool:
+        """Whether it is over without a commit."""
+        return self._future.done() and self._future.exception() is not None
 
     def result(self, timeout: timedelta | None = None) -> CheckpointInfo:
         """Wait for the commit. Raises `CheckpointSaveError` if there was none, `TimeoutError` if it is not over yet."""
@@ -90,14 +95,25 @@ class PendingSave:
             with self.stalling():
                 self._copied.wait()
 
-    def _mark_staged(self) -> None:
+    def wait(self) -> None:
+        """Wait until it is over, in whatever way. Raises nothing."""
+        wait_for_futures([self._future])
+
+    def mark_seen(self) -> None:
+        """The failure has been raised elsewhere."""
+        self._seen = True
+
+    def mark_staged(self) -> None:
+        """By the save thread: training may change everything again."""
         self._copied.set()
 
-    def _finish(self, info: CheckpointInfo) -> None:
+    def finish(self, info: CheckpointInfo) -> None:
+        """By the save thread: committed."""
         self._copied.set()
         self._future.set_result(info)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """By the save thread: not committed."""
         self._copied.set()
         self._future.set_exception(error)
 

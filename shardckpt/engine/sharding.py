@@ -116,4 +116,4 @@ def _placement(name: str, placement: Any) -> str:
         return f"SS({dim},{factor})"
     if isinstance(placement, Shard):
         return f"S({placement.dim})"
-    raise InvalidStateError(f"{name} has placement {placement}, a sum still to be done: redistribute it before the save")
+    raise InvalidStateError(f"{name} has placement {placement}, a sum still to be done: redistribute it first")

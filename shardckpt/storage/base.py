@@ -43,6 +43,13 @@ class Storage(Protocol):
         """
         ...
 
+    def replace(self, key: str, content: bytes) -> None:
+        """Create or overwrite a small object, atomically and durably: readers see the old or the new, never a part.
+
+        On a file system it is written under another name, synced, and renamed over `key`.
+        """
+        ...
+
     def read(self, key: str) -> bytes:
         """The whole of a small object. `FileNotFoundError` if it is not there."""
         ...
@@ -90,10 +97,6 @@ class RenamingStorage(Storage, Protocol):
         """Swap two folders atomically and durably; False, with nothing done, where the place cannot do that."""
         ...
 
-    def replace(self, key: str, content: bytes) -> None:
-        """Write a small object under another name, fsync it, rename it over `key`, fsync the folder."""
-        ...
-
 
 def check_key(key: str) -> str:
     """Give the key back, or raise `ValueError` if it could point outside the root."""
@@ -101,3 +104,8 @@ def check_key(key: str) -> str:
     if any(part in ("", ".", "..") for part in parts) or "\\" in key or "\0" in key or ":" in parts[0]:
         raise ValueError(f"{key!r} is not a storage key: it must be a plain relative path such as 'step_100/rank_0.pt'")
     return key
+
+
+def check_folder(prefix: str) -> str:
+    """Give the folder's key without its closing "/"; "" is the root. `ValueError` if it could point outside."""
+    return check_key(prefix.removesuffix("/")) if prefix else prefix

@@ -81,9 +81,9 @@ def _remove_replaced(storage: RenamingStorage, folder: str) -> None:
             storage.sync_folder(folder)
             storage.delete_tree(folder)
         else:
-            _log.warning("%s held no committed step; it was set aside as %s", step_folder(0)[:5], folder)
+            _log.warning("a folder that held no committed step was in the way; it was set aside as %s", folder)
     except OSError as error:
-        _log.warning("the new checkpoint is in force, but the replaced one, %s, could not be removed: %s", folder, error)
+        _log.warning("the new step is in force, but the replaced one, %s, could not be removed: %s", folder, error)
 
 
 def _commit_by_record(storage: Storage, manifest: Manifest) -> None:
@@ -114,7 +114,7 @@ def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSErro
         raise error from None
     except OSError as second:
         raise CommitUnknownError(
-            f"whether {key} was accepted cannot be told ({error}; then {second}); nothing was deleted: look again later",
+            f"whether {key} was accepted cannot be told ({error}; then {second}); nothing was deleted: look again",
             step=step,
         ) from error
     if found != content:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardckpt.engine.progress import Progress
-from shardckpt.engine.stage import SealedFile
+from shardckpt.engine.saving.progress import Progress
+from shardckpt.engine.saving.stage import SealedFile
 from shardckpt.format.manifest import FileEntry, decode_file, encode_file
 from shardckpt.storage.base import Storage
 

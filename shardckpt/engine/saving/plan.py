@@ -91,7 +91,7 @@ def plan_save(
     model_key: str = "model",
     replicated: Collection[str] = (),
 ) -> SavePlan:
-    """Decide for every tensor and value of the state. Raises `InvalidStateError` naming the key that cannot be stored."""
+    """Decide for every tensor and value of the state. `InvalidStateError` names a key that cannot be stored."""
     planner = _Planner(coordinates, model_key, frozenset(replicated))
     for part in parts:
         planner.add(part)
@@ -227,9 +227,7 @@ class _Planner:
         content = _prune(tree, draft.leaves)
         if home == "model":
             content["model_key"] = self._model_key
-        return FilePlan(
-            self._file_name(home), home, tuple(draft.records), tuple(draft.boxes), encode_tree(content)
-        )
+        return FilePlan(self._file_name(home), home, tuple(draft.records), tuple(draft.boxes), encode_tree(content))
 
 
 def home_file(home: Home, rank: int, shard: int, shards: int) -> str:
@@ -245,7 +243,7 @@ def check_tensor(name: str, tensor: torch.Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     problem = ""
     if not plain and not isinstance(tensor, torch.nn.Parameter):
-        problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}; store the plain tensors that it is made of"
+        problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}; store the plain tensors it is made of"
     elif tensor.layout != torch.strided or tensor.is_nested:
         problem = f"has layout {tensor.layout}; store its dense form or its indices and values"
     elif tensor.is_meta:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardckpt.engine.image import Image
-from shardckpt.engine.plan import FilePlan, PlannedRecord, SavePlan
+from shardckpt.engine.saving.image import Image
+from shardckpt.engine.saving.plan import FilePlan, PlannedRecord, SavePlan
 from shardckpt.format.archive import (
     LARGE,
     ArchiveLayout,
@@ -187,7 +187,7 @@ def _digest(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> str:
 
 def _crc_of(tensor: torch.Tensor) -> int:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return crc32(memoryview(flat.numpy())) if flat.numel() else 0
+    return crc32(flat.numpy().data) if flat.numel() else 0
 
 
 def _slices(target: torch.Tensor, source: torch.Tensor) -> Iterable[Callable[[], None]]:
@@ -227,5 +227,3 @@ def _run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> No
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise errors[0]
-
-

@@ -1,0 +1,1 @@
+"""ONE checkpoint: plan, stage, write, commit; load."""

@@ -1,0 +1,196 @@
+"""Load one step: compare, read what is needed, check, agree, and only then change the state.
+
+Runs on the caller's thread of every rank, in conversation over a gang of its own. Whatever goes wrong on one rank
+is an error on all, and the state is then as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from shardckpt.engine.loading.contents import Contents
+from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored, overlaps
+from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error
+from shardckpt.engine.loading.integrity import PartialSum, join_sums
+from shardckpt.engine.loading.sources import Sources
+from shardckpt.engine.saving.plan import Coordinates
+from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, GangError
+from shardckpt.format.manifest import Manifest
+from shardckpt.format.tree import map_leaves
+from shardckpt.gang.base import Gang
+from shardckpt.gang.together import together_gather
+from shardckpt.state import Part, RngState, join_path, restore
+from shardckpt.storage.base import Storage
+
+_log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Loads one committed step into a state. Made anew for each load."""
+
+    def __init__(
+        self, storage: Storage, gang: Gang, at: Coordinates, *, folder: str, manifest: Manifest, timeout: timedelta
+    ) -> None:
+        self._storage = storage
+        self._gang = gang
+        self._at = at
+        self._folder = folder
+        self._manifest = manifest
+        self._timeout = timeout
+        self._sources = Sources(manifest, at)
+        self._contents = Contents(storage, folder, manifest)
+        self._arena = Arena()
+        self._fit = Fit()
+        self._fetched: dict[int, list[Fetched]] = {}
+
+    def load(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
+        """Fill the parts. Raises the same error on every rank: `CheckpointMismatchError` where state and checkpoint
+        differ, `CheckpointDamagedError` where stored bytes are not what was written, `CheckpointLoadError` else."""
+        try:
+            self._compare(parts, policy)
+            sums = self._together(self._read, "read")
+            self._join(sums)
+            self._together(lambda: self._apply(parts), "apply")
+        except GangError as error:
+            raise self._as_load_error(error) from error
+        finally:
+            self._arena.image.release()
+
+    def _compare(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
+        """Every difference of every rank, in one error on all ranks."""
+
+        def compare() -> list[str]:
+            self._fit = fit_state(parts, self._sources, policy)
+            return self._fit.problems
+
+        gathered: Any = self._together(compare, "compare")
+        problems = None if gathered is None else [problem for own in gathered for problem in own][:1000]
+        told: Any = self._gang.broadcast(problems, timeout=self._timeout)
+        if told:
+            raise mismatch_error(told, self._manifest.step)
+
+    def _read(self) -> list[Any]:
+        """All bytes that this rank needs, checked as far as it can alone; gives the sums of what it read in part."""
+        needs = self._needs()
+        frames = self._contents.assigned(self._at.rank, self._at.world_size)
+        trees = [file for rank in self._tree_ranks() for file in self._sources.trees_of(rank)]
+        self._contents.check_sizes(frames)
+        self._contents.open({need[1] for need in needs} | set(frames), trees)
+        for position, file, chunk_box, region, target in needs:
+            stored = find_stored(self._contents.boxes(file), self._fit.tensors[position].name, chunk_box, file)
+            record = self._contents.record(file, stored)
+            need = Need(file, stored, region, target, position)
+            self._fetched.setdefault(position, []).append(self._arena.add(need, record))
+        frame_reads = self._contents.frame_reads(frames)
+        self._storage.read_into([*self._arena.reads(self._folder), *frame_reads])
+        damaged, partial = self._arena.check()
+        damaged += self._contents.damaged_frames(frames)
+        if damaged:
+            raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
+        return [item.encode() for item in partial]
+
+    def _needs(self) -> list[Any]:
+        needs = []
+        for position, wanted in enumerate(self._fit.tensors):
+            for (file, box), region, target in overlaps(wanted, self._sources.chunks(wanted.name, wanted.rule)):
+                needs.append((position, file, box, region, target))
+        return needs
+
+    def _tree_ranks(self) -> set[int]:
+        """The ranks (of those that saved) whose Python values this rank takes."""
+        ranks = {rank for rank in self._fit.trees.values() if rank is not None}
+        for value in self._fit.values:
+            rank = self._sources.part_rank([value.key], value.rule)
+            if rank is not None:
+                ranks.add(rank)
+        return ranks
+
+    def _join(self, gathered: list[Any] | None) -> None:
+        """Check the records that no rank read whole, from all ranks' sums."""
+        verdict: Any = None
+        if gathered is not None:
+            damaged, unchecked = join_sums(PartialSum.decode(item) for own in gathered for item in own)
+            if unchecked:
+                _log.info(
+                    "%d bytes of step %d were read in part by this job and could not be checked against a digest",
+                    unchecked,
+                    self._manifest.step,
+                )
+            verdict = damaged
+        verdict = self._gang.broadcast(verdict, timeout=self._timeout)
+        if verdict:
+            raise CheckpointDamagedError(self._damage(verdict), step=self._manifest.step)
+
+    def _apply(self, parts: Sequence[Part]) -> None:
+        """The state changes here and nowhere else; random streams last."""
+        made: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for position, wanted in enumerate(self._fit.tensors):
+                target = self._target(wanted, made)
+                for item in self._fetched.get(position, ()):
+                    region = tuple(
+                        slice(at, at + n) for at, n in zip(item.need.target, item.need.region.lengths, strict=True)
+                    )
+                    target[region].copy_(self._arena.tensor(item))
+        values = self._loaded_values()
+        for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
+            self._restore(part, values, made)
+
+    def _target(self, wanted: WantedTensor, made: dict[str, torch.Tensor]) -> torch.Tensor:
+        if wanted.local is None:
+            made[wanted.name] = torch.empty(wanted.shape, dtype=getattr(torch, wanted.dtype))
+            return made[wanted.name]
+        return wanted.local
+
+    def _loaded_values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for value in self._fit.values:
+            rank = self._sources.part_rank([value.key], value.rule)
+            if rank is not None:
+                values[value.key] = self._contents.leaves(self._sources.trees_of(rank))[value.key][1]
+        return values
+
+    def _restore(self, part: Part, values: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> None:
+        if part.kind in ("module", "leaf"):
+            loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
+            restore(part, loaded)
+            return
+        rank = self._fit.trees.get(part.key)
+        if rank is None:
+            _log.warning(
+                "%s was saved for each of %d ranks; rank %d keeps what it has",
+                part.key,
+                self._manifest.world_size,
+                self._at.rank,
+            )
+            return
+        held = {wanted.name: wanted.local for wanted in self._fit.tensors if wanted.local is not None}
+        tree = self._contents.subtree(self._sources.trees_of(rank), part.path)
+        restore(part, map_leaves(tree, lambda path, leaf: self._leaf(join_path(path), leaf, made, held), part.path))
+
+    def _leaf(self, name: str, leaf: Any, made: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return made.get(name, held.get(name, leaf))
+
+    def _together(self, work: Any, phase: str) -> Any:
+        return together_gather(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)
+
+    def _damage(self, files: Sequence[str]) -> str:
+        names = ", ".join(sorted(set(files))[:10])
+        return (
+            f"step {self._manifest.step} at {self._storage.url} is damaged: the bytes of {names} are not those that "
+            "were written; nothing was loaded. Resume from another step, or restore the files from a copy"
+        )
+
+    def _as_load_error(self, error: GangError) -> CheckpointLoadError:
+        """Damage found on one rank is damage on all; everything else is a load that failed."""
+        kinds = {failure.kind for failure in error.failures.values()}
+        damage = kinds & {CheckpointDamagedError.__name__, "FileNotFoundError", "EOFError"}
+        kind = CheckpointDamagedError if damage and not error.absent else CheckpointLoadError
+        return kind(f"step {self._manifest.step} was not loaded: {error}", step=self._manifest.step)

@@ -1,0 +1,210 @@
+"""Does the checkpoint fit the state? All differences at once, each with a policy. Pure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from shardckpt.engine.loading.sources import BelongsToRankError, Sources
+from shardckpt.engine.saving.plan import check_tensor
+from shardckpt.engine.sharding import describe
+from shardckpt.errors import CheckpointMismatchError
+from shardckpt.format.placement import Box
+from shardckpt.format.tree import map_leaves
+from shardckpt.state import NewWorld, Part, Path, join_path
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPolicy:
+    """What to do where checkpoint and state differ. By default every difference is an error, and all are reported."""
+
+    missing: Literal["error", "keep"] = "error"
+    """A key of the state that the checkpoint lacks: keep what the state has now."""
+    unexpected: Literal["error", "ignore"] = "error"
+    """A key of the checkpoint, below a part that is loaded, that the state lacks."""
+    shape: Literal["error", "keep"] = "error"
+    """A tensor of another shape: keep what the state has now."""
+    dtype: Literal["error", "keep", "cast"] = "error"
+    """A tensor of another dtype: keep what the state has now, or convert to the state's dtype."""
+    new_world: Mapping[str, NewWorld] = field(default_factory=dict)
+    """By top-level key: what a rank gets of values that differ between ranks, in a job of another size."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedTensor:
+    """A tensor of the state that is to be filled: `local` is this rank's part of it, made of `boxes` of the whole.
+
+    `local` is None where the state has no tensor to fill: a whole one is made, of the checkpoint's dtype and shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    local: torch.Tensor | None
+    rule: NewWorld
+
+
+@dataclass(frozen=True, slots=True)
+class WantedValue:
+    """A Python value of the state that is to be taken from the checkpoint."""
+
+    key: str
+    path: Path
+    rule: NewWorld
+
+
+@dataclass(slots=True)
+class Fit:
+    """What this rank will load, and every reason why it should not."""
+
+    tensors: list[WantedTensor] = field(default_factory=list)
+    values: list[WantedValue] = field(default_factory=list)
+    trees: dict[str, int | None] = field(default_factory=dict)
+    """By part: the rank (of those that saved) whose nested values it takes; None: the part is left as it is."""
+    problems: list[str] = field(default_factory=list)
+
+
+def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fit:
+    """Compare the state of this rank with the record."""
+    fit = Fit()
+    for part in parts:
+        _Fitter(part, sources, policy, fit).run()
+    return fit
+
+
+def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
+    """One error for all differences of all ranks."""
+    every = list(dict.fromkeys(problems))
+    shown = "".join(f"\n  - {problem}" for problem in every[:50])
+    more = f"\n  ... and {len(every) - 50} more" if len(every) > 50 else ""
+    return CheckpointMismatchError(
+        f"checkpoint of step {step} does not fit the state, and nothing was loaded; {len(every)} differences:"
+        f"{shown}{more}\nChange the state, or allow a kind of difference with LoadPolicy(...).",
+        problems=every,
+        step=step,
+    )
+
+
+class _Fitter:
+    """One part against the record."""
+
+    def __init__(self, part: Part, sources: Sources, policy: LoadPolicy, fit: Fit) -> None:
+        self._part, self._sources, self._policy, self._fit = part, sources, policy, fit
+        own: NewWorld = getattr(part.owner, "new_world", "fail") if part.kind == "stateful" else "fail"
+        self._rule: NewWorld = policy.new_world.get(str(part.path[0]), own)
+        self._saved = sources.under(part.key)
+
+    def run(self) -> None:
+        if not self._saved:
+            self._missing(self._part.key)
+        elif self._part.kind == "stateful":
+            self._take_everything()
+        else:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Key by key: modules, optimizers and leaves are what says which keys there are."""
+        leaves: dict[str, tuple[Path, object]] = {}
+        map_leaves(self._part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), self._part.path)
+        names = set(leaves)
+        if self._part.kind == "optimizer":
+            leaves, names = self._optimizer_leaves(leaves)
+        for name, (path, leaf) in leaves.items():
+            if isinstance(leaf, torch.Tensor):
+                self._want_tensor(name, leaf)
+            elif self._sources.value_home(name) is not None:
+                self._fit.values.append(WantedValue(name, path, self._rule))
+            else:
+                self._missing(name, "is a tensor" if self._sources.tensor(name) else "")
+        if self._policy.unexpected == "error":
+            for name in (saved for saved in self._saved if saved not in names):
+                self._problem(f"unexpected: {name} is in the checkpoint but not in the state{_near(name, names)}")
+
+    def _optimizer_leaves(self, leaves: dict[str, tuple[Path, object]]) -> tuple[dict[str, Any], set[str]]:
+        """The tensors that must fit, and all names that are expected.
+
+        Hyperparameters are taken as they were saved, whatever there were; a checkpoint taken before the first step
+        has no state, and none is asked for.
+        """
+        key = self._part.key
+        self._take_tree()
+        expected = {name for name in self._saved if not name.startswith(f"{key}.state.")} | set(leaves)
+        tensors = {name: found for name, found in leaves.items() if isinstance(found[1], torch.Tensor)}
+        if self._sources.value_home(f"{key}.state") is not None:
+            tensors = {name: found for name, found in tensors.items() if not name.startswith(f"{key}.state.")}
+        expected |= {name for name in self._saved if self._sources.value_home(name) is not None}
+        return tensors, expected
+
+    def _take_tree(self) -> None:
+        """The part's values come from one rank of those that saved, with the nesting they had there."""
+        try:
+            self._fit.trees[self._part.key] = self._sources.part_rank(self._saved, self._rule)
+        except BelongsToRankError as error:
+            self._problem(f"per rank: {error}")
+
+    def _take_everything(self) -> None:
+        """An object with `load_state_dict` says itself what it understands: it gets what was saved, as it was."""
+        self._take_tree()
+        if self._fit.trees.get(self._part.key) is None:
+            return
+        present: dict[str, torch.Tensor] = {}
+
+        def note(path: Path, leaf: object) -> None:
+            if isinstance(leaf, torch.Tensor) and describe(join_path(path), leaf) is not None:
+                present[join_path(path)] = leaf
+
+        map_leaves(self._part.tree, note, self._part.path)
+        for name in self._saved:
+            entry = self._sources.tensor(name)
+            if name in present:
+                self._want_tensor(name, present[name])
+            elif entry is not None:
+                boxes = _whole(entry.shape)
+                self._fit.tensors.append(WantedTensor(name, entry.dtype, entry.shape, boxes, None, self._rule))
+
+    def _want_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        entry = self._sources.tensor(name)
+        if entry is None:
+            self._missing(name, "is a Python value" if self._sources.value_home(name) else "")
+            return
+        dtype, shape = check_tensor(name, tensor), tuple(tensor.shape)
+        if shape != entry.shape:
+            if self._policy.shape == "error":
+                self._problem(f"shape: {name} is {list(entry.shape)} in the checkpoint, {list(shape)} in the state")
+            return
+        if dtype != entry.dtype and self._policy.dtype != "cast":
+            if self._policy.dtype == "error":
+                self._problem(f"dtype: {name} is {entry.dtype} in the checkpoint, {dtype} in the state")
+            return
+        sharding = describe(name, tensor)
+        boxes = sharding.boxes(shape) if sharding else _whole(shape)
+        local = getattr(tensor, "_local_tensor", tensor).detach()
+        self._fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, self._rule))
+
+    def _missing(self, name: str, instead: str = "") -> None:
+        if instead:
+            self._problem(f"kind: {name} {instead} in the checkpoint, but not in the state")
+        elif self._policy.missing == "error":
+            near = _near(name, self._sources.names())
+            self._problem(f"missing: {name} is in the state but not in the checkpoint{near}")
+
+    def _problem(self, text: str) -> None:
+        self._fit.problems.append(text)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, as a hint. Only names of the same depth are looked at, and not more than 2,000."""
+    depth = name.count(".")
+    candidates = [other for other in known if other.count(".") == depth][:2000]
+    close = difflib.get_close_matches(name, candidates, n=1)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def _whole(shape: tuple[int, ...]) -> tuple[Box, ...]:
+    zeros = (0,) * len(shape)
+    return (Box(zeros, shape, zeros),) if all(shape) else ()

@@ -1,0 +1,160 @@
+"""Where the bytes of a tensor, or a value, lie in a committed step: from its record, before any file is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from shardckpt.engine.saving.plan import Coordinates, home_file
+from shardckpt.engine.sharding import mesh_coordinate, replica_number
+from shardckpt.format.manifest import HOMES, Home, LayoutEntry, Manifest, Table, TensorEntry
+from shardckpt.format.placement import Box, shard_boxes
+from shardckpt.state import NewWorld
+
+Chunk = tuple[str, Box]
+"""A file, and a box of the tensor that it holds."""
+
+
+class BelongsToRankError(ValueError):
+    """A value that differs between the ranks that saved it, asked for by a job of another shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    entry: TensorEntry
+    layout: LayoutEntry
+    table: Table
+
+
+class Sources:
+    """The record as one loading rank sees it."""
+
+    def __init__(self, manifest: Manifest, at: Coordinates) -> None:
+        self._manifest = manifest
+        self._at = at
+        self._differ = frozenset(manifest.differ)
+        inside = f"{manifest.attempt}/"  # on object stores files lie below their attempt
+        self._folder = inside if any(file.name.startswith(inside) for file in manifest.files) else ""
+        self._same_ranks = at.world_size == manifest.world_size
+        self._same_shards = at.shards == manifest.shards
+        own = [table for table in manifest.tables if self._same_ranks and at.rank in table.ranks]
+        self._tables = own + [table for table in manifest.tables if table not in own]
+        self._chunks: dict[tuple[int, tuple[int, ...], int], list[Chunk]] = {}
+        self._plain_files: dict[tuple[int, Home], list[str]] = {}
+
+    def tensor(self, name: str) -> TensorEntry | None:
+        """The tensor's entry, or None if the step has no such tensor."""
+        found = self._find(name)
+        return found.entry if found else None
+
+    def value_home(self, key: str) -> Home | None:
+        """In which kind of file the value lies, or None if the step has no such value."""
+        return next((table.values[key] for table in self._tables if key in table.values), None)
+
+    def names(self) -> Iterator[str]:
+        """All keys of the step: tensors and values."""
+        seen: set[str] = set()
+        for table in self._tables:
+            for name in (*table.tensors, *table.values):
+                if name not in seen:
+                    seen.add(name)
+                    yield name
+
+    def under(self, prefix: str) -> list[str]:
+        """The keys below a part: the part itself, or what begins with its name and a dot."""
+        return [name for name in self.names() if name == prefix or name.startswith(f"{prefix}.")]
+
+    def chunks(self, name: str, rule: NewWorld) -> list[Chunk]:
+        """Files and boxes that together make up the tensor, each box once, near ones preferred."""
+        found = self._find(name)
+        if found is None:
+            raise KeyError(name)
+        if found.layout.mesh is None:
+            shape = found.entry.shape
+            zeros = (0,) * len(shape)
+            return [(self._plain_file(name, found, rule), Box(zeros, shape, zeros))]
+        key = (found.entry.layout, found.entry.shape, found.entry.replica)
+        if key not in self._chunks:
+            self._chunks[key] = self._sharded(found)
+        return self._chunks[key]
+
+    def part_rank(self, keys: Sequence[str], rule: NewWorld) -> int | None:
+        """The rank (of those that saved) whose values a whole part takes; None: keep what is there now."""
+        for key in keys:
+            table, home = self._locate(key)
+            if key in self._differ and not self._same_position(home):
+                return self._by_rule(key, rule, table)
+        return self._near(self._locate(keys[0])[0])
+
+    def trees_of(self, rank: int) -> list[str]:
+        """The files whose trees together hold what that rank held."""
+        present = {file.name for file in self._manifest.files if file.tree is not None}
+        return [name for home in HOMES if (name := self.files_of(rank, home)) in present]
+
+    def files_of(self, rank: int, home: Home) -> str:
+        """The file of that kind that belongs to a rank of those that saved."""
+        return self._folder + home_file(home, rank, self._manifest.shard_of[rank], self._manifest.shards)
+
+    def _locate(self, key: str) -> tuple[Table, Home]:
+        for table in self._tables:
+            if key in table.values:
+                return table, table.values[key]
+            if key in table.tensors:
+                return table, self._manifest.layouts[table.tensors[key].layout].home
+        raise KeyError(key)
+
+    def _find(self, name: str) -> _Found | None:
+        for table in self._tables:
+            entry = table.tensors.get(name)
+            if entry is not None:
+                return _Found(entry, self._manifest.layouts[entry.layout], table)
+        return None
+
+    def _near(self, table: Table) -> int:
+        """This rank's counterpart among those that saved: the same number, else one of the same shard, else any."""
+        if self._at.rank in table.ranks and (self._same_ranks or not self._same_shards):
+            return self._at.rank
+        if self._same_shards:
+            same = [rank for rank in table.ranks if self._manifest.shard_of[rank] == self._at.shard]
+            if same:
+                return same[self._at.rank % len(same)]
+        return table.ranks[self._at.rank % len(table.ranks)]
+
+    def _same_position(self, home: Home) -> bool:
+        return self._same_ranks and self._same_shards if home == "rank" else self._same_shards
+
+    def _by_rule(self, key: str, rule: NewWorld, table: Table) -> int | None:
+        if rule == "first":
+            return table.ranks[0]
+        if rule == "own":
+            return self._at.rank if self._at.rank in table.ranks else None
+        manifest = self._manifest
+        raise BelongsToRankError(
+            f"{key} was saved with a different value by each of {manifest.world_size} ranks ({manifest.shards} model "
+            f"shards), and this job has {self._at.world_size} ({self._at.shards}); say what a rank gets: "
+            f"new_world={{{key.split('.', 1)[0]!r}: 'own' or 'first'}}"
+        )
+
+    def _plain_file(self, name: str, found: _Found, rule: NewWorld) -> str:
+        home = found.layout.home
+        if name in self._differ and not self._same_position(home):
+            rank = self._by_rule(name, rule, found.table)
+            return self.files_of(self._at.rank % self._manifest.world_size if rank is None else rank, home)
+        return self.files_of(self._near(found.table), home)
+
+    def _sharded(self, found: _Found) -> list[Chunk]:
+        assert found.layout.mesh is not None
+        mesh = self._manifest.meshes[found.layout.mesh]
+        chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk] = {}
+        for position, rank in enumerate(mesh.ranks):
+            coordinate = mesh_coordinate(mesh, position)
+            replica = replica_number(mesh.shape, found.layout.placements, coordinate)
+            if found.layout.home == "rank" and replica != found.entry.replica:
+                continue
+            file = self.files_of(rank, found.layout.home)
+            near = self._manifest.shard_of[rank] == self._at.shard
+            for box in shard_boxes(found.entry.shape, mesh.shape, found.layout.placements, coordinate):
+                key = (box.offsets, box.lengths)
+                if key not in chunks or near:
+                    chunks[key] = (file, box)
+        return list(chunks.values())

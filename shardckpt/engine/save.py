@@ -1,0 +1,285 @@
+"""Save one step: plan and stage on the caller's thread, then write, exchange receipts and commit on the save thread.
+
+Each phase runs in `together`: it ends on every rank with success, or with one error that names who failed. The
+save thread has a gang of its own; the training's process groups are never used.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import torch
+
+from shardckpt.engine.pending import CheckpointInfo, PendingSave
+from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
+from shardckpt.engine.saving.plan import Coordinates, SavePlan, plan_save
+from shardckpt.engine.saving.progress import SaveReport
+from shardckpt.engine.saving.receipts import (
+    TableBook,
+    compose_manifest,
+    describe_own,
+    disagreements,
+    explain,
+    held_of,
+    written_for_peers,
+)
+from shardckpt.engine.saving.stage import Stager, Staging
+from shardckpt.engine.saving.write import Receipt, decode_receipt, write_files
+from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError
+from shardckpt.format.layout import new_attempt, step_folder
+from shardckpt.gang.base import Gang
+from shardckpt.gang.together import together, together_gather
+from shardckpt.state import Part
+from shardckpt.storage.base import Storage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """What one save is asked for, beside step and state."""
+
+    model_key: str = "model"
+    replicated: Collection[str] = ()
+    """Top-level keys that all data-parallel ranks of a shard hold alike ("*": all)."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The user's own JSON, kept in the record; rank 0's is taken."""
+    overlap: bool = True
+    """Copy parameters and optimizer state while training goes on to its next optimizer step."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """One save on its way through the save thread."""
+
+    pending: PendingSave
+    options: SaveOptions
+    scope: str
+    began: float
+    plan: SavePlan | None = None
+    staging: Staging | None = None
+    later: Callable[[torch.Tensor], bool] = lambda _: False
+    alike: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By file: digests of what this rank holds of the tensors that one rank writes for all."""
+    error: BaseException | None = None
+    """What went wrong before the save thread took over; the other ranks are told."""
+
+
+class Saver:
+    """Saves steps of one run, one after the other. Used by all ranks in step; `start` on the training's thread."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        gang: Gang,
+        coordinates: Coordinates,
+        *,
+        timeout: timedelta,
+        on_commit: Callable[[CheckpointInfo, PendingSave], None] = lambda info, pending: None,
+    ) -> None:
+        self._storage = storage
+        self._gang = gang
+        self._at = coordinates
+        self._timeout = timeout
+        self._on_commit = on_commit
+        self._stager = Stager()
+        self._hooks = StepHooks()
+        self._tries: Counter[int] = Counter()
+        self._book = TableBook()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardckpt-save")
+        self._last: PendingSave | None = None
+
+    @property
+    def last(self) -> PendingSave | None:
+        """The save that was started last."""
+        return self._last
+
+    def start(self, step: int, take_parts: Callable[[], Sequence[Part]], options: SaveOptions) -> PendingSave:
+        """Begin to save; returns when what training may change next is safe. Waits for an earlier save to be written.
+
+        An error of this rank's state is raised here at once, and on the other ranks by their `PendingSave`.
+        """
+        pending = PendingSave(step)
+        work = _Work(pending, options, f"save/{step}/{self._tries[step]}", time.perf_counter())
+        with pending.stalling():
+            step_folder(step)
+            self._tries[step] += 1
+            self.drain()
+            self._last = pending
+            try:
+                self._stage_now(work, take_parts())
+            except BaseException as error:
+                work.error = error
+            self._thread.submit(self._run, work)
+        if work.error is not None:
+            pending.mark_seen()
+            raise work.error
+        return pending
+
+    def drain(self) -> None:
+        """Wait until no save is under way. Raises nothing."""
+        if self._last is not None:
+            self._last.wait()
+
+    def wait_until_staged(self) -> None:
+        """Hold whoever wants to change parameters until the copy is done."""
+        if self._last is not None:
+            self._last.wait_until_staged()
+
+    def close(self) -> None:
+        """Let the save under way end, then give everything back. Raises nothing."""
+        self._thread.shutdown(wait=True)
+        self._hooks.remove()
+        self._stager.close()
+
+    def _stage_now(self, work: _Work, parts: Sequence[Part]) -> None:
+        options = work.options
+        work.plan = plan_save(parts, self._at, model_key=options.model_key, replicated=options.replicated)
+        work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
+        work.pending.report.nbytes = work.staging.nbytes
+        memory = memory_of_optimizers(parts) if options.overlap else frozenset()
+        work.later = lambda tensor: tensor.data_ptr() in memory
+        work.staging.copy(lambda tensor: not work.later(tensor))
+        self._hooks.install(parts, work.pending)
+
+    def _run(self, work: _Work) -> None:
+        """On the save thread. Never raises: what happens ends in the `PendingSave`."""
+        pending = work.pending
+        try:
+            self._stage_later(work)
+            info = self._write_and_commit(work)
+        except BaseException as error:
+            pending.fail(self._as_save_error(error, pending.step))
+            return
+        pending.report.total_s = time.perf_counter() - work.began
+        pending.report.total_nbytes = info.nbytes
+        pending.finish(info)
+        try:
+            self._on_commit(info, pending)
+        except Exception:
+            _log.exception("step %d is committed, but what was to be done after it failed", info.step)
+
+    def _stage_later(self, work: _Work) -> None:
+        """The copies that training may overlap with. Whatever happens, training is not held longer than this."""
+        began = time.perf_counter()
+        try:
+            if work.error is None and work.staging is not None:
+                work.staging.copy(work.later)
+                work.alike = work.staging.sum_alike()
+        except BaseException as error:
+            work.error = error
+        finally:
+            work.pending.mark_staged()
+            work.pending.report.stage_s = time.perf_counter() - began
+
+    def _write_and_commit(self, work: _Work) -> CheckpointInfo:
+        step, gang, report = work.pending.step, self._gang, work.pending.report
+        gang.enter(work.scope, timeout=self._timeout)
+        attempt = self._begin(step)
+        prefix = attempt_prefix(self._storage, step, attempt)
+
+        def write() -> dict[str, Any]:
+            return self._write(work, prefix).encode()
+
+        try:
+            with _timed(report, "write_s"):
+                receipts = together_gather(gang, write, phase="write", timeout=self._timeout, step=step)
+            with _timed(report, "commit_s"):
+                self._check_alike(work, receipts)
+                return self._commit(work, attempt, receipts)
+        except BaseException as error:
+            if self._at.rank == 0 and not _may_be_committed(error):
+                abandon_attempt(self._storage, prefix)
+            raise
+
+    def _begin(self, step: int) -> str:
+        """Rank 0 draws the attempt and makes room for it; all learn its id."""
+        attempt = new_attempt()
+
+        def begin() -> None:
+            if self._at.rank == 0:
+                begin_attempt(self._storage, attempt_prefix(self._storage, step, attempt))
+
+        together(self._gang, begin, phase="begin", timeout=self._timeout, step=step)
+        return str(self._gang.broadcast(attempt, timeout=self._timeout))
+
+    def _write(self, work: _Work, prefix: str) -> Receipt:
+        if work.error is not None:
+            raise work.error
+        assert work.plan is not None
+        assert work.staging is not None
+        sealed = work.staging.seal()
+        began = time.perf_counter()
+        files = write_files(self._storage, prefix, sealed, work.pending.progress)
+        seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
+        work.alike |= written_for_peers(self._at, work.plan, sealed)
+        return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)
+
+    def _check_alike(self, work: _Work, receipts: list[Any] | None) -> None:
+        """Tensors that one rank wrote for all must be the same on all: otherwise there is no commit."""
+        step = work.pending.step
+        found = None if receipts is None else disagreements([decode_receipt(receipt) for receipt in receipts])
+        doubtful = self._gang.broadcast(found, timeout=self._timeout)
+        if not doubtful:
+            return
+        held = self._gang.gather(held_of(doubtful, work.alike), timeout=self._timeout)
+        message = self._gang.broadcast(None if held is None else explain(held), timeout=self._timeout)
+        raise CheckpointSaveError(f"step {step} was not saved: {message}", step=step)
+
+    def _commit(self, work: _Work, attempt: str, receipts: list[Any] | None) -> CheckpointInfo:
+        assert work.plan is not None
+        tables = self._book.exchange(self._gang, work.plan, receipts, timeout=self._timeout)
+        step = work.pending.step
+        summary: dict[str, Any] = {}
+
+        def commit() -> None:
+            if receipts is None:
+                return
+            decoded = [decode_receipt(receipt) for receipt in receipts]
+            created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            manifest = compose_manifest(step, attempt, created, decoded, tables, dict(work.options.metadata))
+            commit_attempt(self._storage, attempt_prefix(self._storage, step, attempt), manifest)
+            slowest = max(decoded, key=lambda receipt: receipt.seconds["write"])
+            summary.update(nbytes=manifest.nbytes, created=created, slowest=slowest.rank)
+
+        together(self._gang, commit, phase="commit", timeout=self._timeout, step=step)
+        said: Any = self._gang.broadcast(summary, timeout=self._timeout)
+        work.pending.report.slowest_rank = said["slowest"]
+        url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
+        return CheckpointInfo(
+            step, url, said["nbytes"], self._at.world_size, said["created"], dict(work.options.metadata)
+        )
+
+    def _as_save_error(self, error: BaseException, step: int) -> CheckpointError:
+        if isinstance(error, CheckpointSaveError):
+            return error
+        kind = CommitUnknownError if _may_be_committed(error) else CheckpointSaveError
+        wrapped = kind(f"step {step} was not saved: {error}", step=step)
+        wrapped.__cause__ = error
+        return wrapped
+
+
+def _may_be_committed(error: BaseException) -> bool:
+    """Whether the outcome of the commit is unknown: then nothing may be deleted."""
+    if isinstance(error, GangError):
+        return any(failure.kind == CommitUnknownError.__name__ for failure in error.failures.values())
+    return isinstance(error, CommitUnknownError)
+
+
+@contextmanager
+def _timed(report: SaveReport, name: str) -> Iterator[None]:
+    """Put the seconds inside into the report, also when they end in an error."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(report, name, time.perf_counter() - began)

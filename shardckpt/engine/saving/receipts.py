@@ -1,0 +1,216 @@
+"""From receipts to record: what each rank says it wrote and holds, checked against the others, becomes the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from shardckpt.engine.saving.plan import Coordinates, SavePlan
+from shardckpt.engine.saving.stage import SealedFile
+from shardckpt.engine.saving.write import Receipt
+from shardckpt.format.checksum import crc32, to_hex
+from shardckpt.format.manifest import (
+    FileEntry,
+    LayoutEntry,
+    Manifest,
+    MeshEntry,
+    Table,
+    decode_table,
+    encode_table,
+)
+from shardckpt.gang.base import Gang
+
+Tables = list[tuple[list[MeshEntry], list[LayoutEntry], Table]]
+"""Each kind of table, with the meshes and layouts that its numbers refer to; its `ranks` hold it."""
+
+
+def describe_own(
+    at: Coordinates,
+    plan: SavePlan,
+    sealed: Sequence[SealedFile],
+    files: tuple[FileEntry, ...],
+    alike: Mapping[str, Mapping[str, str]],
+    seconds: Mapping[str, float],
+) -> Receipt:
+    """This rank's receipt, made on its save thread after its files are durable."""
+    digests = {
+        file.entry.name: _plain_tensors(plan, file) | _value_digests(plan, file.entry.kind)
+        for file in sealed
+        if _has_siblings(file.entry.kind, at)
+    }
+    own_alike = {file: _digest_of(keys) for file, keys in alike.items()}
+    return Receipt(at.rank, at.shard, files, digests, own_alike, _table_digest(plan), seconds)
+
+
+def written_for_peers(at: Coordinates, plan: SavePlan, sealed: Sequence[SealedFile]) -> dict[str, dict[str, str]]:
+    """By file: digests of the unsharded tensors that this rank wrote for all ranks of its shard."""
+    if at.dp_size == 1:
+        return {}
+    return {file.entry.name: _plain_tensors(plan, file) for file in sealed if file.entry.kind != "rank"}
+
+
+def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
+    plain = {name for name, entry in plan.table.tensors.items() if plan.layouts[entry.layout].mesh is None}
+    return {name: text for name, text in file.digests.items() if name in plain}
+
+
+def disagreements(receipts: Sequence[Receipt]) -> list[str]:
+    """The files of which two ranks hold different content although it was taken to be the same."""
+    seen: dict[str, set[str]] = {}
+    for receipt in receipts:
+        for file, digest in receipt.alike.items():
+            seen.setdefault(file, set()).add(digest)
+    return sorted(file for file, digests in seen.items() if len(digests) > 1)
+
+
+def compose_manifest(
+    step: int, attempt: str, created: str, receipts: Sequence[Receipt], tables: Tables, metadata: dict[str, Any]
+) -> Manifest:
+    """The record of all receipts. On rank 0. `ValueError` if two ranks claim the same file."""
+    files = sorted((file for receipt in receipts for file in receipt.files), key=lambda file: file.name)
+    names = [file.name for file in files]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two ranks wrote the same file: {sorted({n for n in names if names.count(n) > 1})}")
+    meshes, layouts, merged = _merge_tables(tables)
+    return Manifest(
+        step=step,
+        attempt=attempt,
+        created=created,
+        shard_of=tuple(receipt.shard for receipt in receipts),
+        files=tuple(files),
+        meshes=meshes,
+        layouts=layouts,
+        tables=merged,
+        differ=_differing(receipts),
+        mesh_sizes=_sizes(receipts),
+        versions={"shardckpt": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        metadata=metadata,
+    )
+
+
+class TableBook:
+    """What rank 0 already knows of the ranks' tables, so that each kind travels once per run and not once per save."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def exchange(self, gang: Gang, plan: SavePlan, receipts: list[Any] | None, *, timeout: timedelta) -> Tables:
+        """Rank 0 asks one rank of each kind that it does not know; gives the tables on rank 0, nothing elsewhere."""
+        ranks_of: dict[str, list[int]] = {}
+        for receipt in receipts or ():
+            ranks_of.setdefault(receipt["table"], []).append(receipt["rank"])
+        asked = [ranks[0] for digest, ranks in ranks_of.items() if digest not in self._known]
+        wanted: Any = gang.broadcast(asked, timeout=timeout)
+        if wanted:
+            sent = gang.gather(_encode_tables(plan) if gang.rank in wanted else None, timeout=timeout)
+            for content in sent or ():
+                if content is not None:
+                    self._known[_digest_of(content)] = content
+        self._known = {digest: self._known[digest] for digest in ranks_of}
+        return [_decode_tables(self._known[digest], ranks) for digest, ranks in ranks_of.items()]
+
+
+def held_of(files: Any, alike: Mapping[str, Mapping[str, str]]) -> Any:
+    """What this rank holds of the files in doubt, key by key."""
+    return {file: dict(alike[file]) for file in files if file in alike}
+
+
+def explain(held: Sequence[Any]) -> str:
+    """Which keys differ between which ranks, and what to do."""
+    seen: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for rank, files in enumerate(held):
+        for file, keys in files.items():
+            for key, digest in keys.items():
+                seen.setdefault((file, key), {}).setdefault(digest, []).append(rank)
+    differing = {key: sorted(ranks[0] for ranks in by.values()) for (_, key), by in seen.items() if len(by) > 1}
+    lines = [f"{key} (for example ranks {ranks[0]} and {ranks[1]})" for key, ranks in sorted(differing.items())]
+    what = "; ".join(lines[:10]) + (f"; and {len(lines) - 10} more" if len(lines) > 10 else "")
+    return (
+        "data-parallel ranks hold different values of tensors that belong to a model or an optimizer and are not "
+        f"sharded: {what or 'they do not hold the same keys'}. Only one of them would have been kept. Bring the ranks "
+        "into step, make them DTensors, or save them as plain entries of the state, which are kept per rank"
+    )
+
+
+def _has_siblings(kind: str, at: Coordinates) -> bool:
+    return at.world_size > 1 if kind == "rank" else at.shards > 1
+
+
+def _value_digests(plan: SavePlan, kind: str) -> dict[str, str]:
+    """Values by their text: equal values have equal texts, whatever objects they share."""
+    return {
+        key: to_hex(crc32(_stable_text(plan.values[key]).encode("utf-8", "surrogatepass")))
+        for key, home in plan.table.values.items()
+        if home == kind
+    }
+
+
+def _stable_text(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        return "set" + repr(sorted(map(_stable_text, value)))
+    return repr(value)
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def _encode_tables(plan: SavePlan) -> dict[str, Any]:
+    return {
+        "meshes": [[list(m.dims), list(m.shape), list(m.ranks)] for m in plan.meshes],
+        "layouts": [[entry.home, entry.mesh, list(entry.placements)] for entry in plan.layouts],
+        "table": {**encode_table(replace(plan.table, ranks=())), "ranks": []},
+    }
+
+
+def _table_digest(plan: SavePlan) -> str:
+    return _digest_of(_encode_tables(plan))
+
+
+def _decode_tables(content: Any, ranks: list[int]) -> tuple[list[MeshEntry], list[LayoutEntry], Table]:
+    meshes = [MeshEntry(tuple(dims), tuple(shape), tuple(members)) for dims, shape, members in content["meshes"]]
+    layouts = [LayoutEntry(home, mesh, tuple(placements)) for home, mesh, placements in content["layouts"]]
+    return meshes, layouts, replace(decode_table(content["table"]), ranks=tuple(ranks))
+
+
+def _merge_tables(tables: Tables) -> tuple[tuple[MeshEntry, ...], tuple[LayoutEntry, ...], tuple[Table, ...]]:
+    """One numbering of meshes and layouts for all tables."""
+    meshes: dict[MeshEntry, int] = {}
+    layouts: dict[LayoutEntry, int] = {}
+    merged: list[Table] = []
+    for own_meshes, own_layouts, table in tables:
+        numbers = []
+        for layout in own_layouts:
+            mesh = None if layout.mesh is None else meshes.setdefault(own_meshes[layout.mesh], len(meshes))
+            numbers.append(layouts.setdefault(replace(layout, mesh=mesh), len(layouts)))
+        tensors = {name: replace(entry, layout=numbers[entry.layout]) for name, entry in table.tensors.items()}
+        merged.append(replace(table, tensors=tensors))
+    return tuple(meshes), tuple(layouts), tuple(merged)
+
+
+def _differing(receipts: Sequence[Receipt]) -> tuple[str, ...]:
+    seen: dict[tuple[str, str], set[str]] = {}
+    kinds = {file.name: file.kind for receipt in receipts for file in receipt.files}
+    for receipt in receipts:
+        for file, keys in receipt.digests.items():
+            for key, digest in keys.items():
+                seen.setdefault((kinds[file], key), set()).add(digest)
+    return tuple(sorted({key for (_, key), digests in seen.items() if len(digests) > 1}))
+
+
+def _sizes(receipts: Sequence[Receipt]) -> dict[str, int]:
+    shards = max(receipt.shard for receipt in receipts) + 1
+    return {"data": len(receipts) // shards, "model": shards}
+
+
+def _version() -> str:
+    from shardckpt import __version__
+
+    return str(__version__)

@@ -1,0 +1,300 @@
+"""CheckpointManager: the face of the engine towards a training program. It only composes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+from shardckpt.engine.load import Loader
+from shardckpt.engine.loading.fit import LoadPolicy
+from shardckpt.engine.pending import CheckpointInfo, PendingSave
+from shardckpt.engine.save import SaveOptions, Saver
+from shardckpt.engine.saving.plan import Coordinates
+from shardckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointLoadError,
+    CheckpointNotFoundError,
+    GangError,
+)
+from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
+from shardckpt.gang.gangs import Gangs
+from shardckpt.gang.together import together
+from shardckpt.run.catalog import Catalog
+from shardckpt.run.history import History
+from shardckpt.run.retention import KeepAll, Policy
+from shardckpt.state import take_apart
+from shardckpt.storage.base import Storage
+from shardckpt.storage.open import open_storage
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class CheckpointManager:
+    """Saves, finds and loads the checkpoints of one run.
+
+    Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
+    same order, on that thread. `save` works on in the background; nothing here ever uses the training's groups.
+
+    >>> import tempfile, torch
+    >>> model = torch.nn.Linear(2, 2)
+    >>> with CheckpointManager(tempfile.mkdtemp()) as checkpoints:
+    ...     _ = checkpoints.save(1, {"model": model})
+    ...     checkpoints.wait()
+    ...     checkpoints.steps()
+    [1]
+
+    Args:
+        root: where the run lies: a path, any URL that fsspec opens, or a `Storage`.
+        gangs: the processes that act together; found from the environment if not given.
+        keep: which steps to keep (`KeepLast(3) | KeepBest(2)`); all, if not given. Pruned after each commit.
+        timeout: how long a rank waits for its peers in one phase of a save or load before it gives up.
+        overlap: copy parameters and optimizer state while training goes on to its next optimizer step.
+        tolerate: how many saves in a row may fail before `save` raises the failure of the last one; up to then a
+            failure is logged, and raised by whoever asks for its result, by `wait` and at the end of the `with`.
+        storage_options: for fsspec; never logged or recorded.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Storage,
+        gangs: Gangs | None = None,
+        *,
+        keep: Policy | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        overlap: bool = True,
+        tolerate: int = 2,
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        gangs = gangs or Gangs.from_env()
+        self._storage = _storage(root, storage_options)
+        self._gang = gangs.fork("load").root
+        self._at = coordinates_of(gangs)
+        self._timeout = timeout
+        self._overlap = overlap
+        self._tolerate = tolerate
+        self._failed_in_a_row = 0
+        self._tries: Counter[str] = Counter()
+        self._catalog = Catalog(self._storage)
+        self._history = History(self._catalog, keep or KeepAll())
+        self._save_gang = gangs.fork("save").root
+        self._saver = Saver(self._storage, self._save_gang, self._at, timeout=timeout, on_commit=self._after_commit)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            _log.error("besides, %s", failure)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        replicated: Collection[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+        model_key: str = "model",
+    ) -> PendingSave:
+        """Save the state as it is now. Returns when what training may change next is safe, not when it is written.
+
+        Parameters and optimizer state of optimizers in the state are copied while training goes on; the next
+        `optimizer.step()` waits for the copy by itself, other changes of parameters go under `guard()`. An earlier
+        save that is still being written is waited for.
+
+        Args:
+            step: the training step; saving a step again replaces it at the commit.
+            state: modules, optimizers, anything with `state_dict`/`load_state_dict`, tensors and plain values, in
+                nested dicts. `RngState()` stands for all random streams.
+            replicated: top-level keys (or "*") that all data-parallel ranks hold alike: stored once.
+            metadata: JSON of yours, kept in the record.
+            model_key: the key of the model, whose state goes to `model.<r>.pt`.
+        """
+        self._account_for_last()
+        options = SaveOptions(model_key, replicated, metadata or {}, self._overlap)
+        return self._saver.start(step, lambda: take_apart(state), options)
+
+    def wait(self) -> None:
+        """Wait for the save under way; raises its failure, or one that nobody has looked at yet."""
+        self._saver.drain()
+        error = self._saver.last.unseen_error() if self._saver.last is not None else None
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def guard(self) -> Any:
+        """Around anything but `optimizer.step()` that changes parameters (EMA, manual updates): waits for the copy."""
+        self._saver.wait_until_staged()
+        yield
+
+    def resume(
+        self,
+        state: MutableMapping[str, Any],
+        *,
+        policy: LoadPolicy | None = None,
+        allow_fresh_start: bool = False,
+    ) -> CheckpointInfo | None:
+        """Load the newest step that is good on all ranks; None if the run has no step at all.
+
+        A damaged step is passed over, and the log and the result say why. If there are steps but none is good, that
+        is an error and no silent fresh start, unless `allow_fresh_start`.
+        """
+        skipped: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            try:
+                info = self.load(step, state, policy=policy)
+            except (CheckpointDamagedError, CheckpointNotFoundError) as error:
+                _log.warning("step %d is passed over: %s", step, error)
+                skipped.append((step, str(error)))
+                continue
+            self._history.protect(step, "the step that was resumed from")
+            return replace(info, skipped=tuple(skipped))
+        if skipped and not allow_fresh_start:
+            listed = "".join(f"\n  step {step}: {reason}" for step, reason in skipped)
+            raise CheckpointLoadError(
+                f"no step at {self._storage.url} is good, but there are {len(skipped)} damaged ones:{listed}\n"
+                "Repair one, or start afresh with allow_fresh_start=True"
+            )
+        return None
+
+    def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
+        """Load that step into the state: all of it on all ranks, or nothing on any."""
+        self._saver.drain()
+        self._enter(f"load/{step}")
+        folder, manifest = self._record(step)
+        loader = Loader(self._storage, self._gang, self._at, folder=folder, manifest=manifest, timeout=self._timeout)
+        try:
+            parts = take_apart(state, for_loading=True)
+        except Exception as error:
+            self._together(_raiser(error), "take the state apart", step)
+            raise
+        self._together(lambda: None, "take the state apart", step)
+        loader.load(parts, policy or LoadPolicy())
+        url = f"{self._storage.url.rstrip('/')}/{folder}"
+        return CheckpointInfo(
+            step, url, manifest.nbytes, manifest.world_size, manifest.created, dict(manifest.metadata)
+        )
+
+    def steps(self) -> list[int]:
+        """The committed steps, in order. Rank 0 looks, all are told the same."""
+        self._enter("steps")
+        return list(self._from_rank_0(self._catalog.steps, "list the steps"))
+
+    def latest(self) -> int | None:
+        """The newest committed step, whether it is sound or not; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def save_score(self, score: float, *, step: int) -> None:
+        """Note a score of a step (for `KeepBest`). If that step is still being saved, it is noted at its commit."""
+        last = self._saver.last
+        if last is not None and last.step == step and self._history.note(step, score, over=last.done):
+            return
+        self._enter(f"score/{step}")
+        self._from_rank_0(lambda: self._history.write_score(step, score), "write the score")
+
+    def close(self) -> None:
+        """Let the save under way end and give everything back; raises a failure that nobody has looked at yet."""
+        try:
+            self.wait()
+        finally:
+            self._saver.close()
+            self._save_gang.close()
+            self._gang.close()
+            self._storage.close()
+
+    def _account_for_last(self) -> None:
+        """The failure of the last save: logged, until too many in a row have failed."""
+        self._saver.drain()
+        last = self._saver.last
+        if last is None or not last.failed():
+            self._failed_in_a_row = 0
+            return
+        self._failed_in_a_row += 1
+        error = last.unseen_error()
+        if error is None:
+            return
+        if self._failed_in_a_row > self._tolerate:
+            raise error
+        _log.error("%s (failure %d in a row; training goes on, the next save is tried)", error, self._failed_in_a_row)
+
+    def _after_commit(self, info: CheckpointInfo, pending: PendingSave) -> None:
+        """On the save thread of every rank; rank 0 logs, notes the score and prunes."""
+        if self._at.rank == 0:
+            report = pending.report
+            deleted = self._history.committed(info.step)
+            _log.info(
+                "step %d committed: %.2f GB in %.2f s (%.2f GB/s), training held for %.3f s%s",
+                info.step, info.nbytes / 1e9, report.total_s, report.rate / 1e9, report.stall_s,
+                f", deleted steps {deleted}" if deleted else "",
+            )  # fmt: skip
+
+    def _enter(self, verb: str) -> None:
+        self._tries[verb] += 1
+        self._gang.enter(f"{verb}/{self._tries[verb]}", timeout=self._timeout)
+
+    def _together(self, work: Callable[[], _T], phase: str, step: int | None = None) -> _T:
+        try:
+            return together(self._gang, work, phase=phase, timeout=self._timeout, step=step)
+        except GangError as error:
+            if error.__cause__ is not None and isinstance(error.__cause__, CheckpointError):
+                raise error.__cause__ from error
+            raise
+
+    def _from_rank_0(self, work: Callable[[], Any], phase: str) -> Any:
+        """Rank 0 does it; all get its result (JSON), or the same error."""
+        done: Any = self._together(lambda: work() if self._at.rank == 0 else None, phase)
+        return self._gang.broadcast(done, timeout=self._timeout)
+
+    def _record(self, step: int) -> tuple[str, Manifest]:
+        """Rank 0 reads the record and tells it to all."""
+
+        def read() -> list[str]:
+            folder, manifest = self._catalog.record(step)
+            return [folder, encode_manifest(manifest).decode()]
+
+        def told() -> list[str] | str:
+            try:
+                return read()
+            except (CheckpointNotFoundError, CheckpointDamagedError) as error:
+                return f"{type(error).__name__}: {error}"
+
+        answer: Any = self._from_rank_0(told, "read the record")
+        if isinstance(answer, str):
+            kind, _, message = answer.partition(": ")
+            raise (CheckpointNotFoundError if kind == "CheckpointNotFoundError" else CheckpointDamagedError)(
+                message, step=step
+            )
+        return str(answer[0]), decode_manifest(str(answer[1]).encode())
+
+
+def coordinates_of(gangs: Gangs) -> Coordinates:
+    """Where this rank stands, for the engine."""
+    shard = gangs.pp.rank * gangs.tp.size + gangs.tp.rank
+    return Coordinates(gangs.root.rank, gangs.root.size, shard, gangs.pp.size * gangs.tp.size, tuple(gangs.dp_ranks))
+
+
+def _storage(root: str | os.PathLike[str] | Storage, options: Mapping[str, object] | None) -> Storage:
+    if isinstance(root, (str, os.PathLike)):
+        return open_storage(root, storage_options=options)
+    return root
+
+
+def _raiser(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work

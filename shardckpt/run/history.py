@@ -1,0 +1,60 @@
+"""What rank 0 does for a run beside its saves: scores that wait for their commit, protected steps, pruning."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from shardckpt.errors import CheckpointError
+from shardckpt.run.catalog import Catalog
+from shardckpt.run.prune import prune
+from shardckpt.run.retention import Policy
+from shardckpt.run.scores import encode_score, write_score
+
+_log = logging.getLogger(__name__)
+
+
+class History:
+    """One per manager. `committed` runs on the save thread of rank 0, all else on the training's thread."""
+
+    def __init__(self, catalog: Catalog, policy: Policy) -> None:
+        self._catalog = catalog
+        self._policy = policy
+        self._due: dict[int, float] = {}
+        self._protected: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def protect(self, step: int, reason: str) -> None:
+        """Never prune this step while the job lives."""
+        with self._lock:
+            self._protected[step] = reason
+
+    def note(self, step: int, score: float, *, over: Callable[[], bool]) -> bool:
+        """Keep a score until its step is committed. False if the save is over: then it must be written now."""
+        encode_score(score)
+        with self._lock:
+            if over():
+                return False
+            self._due[step] = score
+            return True
+
+    def write_score(self, step: int, score: float) -> None:
+        """Give a committed step its score. On rank 0."""
+        write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+
+    def committed(self, step: int) -> list[int]:
+        """After a commit: write the score that was waiting, prune, and give the deleted steps.
+
+        What goes wrong here is logged: the step is committed all the same, and the next commit prunes again.
+        """
+        with self._lock:
+            score = self._due.pop(step, None)
+            protected = {**self._protected, step: "the step that was just saved"}
+        try:
+            if score is not None:
+                self.write_score(step, score)
+            return [deleted.step for deleted in prune(self._catalog, self._policy, protected=protected)]
+        except CheckpointError as error:
+            _log.error("step %d is committed, but afterwards: %s", step, error)
+            return []
