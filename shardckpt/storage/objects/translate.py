@@ -1,0 +1,120 @@
+"""What fsspec's back ends raise, as `OSError`s of the seam: the right class, what to do, and no secret."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Iterator, Mapping
+
+_REMOTE_IO = getattr(errno, "EREMOTEIO", errno.EIO)
+_KNOWN = (FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
+
+# Error codes of S3 that s3fs maps to something less telling, or not at all; and HTTP statuses of the others.
+_CODES: dict[str, int] = {
+    "PreconditionFailed": errno.EEXIST,  # Ceph and SeaweedFS, which do not name the condition, end as EINVAL in s3fs
+    "412": errno.EEXIST,
+    "ConditionalRequestConflict": errno.EBUSY,
+    "429": errno.EBUSY,
+    "500": _REMOTE_IO,
+    "502": errno.EBUSY,
+    "503": errno.EBUSY,
+    "504": errno.EBUSY,
+}
+# Classes that are no OSErrors, by the package that defines them: none of them is imported here.
+_LOST_CONNECTION = frozenset(
+    {
+        ("botocore", "ConnectionError"),
+        ("botocore", "HTTPClientError"),
+        ("botocore", "ResponseStreamingError"),
+        ("botocore", "IncompleteReadError"),
+        ("aiohttp", "ClientError"),
+        ("http", "HTTPException"),
+        ("urllib3", "HTTPError"),
+        ("requests", "ConnectionError"),
+        ("azure", "ServiceRequestError"),
+        ("azure", "ServiceResponseError"),
+    }
+)
+_NO_CREDENTIALS = frozenset(
+    {
+        ("botocore", "NoCredentialsError"),
+        ("botocore", "PartialCredentialsError"),
+        ("botocore", "CredentialRetrievalError"),
+        ("google", "GoogleAuthError"),
+        ("azure", "ClientAuthenticationError"),
+    }
+)
+_ADVICE: dict[int, str] = {
+    errno.EEXIST: "it is there already, and objects are write-once: choose another name or delete it first",
+    errno.ENOENT: "it is not there (is the bucket or container right?)",
+    errno.EACCES: "access was refused: check the credentials (have they expired?), the clock of this machine, and that "
+    "they may get, put, delete and list here",
+    errno.EBUSY: "the server is busy or asks to slow down: it is worth trying again later, with fewer ranks at a time",
+    _REMOTE_IO: "the server reports a fault of its own: it is worth trying again later",
+    errno.ETIMEDOUT: "no answer in time: check the network and the timeouts in storage_options",
+    errno.ECONNRESET: "no connection, or it broke: check endpoint_url, network and proxy",
+    errno.EIO: "an unexpected failure of the storage library",
+    errno.ENOTSUP: "this kind of storage cannot do that: choose another root",
+}
+
+
+def translate(error: Exception, what: str, redacted: Callable[[str], str]) -> Exception:
+    """The error to raise instead of `error`; `what` says what was tried, on which key, where.
+
+    Raise it outside of the `except` block: what the back end said may hold credentials, and a chained exception is
+    printed with the traceback. Errors that only a bug can cause are given back as they are.
+    """
+    if isinstance(error, _BUGS):
+        return error
+    number = _number(error)
+    said = redacted(str(error)).strip()
+    said = f" ({type(error).__name__}: {said})" if said else f" ({type(error).__name__})"
+    message = f"{what}: {_ADVICE.get(number, 'it failed')}{said}"
+    if number == errno.ECONNRESET:
+        return ConnectionError(number, message)
+    return OSError(number, message)  # Python picks the class that belongs to the number
+
+
+def _number(error: Exception) -> int:
+    for code in service_codes(error):
+        if code in _CODES:
+            return _CODES[code]
+    if isinstance(error, _KNOWN):
+        return _number_of_class(error)
+    if isinstance(error, TimeoutError | asyncio.TimeoutError) or "Timeout" in type(error).__name__:
+        return errno.ETIMEDOUT
+    if isinstance(error, ConnectionError) or _is_one_of(error, _LOST_CONNECTION):
+        return errno.ECONNRESET
+    if _is_one_of(error, _NO_CREDENTIALS):
+        return errno.EACCES
+    if isinstance(error, NotImplementedError):
+        return errno.ENOTSUP
+    return error.errno or errno.EIO if isinstance(error, OSError) else errno.EIO
+
+
+def _number_of_class(error: OSError) -> int:
+    """Back ends raise `FileNotFoundError(path)` and the like, without a number."""
+    numbers = (errno.EEXIST, errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR)
+    return next(number for kind, number in zip(_KNOWN, numbers, strict=True) if isinstance(error, kind))
+
+
+def _is_one_of(error: Exception, classes: frozenset[tuple[str, str]]) -> bool:
+    return any((kind.__module__.partition(".")[0], kind.__name__) in classes for kind in type(error).__mro__)
+
+
+def service_codes(error: BaseException) -> Iterator[str]:
+    """What the service answered, of this error and those behind it: "PreconditionFailed", "412"."""
+    link: BaseException | None = error
+    for _ in range(4):
+        if link is None:
+            return
+        response = getattr(link, "response", None)
+        if isinstance(response, Mapping):
+            yield str(response.get("Error", {}).get("Code", ""))
+            yield str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+        for name in ("status_code", "status", "code"):
+            status = getattr(link, name, None)
+            if isinstance(status, int):
+                yield str(status)
+        link = link.__cause__ or link.__context__

@@ -1,0 +1,129 @@
+"""Putting one object through fsspec so that it is published whole or not at all.
+
+Never `with fs.open(path, "wb")`: leaving the block by an exception closes the file, and closing publishes what is
+there so far.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from shardckpt.storage.base import Buffer
+from shardckpt.storage.transfer.ranges import as_bytes
+
+_log = logging.getLogger(__name__)
+_SLICE_NBYTES = 8 << 20
+
+
+def publishes_whole(fs: Any) -> bool:
+    """Whether the back end puts an object in one call that either happens or does not (object stores, memory).
+
+    The others (local, SFTP, SMB, HDFS) inherit fsspec's `pipe_file`, which opens and writes a file in its place.
+    """
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
+    return type(fs).pipe_file is not AbstractFileSystem.pipe_file
+
+
+def pipe_new(fs: Any, path: str, content: bytes) -> None:
+    """Put in one call, with the condition that nothing is there if the back end offers one (`mode="create"`)."""
+    parameters = inspect.signature(getattr(fs, "_pipe_file", fs.pipe_file)).parameters
+    if "mode" in parameters:
+        fs.pipe_file(path, content, mode="create")
+    else:
+        fs.pipe_file(path, content)
+
+
+def pipe_over(fs: Any, path: str, content: bytes) -> None:
+    """Put a small object in one call, whether or not one is there."""
+    if not publishes_whole(fs):
+        fs.makedirs(fs._parent(path), exist_ok=True)
+    fs.pipe_file(path, content)
+
+
+class Upload(Protocol):
+    """An object that is being written; exactly one of `finish` and `abandon` ends it."""
+
+    def write(self, data: memoryview) -> None: ...
+
+    def finish(self) -> None:
+        """Publish. If it raises, nothing was published, or it is unknown whether it was."""
+        ...
+
+    def abandon(self) -> None:
+        """Leave nothing behind, as far as that can be done; raises nothing."""
+        ...
+
+
+class ObjectUpload:
+    """A multipart upload by the back end's own buffered file (s3fs, gcsfs, adlfs)."""
+
+    def __init__(self, fs: Any, path: str, *, part_nbytes: int) -> None:
+        self._path = path
+        self._file = _open_new(fs, path, block_size=part_nbytes)
+
+    def write(self, data: memoryview) -> None:
+        self._file.write(data)
+
+    def finish(self) -> None:
+        self._file.close()
+
+    def abandon(self) -> None:
+        try:
+            self._file.discard()
+        except Exception as error:
+            # The parts that were sent stay in the bucket, unseen but paid for, until somebody sweeps them.
+            _log.warning("an unfinished upload of %s could not be aborted (%s)", self._path, type(error).__name__)
+        finally:
+            self._file.closed = True  # or the garbage collector closes the file, and closing publishes it
+
+
+class FileUpload:
+    """A file written in its place, for back ends that are file systems (local, SFTP); removed if it fails."""
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs, self._path = fs, path
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        self._file = _open_new(fs, path)
+
+    def write(self, data: memoryview) -> None:
+        view = data
+        while len(view):
+            done = self._file.write(view)
+            view = view[len(view) if done is None else done :]
+
+    def finish(self) -> None:
+        self._file.close()
+
+    def abandon(self) -> None:
+        for step in (self._file.close, lambda: self._fs.rm_file(self._path)):
+            try:
+                step()
+            except Exception as error:
+                _log.warning("a half-written %s could not be removed (%s)", self._path, type(error).__name__)
+
+
+def _open_new(fs: Any, path: str, **options: Any) -> Any:
+    try:
+        return fs.open(path, "xb", **options)
+    except (NotImplementedError, ValueError):
+        return fs.open(path, "wb", **options)  # knows no exclusive mode; the caller has looked whether it is there
+
+
+def slices(parts: Iterable[Buffer]) -> Iterator[memoryview]:
+    """The parts in pieces that a back end's buffer can take one after the other without growing large."""
+    for part in parts:
+        view = as_bytes(part)
+        for start in range(0, len(view), _SLICE_NBYTES):
+            yield view[start : start + _SLICE_NBYTES]
+
+
+def start_upload(fs: Any, path: str, *, part_nbytes: int) -> Upload:
+    """Begin an object that is too large to be put in one call."""
+    return ObjectUpload(fs, path, part_nbytes=part_nbytes) if publishes_whole(fs) else FileUpload(fs, path)

@@ -1,0 +1,78 @@
+"""From a URL or a path to a storage: the one place where it is decided which class serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.objects.secrecy import Redactor, redact
+
+# What to install for a protocol: our own extra where there is one, else the package that fsspec names.
+_PACKAGES = {
+    "s3": "shardckpt[s3]",
+    "s3a": "shardckpt[s3]",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+    "smb": "smbprotocol",
+}
+_LOCAL = re.compile(r"(?:file|local)://(?:localhost(?=/))?")
+
+
+def open_storage(
+    url_or_path: str | os.PathLike[str], *, storage_options: Mapping[str, object] | None = None
+) -> Storage:
+    """The storage at a path ("~/runs/a") or URL ("s3://bucket/runs/a", "memory://a"); called on every rank.
+
+    Opening touches nothing: a root that is not there yet is made by the first put. `storage_options` go to the fsspec
+    file system. `ValueError` for a URL that cannot be served, `ImportError` if its package is not installed; neither
+    they nor anything else shows what the URL or the options keep secret.
+    """
+    text = os.fspath(url_or_path)
+    if not isinstance(url_or_path, str) or "://" not in text:
+        return _local(text, storage_options)
+    if local := _LOCAL.match(text):
+        return _local(text[local.end() :], storage_options)
+    if "::" in text:
+        raise ValueError(
+            f"{redact(text)!r} chains file systems: a cache in between would show old data, an archive cannot be "
+            "written by many; give the URL of the place itself"
+        )
+    return _remote(text, dict(storage_options or {}))
+
+
+def _local(path: str, options: Mapping[str, object] | None) -> Storage:
+    if options:
+        raise ValueError(f"a local path takes no storage_options (given: {', '.join(sorted(options))}): leave them out")
+    if not path:
+        raise ValueError("an empty path is no storage: use '.' for the current folder")
+    return LocalStorage(path)
+
+
+def _remote(url: str, options: dict[str, object]) -> Storage:
+    import fsspec
+
+    from shardckpt.storage.filesystem import FsspecStorage
+
+    redacted = Redactor(url=url, options=options)
+    protocol = url.partition("://")[0]
+    # Listings that fsspec keeps would hide what other processes wrote; instances that it keeps are the caller's, too.
+    fresh = {"use_listings_cache": False, "skip_instance_cache": True}
+    failure: Exception
+    try:
+        fs, root = fsspec.url_to_fs(url, **{**options, **fresh})
+        return FsspecStorage(fs, root, url=url)
+    except ImportError as error:
+        package = _PACKAGES.get(protocol)
+        advice = f"install it with `pip install '{package}'`" if package else redacted(str(error))
+        failure = ImportError(f"{redact(url)} needs a package that is not installed: {advice}")
+    except Exception as error:
+        failure = ValueError(f"cannot open {redact(url)}: {type(error).__name__}: {redacted(str(error))}")
+    raise failure

@@ -1,0 +1,1 @@
+"""What LocalStorage is made of: plain system calls on folders and files of a POSIX file system."""
