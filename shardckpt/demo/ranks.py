@@ -1,0 +1,124 @@
+"""Starts torchrun for one job, listens to its ranks, and leaves none of them behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from shardckpt.demo.messages import Event, Job, Listener, Started
+
+POLL_S = 0.02
+LAST_LINES = 15
+
+
+class RanksFailedError(Exception):
+    """torchrun ended with an error or ran past its deadline; the message ends with the last lines of the logs."""
+
+
+class Ranks:
+    """The processes of one job: `torchrun`, and the ranks that it starts. To be used in a `with` statement.
+
+    Called by the show, on its only thread. At the end of the block everything that is still running is killed.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._job = job
+        self._folder = folder
+        self._pids: list[int] = []
+        self.killed = False
+        self._deadline = time.monotonic() + job.deadline_s
+        job.write(folder / "job.json")
+        with (folder / "torchrun.log").open("wb") as log:
+            self._torchrun = subprocess.Popen(
+                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+            )
+
+    def _command(self) -> list[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        logs = ["--log-dir", str(self._folder / "logs"), "--redirects", "3"]
+        ranks = ["--nproc-per-node", str(self._job.mesh.ranks)]
+        return [*torchrun, *logs, *ranks, "-m", "shardckpt.demo.job", str(self._folder / "job.json")]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._torchrun.poll() is None:
+            self.kill()
+
+    def events(self) -> Iterator[Event]:
+        """What the ranks tell, as it comes, until all have ended; or `RanksFailedError`."""
+        listener = Listener(self._job.events)
+        running = True
+        while running:
+            running = self._torchrun.poll() is None  # looked at first: what comes after it is the last of the events
+            for event in listener.new_events():
+                if isinstance(event, Started):
+                    self._pids.append(event.pid)
+                yield event
+            if self.killed:
+                return
+            if running:
+                self._check_deadline()
+                time.sleep(POLL_S)
+        if self._torchrun.returncode != 0:
+            raise RanksFailedError(f"the ranks ended with exit status {self._torchrun.returncode}\n{self.last_lines()}")
+
+    def kill(self) -> None:
+        """SIGKILL to every rank at once, then wait for torchrun to notice and end."""
+        self.killed = True
+        for pid in self._pids:  # children of a torchrun that runs and has seen no failure yet: the numbers are theirs
+            _kill(pid)
+        if len(self._pids) < self._job.mesh.ranks:
+            self._torchrun.terminate()  # it ends the ranks that have not told their number yet
+        try:
+            self._torchrun.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._torchrun.kill()
+            self._torchrun.wait()
+
+    def last_lines(self) -> str:
+        """The end of every log that is not empty, ranks first, for a person to read."""
+        logs = [*sorted((self._folder / "logs").rglob("std*.log")), self._folder / "torchrun.log"]
+        ends = []
+        for log in logs:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if lines:
+                name = "torchrun" if log.name == "torchrun.log" else f"rank {log.parent.name} {log.stem}"
+                ends.append("\n".join([f"--- {name}", *lines[-LAST_LINES:]]))
+        return "\n".join(ends)
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() > self._deadline:
+            self.kill()
+            raise RanksFailedError(
+                f"the ranks were killed after {self._job.deadline_s:g} s (--deadline)\n{self.last_lines()}"
+            )
+
+
+def _environment() -> dict[str, str]:
+    """One thread per rank, this package importable from any folder, gloo on the loopback device where there is one."""
+    environment = dict(os.environ)
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["OMP_NUM_THREADS"] = "1"
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed for deterministic matrix products on CUDA
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

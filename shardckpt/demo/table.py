@@ -1,0 +1,207 @@
+"""What a show has found: the records of its runs, what must hold of them, and the tables for a person. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardckpt.demo.messages import Mesh, Resumed, Saved, Writing
+
+Losses = Mapping[int, float]
+"""By step; of the global batch, before the step's update."""
+
+
+@dataclass(slots=True)
+class Record:
+    """What one run told."""
+
+    mesh: Mesh
+    losses: dict[int, float] = field(default_factory=dict)
+    saves: list[Saved] = field(default_factory=list)
+    """One per step and rank."""
+    resumed: Resumed | None = None
+    stalled: Writing | None = None
+    committed: tuple[int, ...] | None = None
+    """At the end of a run that had a manager; None if it did not come to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What lies in the folder of an attempt that was killed."""
+
+    folder: str
+    files: Mapping[str, int]
+    """Name to bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that a show has found."""
+
+    reference: Record
+    interrupted: Record
+    resumed: Sequence[Record]
+    """First on the same mesh, then on the others."""
+    kill_at: int
+    """The step in whose save the ranks were killed."""
+    save_every: int
+    last_step: int
+    tolerance: float
+    leftover: Leftover | None = None
+    """None where the root cannot be looked into from here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that must hold, and what was seen."""
+
+    holds: bool
+    claim: str
+    seen: str
+
+
+def judge(results: Results) -> list[Check]:
+    """Everything that must hold of a show."""
+    return [
+        _saving_is_harmless(results),
+        _killed_in_a_save(results),
+        *(check for record in results.resumed for check in _resumed_well(results, record)),
+        _saves_again(results),
+    ]
+
+
+def _saving_is_harmless(results: Results) -> Check:
+    reference, saved = results.reference.losses, results.interrupted.losses
+    same = [step for step in saved if _same_bits(saved[step], reference.get(step))]
+    holds = len(same) == len(saved) >= results.kill_at
+    return Check(holds, "saving does not change the training", f"{len(same)} of {len(saved)} losses are bit-identical")
+
+
+def _killed_in_a_save(results: Results) -> Check:
+    stalled = results.interrupted.stalled
+    claim = f"killed while step {results.kill_at} was written; training went on"
+    if stalled is None or results.interrupted.committed is not None:
+        return Check(False, claim, "the ranks were not killed")
+    last = max(results.interrupted.losses, default=0)
+    return Check(stalled.step == results.kill_at < last, claim, f"in {stalled.key}; training was at step {last}")
+
+
+def _resumed_well(results: Results, record: Record) -> Iterator[Check]:
+    same_mesh = record.mesh == results.interrupted.mesh
+    yield _resumed_the_right_step(results, record)
+    steps = range(results.kill_at - results.save_every + 1, results.last_step + 1)
+    if set(record.losses) != set(steps):
+        yield Check(False, f"{record.mesh}: trained to the end", f"steps {sorted(record.losses)}")
+    elif same_mesh:
+        same = [step for step in steps if _same_bits(record.losses[step], results.reference.losses.get(step))]
+        seen = f"{len(same)} of {len(steps)} losses are bit-identical"
+        yield Check(len(same) == len(steps), f"{record.mesh}: resumed = uninterrupted", seen)
+    else:
+        difference = largest_difference(record.losses, results.reference.losses)
+        seen = f"largest difference {difference:.1e}"
+        yield Check(difference <= results.tolerance, f"{record.mesh}: resumed = within {results.tolerance:g}", seen)
+
+
+def _resumed_the_right_step(results: Results, record: Record) -> Check:
+    expected = results.kill_at - results.save_every
+    found = record.resumed
+    claim = f"{record.mesh}: resumes step {expected}; {results.kill_at} is not there"
+    if found is None:
+        return Check(False, claim, "nothing was resumed")
+    seen = f"step {found.step} of {', '.join(map(str, found.committed))}"
+    return Check(found.step == expected and results.kill_at not in found.committed, claim, seen)
+
+
+def _saves_again(results: Results) -> Check:
+    last = results.resumed[-1]
+    expected = {*range(results.save_every, results.last_step + 1, results.save_every)}
+    holds = last.committed is not None and set(last.committed) == expected
+    seen = f"committed: {', '.join(map(str, last.committed or ()))}"
+    return Check(holds, f"{last.mesh}: saves on, step {results.kill_at} again", seen)
+
+
+def _same_bits(one: float, other: float | None) -> bool:
+    """Equal as bits are: by their exact hexadecimal form, so that no rounding of a print can hide a difference."""
+    return other is not None and one.hex() == other.hex()
+
+
+def largest_difference(losses: Losses, reference: Losses) -> float:
+    """Over the steps of `losses`; infinite if the reference lacks one of them or one is not a number."""
+    differences = [abs(loss - reference.get(step, float("inf"))) for step, loss in losses.items()]
+    return max((d if d == d else float("inf") for d in differences), default=float("inf"))
+
+
+def render(results: Results, checks: Sequence[Check]) -> str:
+    """Everything for a person to read, at 80 columns."""
+    parts = [render_saves(results), render_kill(results), render_losses(results), render_checks(checks)]
+    return "\n\n".join(filter(None, parts))
+
+
+def render_saves(results: Results) -> str:
+    """One line per save: the slowest rank's seconds, the bytes and the rate of all ranks together."""
+    lines = ["SAVES        step    stall    stage    write   commit    total     bytes      rate"]
+    for record in (results.interrupted, *results.resumed):
+        for step in sorted({save.step for save in record.saves}):
+            ranks = [save for save in record.saves if save.step == step]
+            columns = [
+                max(getattr(save, f"{phase}_s") for save in ranks)
+                for phase in ("stall", "stage", "write", "commit", "total")
+            ]
+            nbytes = ranks[0].nbytes
+            rate = nbytes / columns[-1] / 1e6 if columns[-1] else 0.0
+            times = " ".join(f"{seconds * 1e3:5.0f} ms" for seconds in columns)
+            name = f"dp{record.mesh.dp} x tp{record.mesh.tp}"
+            lines.append(f"{name:<12} {step:4} {times} {nbytes / 1e6:6.1f} MB {rate:4.0f} MB/s")
+    return "\n".join(lines)
+
+
+def render_kill(results: Results) -> str:
+    """What the killed save has left, and why it is not a checkpoint."""
+    lines = ["KILLED"]
+    if results.leftover is not None:
+        files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(results.leftover.files.items()))
+        lines.append(f"{results.leftover.folder}: no manifest.json, so not a checkpoint")
+        lines.extend(_wrapped(f"left there: {files or 'nothing'}"))
+    for record in results.resumed:
+        if record.resumed is not None:
+            found = record.resumed
+            lines.append(f"resumed on {record.mesh}: step {found.step}, in {found.elapsed_s:.2f} s")
+            lines.extend(line for step, why in found.skipped for line in _wrapped(f"  skipped step {step}: {why}"))
+    return "\n".join(lines)
+
+
+def render_losses(results: Results) -> str:
+    """Losses before and after at some telling steps, and the largest difference of each run to the reference."""
+    records = [results.interrupted, *results.resumed]
+    names = ["killed", *(f"dp{record.mesh.dp} x tp{record.mesh.tp}" for record in results.resumed)]
+    resumed_at = results.kill_at - results.save_every
+    lines = ["LOSSES   step  uninterrupted" + "".join(f"{name:>14}" for name in names)]
+    for step in dict.fromkeys((1, resumed_at, resumed_at + 1, results.kill_at, results.last_step)):
+        reference = results.reference.losses.get(step)
+        cells = "".join(f"{_loss(record.losses.get(step)):>14}" for record in records)
+        lines.append(f"{step:>13} {_loss(reference):>14}{cells}")
+    differences = [largest_difference(record.losses, results.reference.losses) for record in records]
+    lines.append(
+        " " * 9 + f"{'max difference':>19}" + "".join(f"{d:14.1e}" if d else f"{'0':>14}" for d in differences)
+    )
+    return "\n".join(lines)
+
+
+def render_checks(checks: Sequence[Check]) -> str:
+    lines = ["CHECKS"]
+    for check in checks:
+        lines.extend([f"{'ok    ' if check.holds else 'FAILED'} {check.claim}", f"         {check.seen}"])
+    return "\n".join(lines)
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.9f}"
+
+
+def _wrapped(text: str, width: int = 80) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines
