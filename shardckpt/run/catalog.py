@@ -101,11 +101,12 @@ class Catalog:
         is not the whole record of this step, `CheckpointLoadError` if it cannot be read now.
         """
         entry = step if isinstance(step, Entry) else self.entry(step)
-        try:
-            return entry.folder, read_record(self.storage, entry)
-        except CheckpointNotFoundError:
-            entry = self.entry(entry.step)  # replaced, and so moved, since it was found: once more
-            return entry.folder, read_record(self.storage, entry)
+        for _ in range(2):  # a replacement beside this moves it twice: found here, it may be there, then here again
+            try:
+                return entry.folder, read_record(self.storage, entry)
+            except CheckpointNotFoundError:
+                entry = self.entry(entry.step)
+        return entry.folder, read_record(self.storage, entry)
 
     @property
     def _url(self) -> str:

@@ -117,4 +117,4 @@ def _delete(catalog: Catalog, entry: Entry) -> int:
 
 def _joined(errors: Mapping[int, CheckpointError], url: str) -> CheckpointDeleteError:
     causes = "".join(f"\n  step {step}: {error}" for step, error in errors.items())
-    return CheckpointDeleteError(f"in {url} could not be deleted (the others were):{causes}", step=min(errors))
+    return CheckpointDeleteError(f"some steps in {url} could not be deleted:{causes}", step=min(errors))
