@@ -38,7 +38,7 @@ def fill(storage: Storage, folder: str, files: Mapping[str, bytes] = FILES) -> N
 
 
 def commit(storage: Storage, step: int, *, attempt: str | None = None, folder: str | None = None, **record: Any) -> str:
-    """A committed step, as the engine leaves it; or, on a file system, the same in another folder. Gives its attempt."""
+    """A committed step, as the engine leaves it; on a file system perhaps in another folder. Gives its attempt."""
     attempt = attempt or new_attempt()
     files = record.pop("files", FILES)
     if isinstance(storage, RenamingStorage):

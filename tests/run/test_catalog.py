@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -163,17 +164,18 @@ def test_a_reader_beside_a_replacement_always_finds_the_step(renaming: MemorySto
     attempt = new_attempt()
     tmp, old = aside_folder(5, attempt, "tmp"), aside_folder(5, attempt, "old")
     commit(renaming, 5, folder=tmp, attempt=attempt)
-    for question in (
+    questions: list[Callable[[Catalog], int]] = [
         lambda catalog: catalog.record(5)[1].step,
-        lambda catalog: catalog.record(catalog.latest())[1].step,
+        lambda catalog: catalog.record(next(catalog.newest_first()))[1].step,
         lambda catalog: catalog.steps()[-1],
-    ):
+    ]
+    for question in questions:
         for gap in (1, 2):
             place = copy_of(renaming)
             todo: list[Callable[[], None]] = [
-                lambda place=place: place.rename_folder("step_5", old),
-                lambda place=place: place.rename_folder(tmp, "step_5"),
-                lambda place=place: place.delete_tree(old),
+                partial(place.rename_folder, "step_5", old),
+                partial(place.rename_folder, tmp, "step_5"),
+                partial(place.delete_tree, old),
             ]
             catalog = Catalog(WatchedStorage(place, acting(todo, at=at, gap=gap)))
             assert question(catalog) == 5
@@ -250,6 +252,6 @@ def test_the_first_error_of_many_requests_is_raised_and_the_rest_is_left() -> No
         begun.append(item)
         raise FileNotFoundError(item)
 
-    with pytest.raises(FileNotFoundError, match="^0$"):
+    with pytest.raises(FileNotFoundError, match=r"^0$"):
         each(fail, range(10_000))
     assert len(begun) < 10_000
