@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
+    from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
+    from shardckpt.engine.pending import PendingSave as PendingSave
+    from shardckpt.engine.saving.progress import SaveReport as SaveReport
     from shardckpt.errors import CheckpointDamagedError as CheckpointDamagedError
     from shardckpt.errors import CheckpointDeleteError as CheckpointDeleteError
     from shardckpt.errors import CheckpointError as CheckpointError
@@ -21,6 +25,13 @@ if TYPE_CHECKING:
     from shardckpt.errors import Failure as Failure
     from shardckpt.errors import GangError as GangError
     from shardckpt.errors import InvalidStateError as InvalidStateError
+    from shardckpt.gang.gangs import Gangs as Gangs
+    from shardckpt.manager import CheckpointManager as CheckpointManager
+    from shardckpt.run.retention import KeepAll as KeepAll
+    from shardckpt.run.retention import KeepBest as KeepBest
+    from shardckpt.run.retention import KeepEvery as KeepEvery
+    from shardckpt.run.retention import KeepLast as KeepLast
+    from shardckpt.state import RngState as RngState
 
     __version__: str
 
@@ -28,14 +39,25 @@ _HOME = {
     "CheckpointDamagedError": "errors",
     "CheckpointDeleteError": "errors",
     "CheckpointError": "errors",
+    "CheckpointInfo": "engine.pending",
     "CheckpointLoadError": "errors",
+    "CheckpointManager": "manager",
     "CheckpointMismatchError": "errors",
     "CheckpointNotFoundError": "errors",
     "CheckpointSaveError": "errors",
     "CommitUnknownError": "errors",
     "Failure": "errors",
     "GangError": "errors",
+    "Gangs": "gang.gangs",
     "InvalidStateError": "errors",
+    "KeepAll": "run.retention",
+    "KeepBest": "run.retention",
+    "KeepEvery": "run.retention",
+    "KeepLast": "run.retention",
+    "LoadPolicy": "engine.loading.fit",
+    "PendingSave": "engine.pending",
+    "RngState": "state",
+    "SaveReport": "engine.saving.progress",
 }
 """Public name -> the module of this package that defines it; tests/house checks it against the imports above."""
 

@@ -30,7 +30,7 @@ from shardckpt.gang.together import together
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.history import History
 from shardckpt.run.retention import KeepAll, Policy
-from shardckpt.state import take_apart
+from shardckpt.state import StateReader
 from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
 
@@ -83,6 +83,7 @@ class CheckpointManager:
         self._tolerate = tolerate
         self._failed_in_a_row = 0
         self._tries: Counter[str] = Counter()
+        self._reader = StateReader()
         self._catalog = Catalog(self._storage)
         self._history = History(self._catalog, keep or KeepAll())
         self._save_gang = gangs.fork("save").root
@@ -126,7 +127,7 @@ class CheckpointManager:
         """
         self._account_for_last()
         options = SaveOptions(model_key, replicated, metadata or {}, self._overlap)
-        return self._saver.start(step, lambda: take_apart(state), options)
+        return self._saver.start(step, lambda: self._reader.take_apart(state), options)
 
     def wait(self) -> None:
         """Wait for the save under way; raises its failure, or one that nobody has looked at yet."""
@@ -178,7 +179,7 @@ class CheckpointManager:
         folder, manifest = self._record(step)
         loader = Loader(self._storage, self._gang, self._at, folder=folder, manifest=manifest, timeout=self._timeout)
         try:
-            parts = take_apart(state, for_loading=True)
+            parts = self._reader.take_apart(state, for_loading=True)
         except Exception as error:
             self._together(_raiser(error), "take the state apart", step)
             raise
@@ -201,10 +202,13 @@ class CheckpointManager:
     def save_score(self, score: float, *, step: int) -> None:
         """Note a score of a step (for `KeepBest`). If that step is still being saved, it is noted at its commit."""
         last = self._saver.last
-        if last is not None and last.step == step and self._history.note(step, score, over=last.done):
-            return
+
+        def note_or_write() -> None:
+            if last is None or last.step != step or not self._history.note(step, score, over=last.done):
+                self._history.write_score(step, score)
+
         self._enter(f"score/{step}")
-        self._from_rank_0(lambda: self._history.write_score(step, score), "write the score")
+        self._from_rank_0(note_or_write, "write the score")
 
     def close(self) -> None:
         """Let the save under way end and give everything back; raises a failure that nobody has looked at yet."""

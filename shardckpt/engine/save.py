@@ -219,6 +219,7 @@ class Saver:
         assert work.staging is not None
         sealed = work.staging.seal()
         began = time.perf_counter()
+        work.pending.report.nbytes = sum(file.entry.nbytes for file in sealed)
         files = write_files(self._storage, prefix, sealed, work.pending.progress)
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
         work.alike |= written_for_peers(self._at, work.plan, sealed)

@@ -32,8 +32,8 @@ class Image:
         if nbytes <= self.capacity:
             return False
         self.release()
-        spare = nbytes // 64 + PAGE  # the tail may grow a little from save to save
-        rounded = -(-(nbytes + spare) // _HUGE) * _HUGE if nbytes >= _HUGE else -(-(nbytes + spare) // PAGE) * PAGE
+        step = _HUGE if nbytes >= _HUGE else PAGE
+        rounded = -(-nbytes // step) * step
         self._map = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a forked loader worker must not make us copy on write
             if hasattr(mmap, advice):

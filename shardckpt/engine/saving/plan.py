@@ -8,6 +8,7 @@ evenly. Nothing is communicated: every rank comes to the same decisions from pla
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from shardckpt.format.index import ITEMSIZE, StoredBox
 from shardckpt.format.layout import model_file, rank_file, replicated_file
 from shardckpt.format.manifest import Home, LayoutEntry, MeshEntry, Table, TensorEntry
 from shardckpt.format.placement import Box
-from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, encode_tree, map_leaves
+from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves
 from shardckpt.state import Part, Path, join_path, put_together
 
 
@@ -65,7 +66,8 @@ class FilePlan:
     home: Home
     records: tuple[PlannedRecord, ...]
     boxes: tuple[StoredBox, ...]
-    tree: bytes
+    tree: Any
+    """The nested state of this file: `TensorRef`s for tensors, and private copies of the Python values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,7 @@ class _Planner:
         elif declared:
             home = "replicated"
         self._values[name] = home
+        value = _private(value)
         self._value_of[name] = value
         if home == "rank" or self._at.leads:
             self._draft(home).leaves[path] = value
@@ -227,7 +230,7 @@ class _Planner:
         content = _prune(tree, draft.leaves)
         if home == "model":
             content["model_key"] = self._model_key
-        return FilePlan(self._file_name(home), home, tuple(draft.records), tuple(draft.boxes), encode_tree(content))
+        return FilePlan(self._file_name(home), home, tuple(draft.records), tuple(draft.boxes), content)
 
 
 def home_file(home: Home, rank: int, shard: int, shards: int) -> str:
@@ -264,6 +267,11 @@ def _record_number(draft: _Draft, local: torch.Tensor, dtype: str) -> int:
         number = draft.known[memory] = len(draft.records)
         draft.records.append(PlannedRecord(local.detach(), dtype, tuple(local.shape), nbytes))
     return number
+
+
+def _private(value: Any) -> Any:
+    """The value, copied unless it can never change: training goes on before it is pickled."""
+    return value if type(value) in (type(None), bool, int, float, str, bytes) else copy.deepcopy(value)
 
 
 _GONE = object()

@@ -211,6 +211,8 @@ def _sizes(receipts: Sequence[Receipt]) -> dict[str, int]:
 
 
 def _version() -> str:
-    from shardckpt import __version__
-
+    try:
+        from shardckpt import __version__
+    except ImportError:  # run from a source tree that was never installed
+        return "unknown"
     return str(__version__)

@@ -28,9 +28,13 @@ from shardckpt.format.archive import (
 from shardckpt.format.checksum import crc32, to_hex
 from shardckpt.format.index import StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry, Home
+from shardckpt.format.tree import encode_tree
 
 _SLICE = 32 << 20
 """Bytes copied in one call: small enough to share a large tensor between threads, large enough not to show."""
+
+_TAIL, _TAIL_OF_RECORD = 1 << 20, 1 << 10
+"""Room for index, pickle and directory: bytes of address space, which cost nothing until they are touched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,22 +115,23 @@ class _FileStage:
         self._layout = ArchiveLayout((), ())
         self._targets: list[torch.Tensor] = []
         self._file: FilePlan | None = None
-        self._tail_nbytes = 0
+        self._headers_due = False
 
     @property
     def nbytes(self) -> int:
-        return self._layout.tail + self._tail_nbytes
+        """Bytes of the tensors with their headers; the tail comes on top."""
+        return self._layout.tail
 
     def lay_out(self, file: FilePlan) -> None:
+        """On the caller's thread, so it touches no page: fresh memory costs a tenth of a second per 100 MB."""
         signature = [(record.dtype, record.shape) for record in file.records]
         if signature != self._signature:
             self._layout = lay_out([record.nbytes for record in file.records])
         self._file = file
-        self._tail_nbytes = len(self._tail([0] * len(file.records)).content)
-        fresh = self.image.reserve(self.nbytes)
+        fresh = self.image.reserve(self._layout.tail + _TAIL + _TAIL_OF_RECORD * len(file.records))
         if fresh or signature != self._signature:
             self._signature = signature
-            write_headers(self._layout, self.image.view)
+            self._headers_due = True
             self._targets = [
                 self.image.tensor(slot.data, record.tensor.dtype, record.shape)
                 for slot, record in zip(self._layout.slots, file.records, strict=True)
@@ -149,13 +154,24 @@ class _FileStage:
     def seal(self, pool: ThreadPoolExecutor, rank: int) -> SealedFile:
         assert self._file is not None
         view, layout, file = self.image.view, self._layout, self._file
+        if self._headers_due:
+            write_headers(layout, view)
+            self._headers_due = False
         crcs = _crcs(pool, layout, view)
         write_crcs(layout, view, crcs)
         tail = self._tail(crcs)
-        view[layout.tail : layout.tail + len(tail.content)] = tail.content
+        nbytes = layout.tail + len(tail.content)
         crc = file_crc(layout, view, crcs, tail)
-        entry = FileEntry(file.name, self.nbytes, crc, file.home, rank, tail.index, tail.tree)
-        return SealedFile(entry, (view[: self.nbytes],), _plain_digests(file, crcs))
+        entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
+        return SealedFile(entry, self._with_tail(tail.content), _plain_digests(file, crcs))
+
+    def _with_tail(self, tail: bytes) -> tuple[memoryview, ...]:
+        """The image with its tail behind it; a tail that is larger than any that was thought of stays by itself."""
+        view, start = self.image.view, self._layout.tail
+        if start + len(tail) > len(view):
+            return view[:start], memoryview(tail)
+        view[start : start + len(tail)] = tail
+        return (view[: start + len(tail)],)
 
     def _tail(self, crcs: Sequence[int]) -> Tail:
         assert self._file is not None
@@ -163,7 +179,7 @@ class _FileStage:
             StoredRecord(record.dtype, record.shape, slot.data, slot.nbytes, crc)
             for record, slot, crc in zip(self._file.records, self._layout.slots, crcs, strict=True)
         ]
-        return make_tail(self._layout, crcs, encode_index(records, self._file.boxes), self._file.tree)
+        return make_tail(self._layout, crcs, encode_index(records, self._file.boxes), encode_tree(self._file.tree))
 
 
 def _crcs(pool: ThreadPoolExecutor, layout: ArchiveLayout, view: memoryview) -> list[int]:
