@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands, from nothing: style, types, scripts, tests. Runs all parts, whatever fails.
+#
+#   bash launch/test.sh [PYTEST ARGUMENTS]        for instance: bash launch/test.sh tests/gang -k timeout
+#
+# The last line counts tests, and each failed part beside them as one failed test; the exit status is 0 if none failed.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+bash launch/setup.sh || exit
+PATH=$PWD/.venv/bin:$PATH
+results=$(mktemp -d) || exit
+trap 'rm -rf "$results"' EXIT
+failed=()
+
+part() {
+    local name=$1
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" || failed+=("$name")
+}
+
+count() {
+    python - "$results/tests.xml" "${failed[@]}" <<'PY'
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+file, *parts = sys.argv[1:]
+counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+if Path(file).exists():
+    suites = list(ElementTree.parse(file).getroot().iter("testsuite"))
+    counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in counts}
+bad = counts["failures"] + counts["errors"]
+others = [name for name in parts if name != "pytest" or not bad]
+if parts:
+    print("failed parts:", ", ".join(parts))
+passed = counts["tests"] - bad - counts["skipped"]
+print(f"{max(passed, 0)} passed, {bad + len(others)} failed, {counts['skipped']} skipped")
+PY
+}
+
+part "ruff check" ruff check
+part "ruff format" ruff format --check
+part "mypy" mypy -p shardckpt -p tests
+part "shellcheck" shellcheck launch/*.sh .ci/run
+part "pytest" env OMP_NUM_THREADS=1 python -m pytest -n 2 --junitxml="$results/tests.xml" "$@"
+printf '\n'
+count
+((${#failed[@]} == 0))
