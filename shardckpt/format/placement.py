@@ -51,7 +51,7 @@ class _Split:
     factor: int
 
 
-_PLACEMENT = re.compile(r"R|S\(([0-9]{1,3})\)|SS\(([0-9]{1,3}),([1-9][0-9]{0,5})\)")
+_PLACEMENT = re.compile(r"R|S\(([0-9]{1,3})\)|SS\(([0-9]{1,3}),([1-9][0-9]{0,4})\)")
 
 
 def parse_placement(placement: str) -> tuple[int, int] | None:

@@ -1,24 +1,34 @@
 """The `data.pkl` of an archive: the nested state with its tensors named by record, as `torch.save` would write it.
 
 Source of the format: `torch.serialization._save` and `Tensor._reduce_ex_internal` (pickle protocol 2, a
-storage is the persistent id `("storage", type, key, "cpu", numel)`). Reading goes through torch's own
-`weights_only` unpickler, with storages on the meta device: nothing is allocated, and nothing that is not on
-torch's allow-list is ever called.
+storage is the persistent id `("storage", type, key, "cpu", numel)`). Containers and tensors are spelled out here, a
+tensor in one microsecond; only values are left to `pickle`. Reading is in `shardckpt.format.restricted`.
 """
 
 from __future__ import annotations
 
+import codecs
+import functools
 import io
 import math
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-_PLAIN = (type(None), bool, int, float, str, bytes)
+from shardckpt.format.restricted.allowed import contiguous_stride
+from shardckpt.format.restricted.machine import read_pickle
+
+MAX_LEVELS = 100
+"""Containers within containers in a value, and above it; together well below what reading accepts."""
+_LONGEST_INT = 2039
+"""Bits of the largest number that `torch.load(weights_only=True)` reads."""
+_SCALARS = frozenset((type(None), bool, float, str, bytes))
+_HAS_EMPTY_BYTES = b"c__builtin__\nbytes\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +40,20 @@ class TensorRef:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _StorageRef:
-    record: int
-    dtype: torch.dtype
-    nbytes: int
-
-
 class UnsafeValueError(ValueError):
     """A value that torch's `weights_only` loading would refuse."""
 
 
 def encode_tree(tree: Any) -> bytes:
-    """The pickle of nested containers whose tensors have been replaced by `TensorRef`s."""
-    buffer = io.BytesIO()
-    _TreePickler(buffer, protocol=2).dump(tree)
-    return buffer.getvalue()
+    """The pickle of nested dicts, lists and tuples whose tensors have been replaced by `TensorRef`s.
+
+    `UnsafeValueError` for a tensor or a `TensorRef` elsewhere, and whatever `pickle` raises for other values; what it
+    takes may still be refused when it is read: see `check_value`.
+    """
+    pieces = [b"\x80\x02"]
+    _spell(tree, pieces.append, 0)
+    pieces.append(b".")
+    return b"".join(pieces)
 
 
 def decode_tree(data: bytes) -> Any:
@@ -54,100 +62,203 @@ def decode_tree(data: bytes) -> Any:
     `data` is untrusted beyond its checksum. Raises `ValueError` for whatever does not parse, and for
     anything that is not on the allow-list.
     """
-    from torch import _weights_only_unpickler as restricted
-
-    unpickler = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
-    unpickler.persistent_load = _meta_storage
-    try:
-        return unpickler.load()
-    except Exception as error:  # torch lets AssertionError, AttributeError, IndexError, ... escape here (FACTS: fuzzed)
-        raise ValueError(f"not a well-formed, weights_only-safe pickle: {type(error).__name__}: {error}") from error
+    return read_pickle(data)
 
 
 def check_value(value: Any) -> None:
-    """Raise `UnsafeValueError` unless loading gives the value back without running code.
+    """Raise `UnsafeValueError` unless `torch.load(weights_only=True)` gives the value back.
 
     Builtin scalars, strings, bytes and containers of them pass at once; all else must survive a real round trip.
     """
-    if _is_plain(value):
-        return
-    try:
-        decode_tree(encode_tree(value))
-    except Exception as error:
+    problem = _problem(value)
+    if problem:
+        culprit = _culprit(value, 0)
         raise UnsafeValueError(
-            f"a value of type {type(value).__module__}.{type(value).__qualname__} cannot be stored, because loading it "
-            f"back would need to run code ({error}); store numbers, strings, bytes, tensors, lists, tuples and dicts"
-        ) from error
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind in _PLAIN:
-        return True
-    if kind in (list, tuple, set):
-        return all(_is_plain(item) for item in value)
-    if kind in (dict, OrderedDict):
-        return all(_is_plain(k) and _is_plain(v) for k, v in value.items())
-    return False
-
-
-class _TreePickler(pickle.Pickler):
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is not TensorRef:
-            if isinstance(obj, torch.Tensor):
-                raise UnsafeValueError("a tensor inside an opaque container; use dicts, lists and plain tuples")
-            return NotImplemented
-        stride = _contiguous_stride(obj.shape)
-        storage = _StorageRef(obj.record, obj.dtype, math.prod(obj.shape) * obj.dtype.itemsize)
-        arguments = (storage, 0, obj.shape, stride, False, OrderedDict())
-        if obj.dtype in torch.storage._dtype_to_storage_type_map():
-            return torch._utils._rebuild_tensor_v2, arguments
-        return torch._utils._rebuild_tensor_v3, (*arguments, obj.dtype)
-
-    def persistent_id(self, obj: Any) -> Any:
-        if type(obj) is not _StorageRef:
-            return None
-        name = torch.storage._dtype_to_storage_type_map().get(obj.dtype)
-        if name is None:
-            return ("storage", torch.storage.UntypedStorage, str(obj.record), "cpu", obj.nbytes)
-        return ("storage", getattr(torch, name), str(obj.record), "cpu", obj.nbytes // obj.dtype.itemsize)
-
-
-def _meta_storage(saved_id: Any) -> Any:
-    if not isinstance(saved_id, tuple) or len(saved_id) != 5 or saved_id[0] != "storage":
-        raise ValueError(f"unknown persistent id {saved_id!r}")
-    _, kind, _, _, numel = saved_id
-    dtype = torch.uint8 if kind is torch.storage.UntypedStorage else kind.dtype
-    nbytes = int(numel) * dtype.itemsize
-    untyped = torch.UntypedStorage(nbytes, device="meta")
-    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-
-
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride: list[int] = []
-    step = 1
-    for length in reversed(shape):
-        stride.append(step)
-        step *= max(length, 1)
-    return tuple(reversed(stride))
+            f"a value of type {_name_of(culprit)} cannot be stored, because loading would not give it back without "
+            f"running code ({_problem(culprit) or problem}); store numbers, strings, tensors, lists, tuples and dicts"
+        )
 
 
 def map_leaves(tree: Any, visit: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
     """The same nesting with each leaf replaced by `visit(path, leaf)`.
 
-    Mappings become plain dicts. Lists and plain tuples are entered only where they hold a tensor or a mapping
-    somewhere; otherwise they are leaves: values of their own.
+    Mappings become plain dicts; an empty one is a leaf, so that it is not lost. Lists and plain tuples are entered
+    only where they hold a tensor or a mapping somewhere; otherwise they are leaves: values of their own.
+    `UnsafeValueError` for what is nested too deeply, or holds itself.
     """
-    if isinstance(tree, dict) or hasattr(tree, "keys"):
+    if len(path) > MAX_LEVELS:
+        raise UnsafeValueError(f"more than {MAX_LEVELS} containers within each other below {path[0]!r}; flatten them")
+    if (isinstance(tree, dict) or hasattr(tree, "keys")) and len(tree):
         return {key: map_leaves(item, visit, (*path, key)) for key, item in tree.items()}
-    if type(tree) in (list, tuple) and _holds_tensor_or_mapping(tree):
+    if type(tree) in (list, tuple) and _holds(tree, (torch.Tensor, dict), 0):
         items = [map_leaves(item, visit, (*path, i)) for i, item in enumerate(tree)]
         return items if type(tree) is list else tuple(items)
     return visit(path, tree)
 
 
-def _holds_tensor_or_mapping(items: Any) -> bool:
-    return any(
-        isinstance(item, (torch.Tensor, dict)) or (type(item) in (list, tuple) and _holds_tensor_or_mapping(item))
-        for item in items
-    )
+def _holds(items: Iterable[Any], kinds: tuple[type, ...], depth: int) -> bool:
+    """Whether nested lists, tuples (and dicts) hold one of these kinds. Too deep ones do not: they fail elsewhere."""
+    if depth > MAX_LEVELS:
+        return False
+    for item in items:
+        if isinstance(item, kinds):
+            return True
+        if type(item) in (list, tuple, dict):
+            below = item.values() if type(item) is dict else item
+            if below and _holds(below, kinds, depth + 1):
+                return True
+    return False
+
+
+def _spell(node: Any, put: Callable[[bytes], None], depth: int) -> None:
+    """Opcodes for a tree. Nothing here is memoised, so that each value may use the memo as it likes."""
+    kind = type(node)
+    if kind is TensorRef:
+        before, after = _spell_tensor(node.dtype, node.shape)
+        number = str(node.record).encode()
+        put(before)
+        put(struct.pack("<BI", 0x58, len(number)) + number)
+        put(after)
+    elif depth > 2 * MAX_LEVELS:
+        raise UnsafeValueError(f"more than {2 * MAX_LEVELS} containers within each other")
+    elif kind is dict and _holds(node.values(), (TensorRef,), 0):
+        put(b"}(")
+        for key, item in node.items():
+            put(_spell_text(key) if type(key) is str else _spell_value(key))
+            _spell(item, put, depth + 1)
+        put(b"u")
+    elif kind in (list, tuple) and _holds(node, (TensorRef,), 0):
+        put(b"](" if kind is list else b"(")
+        for item in node:
+            _spell(item, put, depth + 1)
+        put(b"e" if kind is list else b"t")
+    else:
+        put(_spell_value(node))
+
+
+def _spell_text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return struct.pack("<BI", 0x58, len(data)) + data
+
+
+@functools.lru_cache(maxsize=4096)
+def _spell_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What comes before and after the record's number: `_rebuild_tensor_v2`, or `_v3` for dtypes without a storage."""
+    numel = math.prod(shape)
+    kind = torch.storage._dtype_to_storage_type_map().get(dtype)
+    if kind is not None:
+        function, storage, last = b"_rebuild_tensor_v2", b"torch\n" + kind.encode(), b""
+    else:
+        function, storage = b"_rebuild_tensor_v3", b"torch.storage\nUntypedStorage"
+        last = b"ctorch\n" + str(dtype).removeprefix("torch.").encode() + b"\n"
+        numel *= dtype.itemsize
+    before = [b"ctorch._utils\n", function, b"\n((", _spell_text("storage"), b"c", storage, b"\n"]
+    numbers = [_spell_value(number) for number in (numel, 0, tuple(shape), contiguous_stride(shape))]
+    after = [_spell_text("cpu"), numbers[0], b"tQ", *numbers[1:], b"\x89ccollections\nOrderedDict\n)R", last, b"tR"]
+    return b"".join(before), b"".join(after)
+
+
+def _spell_value(value: Any) -> bytes:
+    """The pickle of a value without its first opcode (the protocol) and its last (stop)."""
+    data = _dump(value)
+    if _HAS_EMPTY_BYTES in data:
+        data = _dump(_with_empty_bytes(value))
+    return data[2:-1]
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _ValuePickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+class _ValuePickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (torch.Tensor, TensorRef)):
+            raise UnsafeValueError("a tensor inside an opaque container; use dicts, lists and plain tuples")
+        return NotImplemented
+
+
+class _EmptyBytes:
+    """Stands for b"", which protocol 2 spells as a call of `bytes` that `weights_only` refuses."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return codecs.encode, ("", "latin1")
+
+
+def _with_empty_bytes(value: Any) -> Any:
+    kind = type(value)
+    if kind is bytes and not value:
+        return _EmptyBytes()
+    if kind in (list, tuple, set):
+        return kind(map(_with_empty_bytes, value))
+    if kind in (dict, OrderedDict):
+        return kind((_with_empty_bytes(key), _with_empty_bytes(item)) for key, item in value.items())
+    return value
+
+
+def _problem(value: Any) -> str:
+    """Why the value would not come back; empty if it would."""
+    try:
+        if _is_plain(value, 0):
+            return ""
+        back = decode_tree(encode_tree(value))
+        return (
+            "" if _is_same(value, back) else f"it would come back as {type(back).__module__}.{type(back).__qualname__}"
+        )
+    except RecursionError:
+        return f"more than {MAX_LEVELS} containers within each other"
+    except Exception as error:  # a value's own `__reduce__`, `__eq__` or `keys` may raise anything
+        return str(error.__cause__ or error) or type(error).__name__
+
+
+def _name_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _culprit(value: Any, depth: int) -> Any:
+    """The innermost value that is the reason; the value itself where it is not in its parts."""
+    parts: list[Any] = []
+    if type(value) in (dict, OrderedDict):
+        parts = [*value.keys(), *value.values()]
+    elif type(value) in (list, tuple, set):
+        parts = list(value)
+    for part in parts:
+        if depth < MAX_LEVELS and _problem(part):
+            return _culprit(part, depth + 1)
+    return value
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    kind = type(value)
+    if kind is int:
+        return bool(value.bit_length() <= _LONGEST_INT)
+    if kind in _SCALARS:
+        return True
+    if depth >= MAX_LEVELS:
+        raise RecursionError
+    if kind in (list, tuple):
+        return all(_is_plain(item, depth + 1) for item in value)
+    if kind is set:
+        return all(type(item) in _SCALARS or (type(item) is int and _is_plain(item, depth)) for item in value)
+    if kind in (dict, OrderedDict):
+        keys = all(type(key) in _SCALARS or (type(key) is int and _is_plain(key, depth)) for key in value)
+        return keys and all(_is_plain(item, depth + 1) for item in value.values())
+    return False
+
+
+def _is_same(value: Any, back: Any) -> bool:
+    """Whether a value came back as it was. Of classes that the user has allowed, only the class is looked at."""
+    if type(value) is not type(back):
+        return False
+    if isinstance(value, (dict, list, tuple)):
+        if len(value) != len(back):
+            return False
+        if isinstance(value, dict):
+            return all(_is_same(*pair) for pair in zip(value.items(), back.items(), strict=True))
+        return all(_is_same(*pair) for pair in zip(value, back, strict=True))
+    if isinstance(value, (float, complex)):
+        return bool(value == back) or (value != value and back != back)
+    if isinstance(value, (int, str, bytes, bytearray, set, Counter, torch.dtype, torch.device)):
+        return bool(value == back)
+    return True
