@@ -17,10 +17,13 @@ MANIFEST = "manifest.json"
 SCORE = "score.txt"
 CARBON_COPY = "cc"
 
+LAST_STEP = 10**18 - 1
+"""The highest number of a step."""
+
 _STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 _ASIDE = re.compile(r"step_(0|[1-9][0-9]{0,17})\.([0-9a-z]{8,64})\.(tmp|old)")
 _ATTEMPT = re.compile(r"[0-9a-z]{8,64}")
-_BAD_IN_NAME = re.compile(r'[\x00-\x1f\\:*?"<>|]')
+_BAD_IN_NAME = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff\\:*?"<>|]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,9 @@ def is_attempt(text: str) -> bool:
 
 
 def step_folder(step: int) -> str:
-    if step < 0:
-        raise ValueError(f"a step is a number from 0 on, not {step}")
-    return f"step_{step}"
+    if not 0 <= step <= LAST_STEP:
+        raise ValueError(f"a step is a number from 0 to {LAST_STEP}, not {step}")
+    return f"step_{int(step)}"
 
 
 def parse_step(folder: str) -> int | None:
@@ -55,7 +58,10 @@ def parse_step(folder: str) -> int | None:
 
 
 def aside_folder(step: int, attempt: str, kind: str) -> str:
-    return f"{step_folder(step)}.{attempt}.{kind}"
+    folder = f"{step_folder(step)}.{attempt}.{kind}"
+    if parse_aside(folder) is None:
+        raise ValueError(f"{folder} is not a name for an attempt: its id is 8 to 64 of 0-9a-z, its kind tmp or old")
+    return folder
 
 
 def parse_aside(folder: str) -> Aside | None:
@@ -81,6 +87,8 @@ def check_file_name(name: str) -> str:
 
     Allowed are relative paths of plain parts ("rank_0.pt", "3f…/model.0.pt", "tokenizer/vocab.json").
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a file name should be a text, not a {type(name).__name__}")
     parts = name.split("/")
     if not name or len(name) > 1024 or any(p in ("", ".", "..") for p in parts) or _BAD_IN_NAME.search(name):
         raise ValueError(f"{name!r} is not the name of a file inside a checkpoint")

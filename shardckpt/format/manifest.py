@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from shardckpt.format.checksum import from_hex, to_hex
-from shardckpt.format.index import ITEMSIZE
-from shardckpt.format.layout import check_file_name, is_attempt
+from shardckpt.format.consistency import check_manifest
+from shardckpt.format.index import as_dtype, as_shape, as_size, as_text, load_json
+from shardckpt.format.layout import check_file_name
 
 FORMAT = 1
 
@@ -23,6 +24,9 @@ Home = Literal["model", "replicated", "rank"]
 """In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt or rank_<rank>.pt."""
 
 HOMES: tuple[Home, ...] = ("model", "replicated", "rank")
+
+_MAX_NUMBERS = 1 << 21
+"""Ranks that all lists of a record may name together: far more than any job has, far less than memory holds."""
 
 Extent = tuple[int, int, int]
 """A checked range of a file: byte offset, bytes, CRC-32."""
@@ -119,7 +123,8 @@ class Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The record as it is stored."""
+    """The record as it is stored. `ValueError` for one that could not be read again."""
+    check_manifest(manifest)
     content = {
         "format": FORMAT,
         "step": manifest.step,
@@ -129,13 +134,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "mesh": dict(manifest.mesh_sizes),
         "shard_of": _runs(manifest.shard_of),
         "parts": manifest.parts,
-        "files": [_encode_file(file) for file in manifest.files],
+        "files": [encode_file(file) for file in manifest.files],
         "meshes": [asdict(mesh) | {"ranks": _runs(mesh.ranks)} for mesh in manifest.meshes],
         "layouts": [asdict(layout) for layout in manifest.layouts],
-        "tables": [_encode_table(table) for table in manifest.tables],
+        "tables": [encode_table(table) for table in manifest.tables],
         "differ": manifest.differ,
         "versions": dict(manifest.versions),
-        "metadata": dict(manifest.metadata),
+        "metadata": _as_json_has_it(manifest.metadata),
     }
     lines = ",\n".join(f'"{key}": {json.dumps(value, separators=(",", ":"))}' for key, value in content.items())
     body = f"{{\n{lines},\n"
@@ -148,21 +153,13 @@ def decode_manifest(data: bytes) -> Manifest:
     if not mark or rest[64:] != b'"\n}\n' or hashlib.sha256(body).hexdigest().encode() != rest[:64]:
         raise ValueError("its SHA-256 does not agree: it is damaged, truncated or not a record of shardckpt")
     try:
-        return _decode(json.loads(data))
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        return _decode(load_json(data))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"not a well-formed record: {type(error).__name__}: {error}") from error
 
 
-def encode_table(table: Table) -> dict[str, Any]:
-    """A table as JSON, as it travels from a rank to rank 0."""
-    return _encode_table(table)
-
-
-def decode_table(content: Mapping[str, Any]) -> Table:
-    return _decode_table(content)
-
-
-def _encode_file(file: FileEntry) -> dict[str, Any]:
+def encode_file(file: FileEntry) -> dict[str, Any]:
+    """A file entry as JSON, as it stands in the record and travels in a receipt."""
     entry: dict[str, Any] = {"name": file.name, "nbytes": file.nbytes, "crc32": to_hex(file.crc)}
     entry |= {"kind": file.kind, "writer": file.writer}
     for part, extent in (("index", file.index), ("tree", file.tree)):
@@ -173,25 +170,14 @@ def _encode_file(file: FileEntry) -> dict[str, Any]:
 
 def decode_file(entry: Mapping[str, Any]) -> FileEntry:
     """A file entry from JSON; `ValueError` for names that leave the checkpoint and ranges that leave the file."""
-    nbytes = _size(entry["nbytes"])
+    nbytes = as_size(entry["nbytes"])
     extents = [_extent(entry.get(part), nbytes) for part in ("index", "tree")]
-    name = check_file_name(entry["name"])
-    return FileEntry(name, nbytes, from_hex(entry["crc32"]), str(entry["kind"]), _size(entry["writer"]), *extents)
+    name, kind = check_file_name(entry["name"]), as_text(entry["kind"])
+    return FileEntry(name, nbytes, from_hex(entry["crc32"]), kind, as_size(entry["writer"]), *extents)
 
 
-encode_file = _encode_file
-
-
-def _extent(value: Any, file_nbytes: int) -> Extent | None:
-    if value is None:
-        return None
-    at, nbytes, crc = value
-    if _size(at) + _size(nbytes) > file_nbytes:
-        raise ValueError(f"bytes {at} to {at + nbytes} of a file of {file_nbytes}")
-    return at, nbytes, from_hex(crc)
-
-
-def _encode_table(table: Table) -> dict[str, Any]:
+def encode_table(table: Table) -> dict[str, Any]:
+    """A table as JSON, as it stands in the record and travels from a rank to rank 0."""
     entries = list(table.tensors.values())
     return {
         "ranks": _runs(table.ranks),
@@ -206,61 +192,78 @@ def _encode_table(table: Table) -> dict[str, Any]:
     }
 
 
-def _decode_table(content: Mapping[str, Any]) -> Table:
+def decode_table(content: Mapping[str, Any]) -> Table:
+    """A table from JSON; whether its layouts are there is for the record to say."""
     columns = content["tensors"]
     rows = zip(columns["dtype"], columns["shape"], columns["layout"], columns["replica"], strict=True)
-    entries = [TensorEntry(_dtype(d), tuple(map(_size, s)), _size(at), _size(copy)) for d, s, at, copy in rows]
-    tensors = dict(zip(columns["name"], entries, strict=True))
-    values = {str(key): home for home in HOMES for key in content["values"][home]}
-    return Table(_unruns(content["ranks"]), tensors, values)
+    entries = [TensorEntry(as_dtype(d), as_shape(s), as_size(at), as_size(copy)) for d, s, at, copy in rows]
+    names = _texts(columns["name"])
+    values = [(key, home) for home in HOMES for key in _texts(content["values"][home])]
+    keys = {*names, *(key for key, _ in values)}
+    if len(keys) != len(names) + len(values):
+        raise ValueError("a key of a table is given twice")
+    return Table(_unruns(content["ranks"]), dict(zip(names, entries, strict=True)), dict(values))
+
+
+def _extent(value: Any, file_nbytes: int) -> Extent | None:
+    if value is None:
+        return None
+    at, nbytes, crc = value
+    if as_size(at) + as_size(nbytes) > file_nbytes:
+        raise ValueError(f"bytes {at} to {at + nbytes} of a file of {file_nbytes}")
+    return at, nbytes, from_hex(crc)
 
 
 def _decode(content: Mapping[str, Any]) -> Manifest:
     if content["format"] != FORMAT:
-        raise ValueError(f"its format is {content['format']!r}, but this version reads format {FORMAT}")
-    if not is_attempt(content["attempt"]):
-        raise ValueError(f"{content['attempt']!r} is not an attempt id")
-    files = tuple(decode_file(entry) for entry in content["files"])
-    meshes = tuple(
-        MeshEntry(tuple(m["dims"]), tuple(map(_size, m["shape"])), _unruns(m["ranks"])) for m in content["meshes"]
-    )
-    layouts = tuple(_decode_layout(layout, len(meshes)) for layout in content["layouts"])
-    tables = tuple(_decode_table(table) for table in content["tables"])
-    if any(entry.layout >= len(layouts) for table in tables for entry in table.tensors.values()):
-        raise ValueError("a tensor names a layout that is not there")
-    return Manifest(
-        step=_size(content["step"]),
-        attempt=content["attempt"],
-        created=str(content["created"]),
+        raise ValueError(f"its format is {str(content['format'])[:40]}, but this version reads format {FORMAT}")
+    lists = [content["shard_of"], *(part["ranks"] for key in ("meshes", "tables") for part in content[key])]
+    if sum(_count(runs) for runs in lists) > _MAX_NUMBERS:
+        raise ValueError("it names more ranks than any job has")
+    manifest = Manifest(
+        step=as_size(content["step"]),
+        attempt=as_text(content["attempt"]),
+        created=as_text(content["created"]),
         shard_of=_unruns(content["shard_of"]),
-        files=files,
-        meshes=meshes,
-        layouts=layouts,
-        tables=tables,
-        differ=tuple(map(str, content["differ"])),
-        mesh_sizes={str(key): _size(size) for key, size in content["mesh"].items()},
-        versions={str(key): str(text) for key, text in content["versions"].items()},
-        metadata=dict(content["metadata"]),
+        files=tuple([decode_file(entry) for entry in content["files"]]),
+        meshes=tuple([_decode_mesh(mesh) for mesh in content["meshes"]]),
+        layouts=tuple([_decode_layout(layout) for layout in content["layouts"]]),
+        tables=tuple([decode_table(table) for table in content["tables"]]),
+        differ=_texts(content["differ"]),
+        mesh_sizes={key: as_size(size) for key, size in content["mesh"].items()},
+        versions={key: as_text(text) for key, text in content["versions"].items()},
+        metadata={**content["metadata"]},
     )
+    check_manifest(manifest)
+    if content["world_size"] != manifest.world_size or content["parts"] != list(manifest.parts):
+        raise ValueError("its world size or its parts are not those of its tables")
+    return manifest
 
 
-def _decode_layout(content: Mapping[str, Any], meshes: int) -> LayoutEntry:
+def _decode_mesh(content: Mapping[str, Any]) -> MeshEntry:
+    return MeshEntry(_texts(content["dims"]), as_shape(content["shape"]), _unruns(content["ranks"]))
+
+
+def _decode_layout(content: Mapping[str, Any]) -> LayoutEntry:
     home, mesh = content["home"], content["mesh"]
-    if home not in HOMES or (mesh is not None and not 0 <= mesh < meshes):
-        raise ValueError(f"no such home or mesh: {home!r}, {mesh!r}")
-    return LayoutEntry(home, mesh, tuple(map(str, content["placements"])))
+    if home not in HOMES:
+        raise ValueError(f"{str(home)[:40]!r} is no kind of file")
+    return LayoutEntry(home, None if mesh is None else as_size(mesh), _texts(content["placements"]))
 
 
-def _dtype(name: str) -> str:
-    if name not in ITEMSIZE:
-        raise ValueError(f"unknown dtype {name!r}")
-    return name
+def _as_json_has_it(metadata: Mapping[str, Any]) -> Any:
+    try:
+        return json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dicts): {error}"
+        ) from error
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r} should be a size")
-    return value
+def _texts(values: Any) -> tuple[str, ...]:
+    if type(values) is not list:
+        raise ValueError("a list of texts is needed")
+    return tuple([as_text(value) for value in values])
 
 
 def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
@@ -276,7 +279,20 @@ def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
     return runs
 
 
+def _count(runs: Any) -> int:
+    """How many numbers runs stand for."""
+    if type(runs) is not list or any(type(run) is not list or len(run) != 3 for run in runs):
+        raise ValueError("a list of ranks is not well-formed")
+    return sum(as_size(count) for _, _, count in runs)
+
+
 def _unruns(runs: Any) -> tuple[int, ...]:
-    if sum(_size(count) for _, _, count in runs) > 1 << 24:
-        raise ValueError("more ranks than any job has")
-    return tuple(_size(first + step * i) for first, step, count in runs for i in range(count))
+    if _count(runs) > _MAX_NUMBERS:
+        raise ValueError("it names more ranks than any job has")
+    numbers: list[int] = []
+    for first, step, count in runs:
+        last = as_size(first) + step * (count - 1) if type(step) is int and count else 0
+        if type(step) is not int or last < 0:
+            raise ValueError("a list of ranks is not well-formed")
+        numbers += range(first, first + step * count, step) if step else [first] * count
+    return tuple(numbers)

@@ -1,0 +1,107 @@
+"""What must hold between the parts of a commit record. Checked before it is written, and again when it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shardckpt.format.index import ITEMSIZE, MAX_DIMS
+from shardckpt.format.layout import LAST_STEP, MANIFEST, check_file_name, is_attempt
+from shardckpt.format.placement import parse_placement
+
+if TYPE_CHECKING:
+    from shardckpt.format.manifest import FileEntry, LayoutEntry, Manifest, MeshEntry, Table
+
+MAX_WORLD = 1 << 18
+"""Ranks of a job."""
+_MAX_NBYTES = 1 << 62
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """`ValueError` for the first thing in a record that contradicts another, or that no save could have written."""
+    world = manifest.world_size
+    if not is_attempt(manifest.attempt):
+        raise ValueError(f"{manifest.attempt[:80]!r} is not an attempt id")
+    if not 0 <= manifest.step <= LAST_STEP:
+        raise ValueError(f"there is no step {manifest.step}")
+    if not 0 < world <= MAX_WORLD:
+        raise ValueError(f"a job of {world} ranks")
+    if not all(0 <= shard < world for shard in manifest.shard_of):
+        raise ValueError("a rank has a model shard of a higher number than there are ranks")
+    if len(set(manifest.differ)) != len(manifest.differ):
+        raise ValueError("a key is said twice to differ")
+    _check_files(manifest.files, world)
+    for mesh in manifest.meshes:
+        _check_mesh(mesh, world)
+    replicas = [_check_layout(layout, manifest.meshes) for layout in manifest.layouts]
+    _check_ranks([rank for table in manifest.tables for rank in table.ranks], world, "the tables")
+    for table in manifest.tables:
+        _check_table(table, manifest.layouts, replicas)
+
+
+def _check_files(files: Sequence[FileEntry], world: int) -> None:
+    names = {check_file_name(file.name) for file in files}
+    if len(names) != len(files):
+        raise ValueError("a file is named twice")
+    folders = {"/".join(parts[:depth]) for parts in (n.split("/") for n in names) for depth in range(1, len(parts))}
+    if not names.isdisjoint(folders) or MANIFEST in names:
+        raise ValueError("a file has the name of a folder or of the record itself")
+    for file in files:
+        if not 0 <= file.writer < world:
+            raise ValueError(f"{file.name} was written by rank {file.writer} of {world}")
+        for extent in (file.index, file.tree):
+            if extent is not None and extent[0] + extent[1] > file.nbytes:
+                raise ValueError(
+                    f"bytes {extent[0]} to {extent[0] + extent[1]} of {file.name}, which has {file.nbytes}"
+                )
+
+
+def _check_mesh(mesh: MeshEntry, world: int) -> None:
+    if len(set(mesh.dims)) != len(mesh.dims) or len(mesh.dims) != len(mesh.shape) or len(mesh.dims) > MAX_DIMS:
+        raise ValueError(f"a mesh of shape {list(mesh.shape)[:MAX_DIMS]} with other names of dimensions")
+    if not mesh.ranks or math.prod(mesh.shape) != len(mesh.ranks):
+        raise ValueError(f"a mesh of shape {list(mesh.shape)} with {len(mesh.ranks)} ranks")
+    _check_ranks(mesh.ranks, world, "a mesh")
+
+
+def _check_ranks(ranks: Sequence[int], world: int, where: str) -> None:
+    if len(set(ranks)) != len(ranks) or not all(0 <= rank < world for rank in ranks):
+        raise ValueError(f"a rank is named twice in {where}, or it is none of {world} ranks")
+
+
+def _check_layout(layout: LayoutEntry, meshes: Sequence[MeshEntry]) -> int:
+    """How many ranks hold each shard of a tensor of this layout."""
+    if layout.mesh is None:
+        if layout.placements:
+            raise ValueError("placements without a mesh")
+        return 1
+    if not 0 <= layout.mesh < len(meshes):
+        raise ValueError(f"there is no mesh {layout.mesh}")
+    shape = meshes[layout.mesh].shape
+    if len(layout.placements) != len(shape):
+        raise ValueError(f"{len(layout.placements)} placements on a mesh of shape {list(shape)}")
+    parsed = [parse_placement(placement) for placement in layout.placements]
+    return math.prod(size for size, placement in zip(shape, parsed, strict=True) if placement is None)
+
+
+def _check_table(table: Table, layouts: Sequence[LayoutEntry], replicas: Sequence[int]) -> None:
+    least_dims = [_least_dims(layout) for layout in layouts]
+    for name, entry in table.tensors.items():
+        if not 0 <= entry.layout < len(layouts):
+            raise ValueError(f"{name}: there is no layout {entry.layout}")
+        if not least_dims[entry.layout] <= len(entry.shape) <= MAX_DIMS:
+            raise ValueError(f"{name}: a tensor of {len(entry.shape)} dimensions, split by those that it lacks")
+        if not 0 <= entry.replica < replicas[entry.layout]:
+            raise ValueError(f"{name}: replica {entry.replica} of {replicas[entry.layout]}")
+        if entry.dtype not in ITEMSIZE or math.prod(entry.shape) * ITEMSIZE[entry.dtype] >= _MAX_NBYTES:
+            raise ValueError(f"{name}: a tensor of dtype {entry.dtype} and shape {list(entry.shape)} cannot be")
+    twice = table.tensors.keys() & table.values.keys()
+    if twice:
+        raise ValueError(f"{min(twice)} is both a tensor and a value")
+
+
+def _least_dims(layout: LayoutEntry) -> int:
+    """Dimensions that a tensor needs to be split so."""
+    split = [parsed[0] + 1 for parsed in map(parse_placement, layout.placements) if parsed is not None]
+    return max(split, default=0)
