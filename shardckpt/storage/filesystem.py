@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -55,7 +55,7 @@ class FsspecStorage:
         self._make = partial(_new_instance, fs)
         self._live: tuple[int, Any] | None = (os.getpid(), fs)
         self._root = fs._strip_protocol(root).rstrip("/")
-        shown = url if url is not None else f"{_protocols(fs)[0]}://{self._root.lstrip('/')}"
+        shown = url if url is not None else fs.unstrip_protocol(self._root)
         self._redacted = Redactor(url=shown, options=[fs.storage_options, list(fs.storage_args)])
         self._url = self._redacted(redact(shown))
         self._transfers = transfers or Transfers()
@@ -135,7 +135,12 @@ class FsspecStorage:
 
     def read(self, key: str) -> bytes:
         what = f"cannot read {check_key(key)!r} in {self._url}"
-        return bytes(self._call(what, lambda fs: fs.cat_file(self._path(key))))
+
+        def fetch(fs: Any) -> bytes:
+            with _absent_if_no_file(key):
+                return bytes(fs.cat_file(self._path(key)))
+
+        return self._call(what, fetch)
 
     def read_into(self, reads: Sequence[Read]) -> None:
         runs = iter(merge(reads, run_nbytes=self._transfers.request_nbytes, run_buffers=1 << 20))
@@ -160,6 +165,8 @@ class FsspecStorage:
     def _raise_for(self, run: Run, error: Exception) -> NoReturn:
         if {"InvalidRange", "416"} & set(service_codes(error)):
             raise run.ended_early(self._url, have=self.size(run.key) - run.offset)
+        if isinstance(error, IsADirectoryError | NotADirectoryError):
+            error = FileNotFoundError(run.key)
         raise translate(error, f"cannot read {run.key!r} in {self._url}", self._redacted)
 
     def size(self, key: str) -> int:
@@ -167,7 +174,8 @@ class FsspecStorage:
 
         def look(fs: Any) -> int:
             fs.invalidate_cache(self._path(key))  # for file systems that were made with a listings cache
-            info = fs.info(self._path(key))
+            with _absent_if_no_file(key):
+                info = fs.info(self._path(key))
             if info["type"] != "file":
                 raise FileNotFoundError(key)
             return int(info["size"])
@@ -226,6 +234,8 @@ class FsspecStorage:
             self._live = None
 
     def _path(self, key: str) -> str:
+        if "?versionId=" in key:
+            raise ValueError(f"{key!r} is not a storage key here: s3fs would cut off what follows '?'")
         return f"{self._root}/{key}" if key else self._root
 
     def _client(self) -> Any:
@@ -247,6 +257,15 @@ class FsspecStorage:
         except Exception as error:
             translated = translate(error, what, self._redacted)
         raise translated
+
+
+@contextmanager
+def _absent_if_no_file(key: str) -> Iterator[None]:
+    """A folder of that name, or a file where a folder would have to be: the object is not there."""
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(key) from error
 
 
 def _scatter(run: Run, answer: bytes, url: str) -> None:
@@ -277,7 +296,7 @@ def _delete(fs: Any, paths: Sequence[str]) -> None:
             raise kind(errno.EACCES, f"{failed.get('Key')}: {failed.get('Code')} {failed.get('Message')}")
         return
     for path in paths:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             fs.rm_file(path)
 
 

@@ -119,7 +119,8 @@ class LocalStorage:
             folders.setdefault(tuple(above), []).append(name)
         for parts, names in folders.items():
             what = f"cannot delete {'/'.join([*parts, names[0]])!r}{' and others' * (len(names) > 1)} in {self._root}"
-            with suppress(FileNotFoundError), explained(what), opened_folder(self._root, parts) as folder:
+            missing = suppress(FileNotFoundError, NotADirectoryError)
+            with missing, explained(what), opened_folder(self._root, parts) as folder:
                 for name in names:
                     with suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=folder)
