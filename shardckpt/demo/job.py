@@ -43,9 +43,13 @@ def main(path: str) -> None:
     device = begin()
     mesh = init_device_mesh(device.type, (job.mesh.dp, job.mesh.tp), mesh_dim_names=("dp", "tp"))
     reporter = Reporter(job.events)
-    reporter.tell(Started(rank=dist.get_rank(), pid=os.getpid(), device=str(device)))
-    for run in job.runs:
-        perform(run, job, mesh, reporter)
+    reporter.tell(Started(rank=dist.get_rank(), pid=os.getpid()))
+    try:
+        for run in job.runs:
+            perform(run, job, mesh, reporter)
+    except (sc.CheckpointError, OSError, ValueError) as error:
+        reporter.tell(messages.Failed(rank=dist.get_rank(), message=f"{type(error).__name__}: {error}"))
+        raise
     dist.destroy_process_group()
 
 
@@ -65,6 +69,8 @@ def begin() -> torch.device:
 def perform(run: Run, job: Job, mesh: DeviceMesh, reporter: Reporter) -> None:
     """One run, from a fresh model or from the newest checkpoint, to the last step. Called on every rank."""
     trainer = Trainer(job.training, mesh)
+    if dist.get_rank() == 0:
+        reporter.tell(trainer.describe(run.name))
     if not (run.resume or run.save_every):
         for step in range(1, job.training.steps + 1):
             tell_step(reporter, run, step, trainer.train_step())
@@ -170,6 +176,12 @@ class Trainer:
             "rng": SharedRng(),
             "tokens": 0,
         }
+
+    def describe(self, run: messages.RunName) -> messages.Built:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return messages.Built(
+            run=run, parameters=parameters, text_nbytes=self.data.text.nbytes, device=self.device.type
+        )
 
     def train_step(self) -> float:
         """One update; gives the mean loss of the global batch before it, the same number on every rank."""

@@ -24,6 +24,11 @@ class Mesh:
     def ranks(self) -> int:
         return self.dp * self.tp
 
+    @property
+    def short(self) -> str:
+        """As `--mesh` takes it."""
+        return f"{self.dp}x{self.tp}"
+
     def __str__(self) -> str:
         return f"dp {self.dp} x tp {self.tp}"
 
@@ -105,6 +110,15 @@ class Started:
 
     rank: int
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """From rank 0 when the model of a run is there: what is trained, on what."""
+
+    run: RunName
+    parameters: int
+    text_nbytes: int
     device: str
 
 
@@ -158,8 +172,18 @@ class Finished:
     committed: list[int]
 
 
-Event: TypeAlias = "Started | Stepped | Saved | Writing | Resumed | Finished"
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Started, Stepped, Saved, Writing, Resumed, Finished)}
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """From every rank that ends with an error of a usual kind: what a person needs to know of it."""
+
+    rank: int
+    message: str
+
+
+Event: TypeAlias = "Started | Built | Stepped | Saved | Writing | Resumed | Finished | Failed"
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Started, Built, Stepped, Saved, Writing, Resumed, Finished)
+}
 
 
 class Reporter:

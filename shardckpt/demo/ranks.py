@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from shardckpt.demo.messages import Event, Job, Listener, Started
+from shardckpt.demo.messages import Event, Failed, Job, Listener, Started
 
 POLL_S = 0.02
 LAST_LINES = 15
 
 
 class RanksFailedError(Exception):
-    """torchrun ended with an error or ran past its deadline; the message ends with the last lines of the logs."""
+    """The ranks ended with an error or ran past their deadline; says what they told of it, or the end of their logs."""
 
 
 class Ranks:
@@ -32,6 +32,7 @@ class Ranks:
         self._job = job
         self._folder = folder
         self._pids: list[int] = []
+        self._failures: dict[str, list[int]] = {}
         self.killed = False
         self._deadline = time.monotonic() + job.deadline_s
         job.write(folder / "job.json")
@@ -64,6 +65,8 @@ class Ranks:
             for event in listener.new_events():
                 if isinstance(event, Started):
                     self._pids.append(event.pid)
+                elif isinstance(event, Failed):
+                    self._failures.setdefault(event.message, []).append(event.rank)
                 yield event
             if self.killed:
                 return
@@ -71,7 +74,7 @@ class Ranks:
                 self._check_deadline()
                 time.sleep(POLL_S)
         if self._torchrun.returncode != 0:
-            raise RanksFailedError(f"the ranks ended with exit status {self._torchrun.returncode}\n{self.last_lines()}")
+            raise RanksFailedError(self.explain(f"the ranks ended with exit status {self._torchrun.returncode}"))
 
     def kill(self) -> None:
         """SIGKILL to every rank at once, then wait for torchrun to notice and end."""
@@ -86,23 +89,23 @@ class Ranks:
             self._torchrun.kill()
             self._torchrun.wait()
 
-    def last_lines(self) -> str:
-        """The end of every log that is not empty, ranks first, for a person to read."""
-        logs = [*sorted((self._folder / "logs").rglob("std*.log")), self._folder / "torchrun.log"]
-        ends = []
-        for log in logs:
+    def explain(self, what: str) -> str:
+        """What has happened, and what the ranks said of it; if they said nothing, the last lines of their logs."""
+        lines = [f"rank {', '.join(map(str, sorted(ranks)))}: {text}" for text, ranks in self._failures.items()]
+        return "\n".join([what, *(lines or self._last_lines()), "(all that they wrote: run it again with --keep)"])
+
+    def _last_lines(self) -> Iterator[str]:
+        """The end of every log that is not empty, ranks first."""
+        for log in [*sorted((self._folder / "logs").rglob("std*.log")), self._folder / "torchrun.log"]:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             if lines:
-                name = "torchrun" if log.name == "torchrun.log" else f"rank {log.parent.name} {log.stem}"
-                ends.append("\n".join([f"--- {name}", *lines[-LAST_LINES:]]))
-        return "\n".join(ends)
+                yield f"--- {'torchrun' if log.name == 'torchrun.log' else f'rank {log.parent.name} {log.stem}'}"
+                yield from lines[-LAST_LINES:]
 
     def _check_deadline(self) -> None:
         if time.monotonic() > self._deadline:
             self.kill()
-            raise RanksFailedError(
-                f"the ranks were killed after {self._job.deadline_s:g} s (--deadline)\n{self.last_lines()}"
-            )
+            raise RanksFailedError(self.explain(f"the ranks were killed after {self._job.deadline_s:g} s (--deadline)"))
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shardckpt.demo.messages import (
+    Built,
     Event,
     Finished,
     Forget,
@@ -28,9 +29,8 @@ from shardckpt.demo.messages import (
 )
 from shardckpt.demo.ranks import Ranks
 from shardckpt.demo.table import Leftover, Record, Results, judge, render
-
-TMP = ".tmp"
-"""How the folder of an attempt that has not committed ends, on a file system."""
+from shardckpt.format.layout import parse_aside, parse_step
+from shardckpt.storage import Storage, open_storage, redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Show:
 
     def perform(self) -> Results:
         options = self.options
-        print(f"checkpoints in {self.root}")
+        print(f"checkpoints in {redact(self.root)}")
         reference, interrupted = self._interrupt()
         leftover = find_leftover(self.root, options.kill_at)
         meshes = (options.mesh, *options.others)
@@ -113,7 +113,7 @@ class Show:
             Run(name="reference"),
             Run(name="interrupted", save_every=self.options.save_every, stall_at=kill_at),
         )
-        title = f"{self.options.mesh}: train; then train again with saves, and kill in step {kill_at}'s"
+        title = f"{self.options.mesh}: train; train again with saves, killed in that of step {kill_at}"
         records = self._play(runs, self.options.mesh, act=1, title=title)
         return records["reference"], records["interrupted"]
 
@@ -141,6 +141,7 @@ class Show:
         )
         records: dict[RunName, Record] = {run.name: Record(mesh) for run in runs}
         print(f"\n{act}/{self.acts} {title}")
+        began = time.monotonic()
         with new_screen(self.options.training.steps, self.options.save_every) as screen, Ranks(job, folder) as ranks:
             for event in ranks.events():
                 note(event, records)
@@ -148,6 +149,7 @@ class Show:
                 if ready_to_kill(records) and not ranks.killed:
                     ranks.kill()
                     screen.say(f"killed all {mesh.ranks} ranks with SIGKILL")
+            screen.say(f"{time.monotonic() - began:.1f} s")
         return records
 
 
@@ -172,6 +174,9 @@ class PlainScreen:
         elif isinstance(event, Saved) and event.step not in self._saved:
             self._saved.add(event.step)
             self.say(f"saved step {event.step} in {event.total_s:.2f} s, training held up {event.stall_s * 1e3:.0f} ms")
+        elif isinstance(event, Built):
+            size = f"{event.parameters / 1e6:.1f} M parameters, {event.text_nbytes / 1e6:.1f} MB of text"
+            self.say(f"{event.run}: {size}, on {event.device}")
         elif isinstance(event, Resumed):
             self.say(f"resumed step {event.step} in {event.elapsed_s:.2f} s")
         elif isinstance(event, Writing):
@@ -242,8 +247,22 @@ def ready_to_kill(records: dict[RunName, Record]) -> bool:
 
 
 def find_leftover(root: str, step: int) -> Leftover | None:
-    """The folder of the attempt to save this step, if the root is a local folder."""
-    folders = list(Path(root).glob(f"step_{step}.*{TMP}")) if "://" not in root else []
-    if not folders:
-        return None
-    return Leftover(folders[0].name, {file.name: file.stat().st_size for file in folders[0].iterdir()})
+    """What the attempt to save this step has left in the root; None if there is no trace of it."""
+    storage = open_storage(root)
+    try:
+        for name in storage.list():
+            aside = parse_aside(name)
+            if parse_step(name) == step or (aside is not None and aside.step == step):
+                return Leftover(name.rstrip("/"), dict(_files_below(storage, name)))
+    finally:
+        storage.close()
+    return None
+
+
+def _files_below(storage: Storage, folder: str) -> Iterator[tuple[str, int]]:
+    """Names (without folders) and sizes."""
+    for name in storage.list(folder.rstrip("/")):
+        if name.endswith("/"):
+            yield from _files_below(storage, folder + name)
+        else:
+            yield name, storage.size(folder + name)

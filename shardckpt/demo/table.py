@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardckpt.demo.messages import Mesh, Resumed, Saved, Writing
+from shardckpt.format.layout import MANIFEST
 
 Losses = Mapping[int, float]
 """By step; of the global batch, before the step's update."""
@@ -48,7 +49,7 @@ class Results:
     last_step: int
     tolerance: float
     leftover: Leftover | None = None
-    """None where the root cannot be looked into from here."""
+    """None if nothing was found there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ def _killed_in_a_save(results: Results) -> Check:
     if stalled is None or results.interrupted.committed is not None:
         return Check(False, claim, "the ranks were not killed")
     last = max(results.interrupted.losses, default=0)
-    return Check(stalled.step == results.kill_at < last, claim, f"in {stalled.key}; training was at step {last}")
+    unfinished = results.leftover is not None and MANIFEST not in results.leftover.files
+    holds = stalled.step == results.kill_at < last and unfinished
+    return Check(holds, claim, f"in {stalled.key}; training was at step {last}")
 
 
 def _resumed_well(results: Results, record: Record) -> Iterator[Check]:
@@ -139,19 +142,15 @@ def render(results: Results, checks: Sequence[Check]) -> str:
 
 def render_saves(results: Results) -> str:
     """One line per save: the slowest rank's seconds, the bytes and the rate of all ranks together."""
-    lines = ["SAVES        step    stall    stage    write   commit    total     bytes      rate"]
+    lines = ["SAVES, ms   step  stall  stage  write commit  total        MB    MB/s"]
     for record in (results.interrupted, *results.resumed):
         for step in sorted({save.step for save in record.saves}):
             ranks = [save for save in record.saves if save.step == step]
-            columns = [
-                max(getattr(save, f"{phase}_s") for save in ranks)
-                for phase in ("stall", "stage", "write", "commit", "total")
-            ]
-            nbytes = ranks[0].nbytes
-            rate = nbytes / columns[-1] / 1e6 if columns[-1] else 0.0
-            times = " ".join(f"{seconds * 1e3:5.0f} ms" for seconds in columns)
-            name = f"dp{record.mesh.dp} x tp{record.mesh.tp}"
-            lines.append(f"{name:<12} {step:4} {times} {nbytes / 1e6:6.1f} MB {rate:4.0f} MB/s")
+            phases = ("stall", "stage", "write", "commit", "total")
+            seconds = [max(getattr(save, f"{phase}_s") for save in ranks) for phase in phases]
+            rate = ranks[0].nbytes / seconds[-1] if seconds[-1] else 0.0
+            times = " ".join(f"{phase_s * 1e3:6.0f}" for phase_s in seconds)
+            lines.append(f"on {record.mesh.short:<8} {step:4} {times} {ranks[0].nbytes / 1e6:9.1f} {rate / 1e6:7.0f}")
     return "\n".join(lines)
 
 
@@ -160,7 +159,8 @@ def render_kill(results: Results) -> str:
     lines = ["KILLED"]
     if results.leftover is not None:
         files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(results.leftover.files.items()))
-        lines.append(f"{results.leftover.folder}: no manifest.json, so not a checkpoint")
+        recorded = "has a record" if MANIFEST in results.leftover.files else f"no {MANIFEST}, so not a checkpoint"
+        lines.append(f"{results.leftover.folder}: {recorded}")
         lines.extend(_wrapped(f"left there: {files or 'nothing'}"))
     for record in results.resumed:
         if record.resumed is not None:
@@ -171,20 +171,19 @@ def render_kill(results: Results) -> str:
 
 
 def render_losses(results: Results) -> str:
-    """Losses before and after at some telling steps, and the largest difference of each run to the reference."""
-    records = [results.interrupted, *results.resumed]
-    names = ["killed", *(f"dp{record.mesh.dp} x tp{record.mesh.tp}" for record in results.resumed)]
+    """Losses at some telling steps, before and after, and each run's largest difference to the reference."""
     resumed_at = results.kill_at - results.save_every
-    lines = ["LOSSES   step  uninterrupted" + "".join(f"{name:>14}" for name in names)]
-    for step in dict.fromkeys((1, resumed_at, resumed_at + 1, results.kill_at, results.last_step)):
-        reference = results.reference.losses.get(step)
-        cells = "".join(f"{_loss(record.losses.get(step)):>14}" for record in records)
-        lines.append(f"{step:>13} {_loss(reference):>14}{cells}")
-    differences = [largest_difference(record.losses, results.reference.losses) for record in records]
-    lines.append(
-        " " * 9 + f"{'max difference':>19}" + "".join(f"{d:14.1e}" if d else f"{'0':>14}" for d in differences)
-    )
-    return "\n".join(lines)
+    steps = tuple(dict.fromkeys((1, resumed_at, resumed_at + 1, results.kill_at, results.last_step)))
+    lines = [f"{'LOSSES at step':<14}" + "".join(f"{step:>11}" for step in steps) + "   max diff"]
+    rows = [("uninterrupted", results.reference), ("killed", results.interrupted)]
+    rows += [(f"resumed {record.mesh.short}", record) for record in results.resumed]
+    for name, record in rows:
+        difference = largest_difference(record.losses, results.reference.losses)
+        shown = "" if record is results.reference else f"{difference:.1e}" if difference else "0"
+        lines.append(
+            f"{name:<14}" + "".join(f"{_loss(record.losses.get(step)):>11}" for step in steps) + f"{shown:>11}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def render_checks(checks: Sequence[Check]) -> str:
@@ -195,7 +194,7 @@ def render_checks(checks: Sequence[Check]) -> str:
 
 
 def _loss(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.9f}"
+    return "-" if loss is None else f"{loss:.7f}"
 
 
 def _wrapped(text: str, width: int = 80) -> list[str]:

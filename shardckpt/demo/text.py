@@ -47,6 +47,7 @@ class GlobalBatches:
     """
 
     def __init__(self, text: NDArray[np.uint8], *, batch: int, context: int, seed: int) -> None:
+        self.text = text
         self.windows = np.lib.stride_tricks.sliding_window_view(text, context + 1)[::context]
         if len(self.windows) < batch:
             raise ValueError(
