@@ -74,6 +74,10 @@ def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fi
     fit = Fit()
     for part in parts:
         _Fitter(part, sources, policy, fit).run()
+    if policy.unexpected == "error":
+        claimed = [part.key for part in parts]
+        for top in dict.fromkeys(str(part.path[0]) for part in parts if len(part.path) > 1):
+            fit.problems += [_unexpected(name, claimed) for name in _unclaimed(sources.under(top), claimed)]
     return fit
 
 
@@ -123,7 +127,7 @@ class _Fitter:
                 self._missing(name, "is a tensor" if self._sources.tensor(name) else "")
         if self._policy.unexpected == "error":
             for name in (saved for saved in self._saved if saved not in names):
-                self._problem(f"unexpected: {name} is in the checkpoint but not in the state{_near(name, names)}")
+                self._problem(_unexpected(name, names))
 
     def _optimizer_leaves(self, leaves: dict[str, tuple[Path, object]]) -> tuple[dict[str, Any], set[str]]:
         """The tensors that must fit, and all names that are expected.
@@ -195,6 +199,19 @@ class _Fitter:
 
     def _problem(self, text: str) -> None:
         self._fit.problems.append(text)
+
+
+def _unclaimed(names: Iterable[str], claimed: Iterable[str]) -> Iterable[str]:
+    """The keys that belong to no part: neither a part themselves nor below one."""
+    parts = set(claimed)
+    for name in names:
+        pieces = name.split(".")
+        if not any(".".join(pieces[: i + 1]) in parts for i in range(len(pieces))):
+            yield name
+
+
+def _unexpected(name: str, known: Iterable[str]) -> str:
+    return f"unexpected: {name} is in the checkpoint but not in the state{_near(name, known)}"
 
 
 def _near(name: str, known: Iterable[str]) -> str:
