@@ -51,8 +51,8 @@ def sweep(catalog: Catalog, *, own_attempts: Mapping[str, int]) -> list[str]:
     on this rank have ended. Not those whose commit ended unknown. Deleted are, besides the folders of these:
 
     - what a deletion had begun to remove (`step_N.deleted*.old` without a record);
-    - a committed step that was set aside (`.old`) while another folder is in force as this step;
-    - a committed step that was exchanged with attempt A and lies as `step_N.A.tmp` while A is in force.
+    - a committed step that was set aside (`.old`), or was exchanged with another attempt and so lies in the `.tmp`
+      folder of that one, while `step_N` itself is in force.
 
     Everything else stays: attempts with ids unknown here (another gang may be writing them), folders without a record
     that are not known to be ours, foreign names. They are harmless, but take space; rules that go by age belong to a
@@ -85,14 +85,10 @@ def _is_doomed(aside: Aside) -> bool:
 
 
 def _remove_folder(storage: RenamingStorage, folder: str) -> None:
-    _remove_record(storage, folder)
-    storage.delete_tree(folder)
-
-
-def _remove_record(storage: RenamingStorage, folder: str) -> None:
     storage.delete([f"{folder}/{MANIFEST}"])
     with suppress(FileNotFoundError):  # somebody else has removed the whole folder meanwhile
         storage.sync_folder(folder)  # or a power cut could bring the record back, and not the files
+    storage.delete_tree(folder)
 
 
 def _remove_objects(storage: Storage, entry: Entry, manifest: Manifest | None) -> None:
@@ -136,20 +132,19 @@ def _is_leftover(catalog: Catalog, aside: Aside, own_attempts: Mapping[str, int]
         return _is_doomed(aside) or (aside.kind == "tmp" and aside.attempt in own_attempts)
     except CheckpointLoadError:
         return False  # unreadable now, damaged, or of another step: for a person to judge
-    if aside.kind == "old":
-        return _in_force(catalog, aside.step) is not None
-    if manifest.attempt == aside.attempt:
+    if aside.kind == "tmp" and manifest.attempt == aside.attempt:
         return aside.attempt in own_attempts  # it had written its record, and failed at the rename
-    return _in_force(catalog, aside.step) == aside.attempt
+    return _is_in_force(catalog, aside.step)
 
 
-def _in_force(catalog: Catalog, step: int) -> str | None:
-    """The attempt whose record is in force under the step's own name; None if none, or if that cannot be told."""
+def _is_in_force(catalog: Catalog, step: int) -> bool:
+    """Whether the folder with the step's own name has a sound record."""
     folder = step_folder(step)
     try:
-        return read_record(catalog.storage, Entry(step, folder, folder)).attempt
+        read_record(catalog.storage, Entry(step, folder, folder))
     except (CheckpointLoadError, CheckpointNotFoundError):
-        return None
+        return False
+    return True
 
 
 def _is_named(catalog: Catalog, step: int, attempt: str) -> bool:
@@ -164,13 +159,7 @@ def _is_named(catalog: Catalog, step: int, attempt: str) -> bool:
 
 
 def _remove_leftover(storage: Storage, folder: str) -> None:
-    if not isinstance(storage, RenamingStorage):
+    if isinstance(storage, RenamingStorage):
+        _remove_folder(storage, folder)
+    else:
         storage.delete_tree(folder)
-        return
-    aside = parse_aside(folder)
-    if aside is not None and aside.kind == "tmp":
-        # An attempt that failed late may have a record. Without it, the folder may take the name of one that is to go;
-        # from then on a commit of that attempt that wakes up late finds nothing to rename.
-        _remove_record(storage, folder)
-        folder = _set_aside(storage, aside.step, folder)
-    _remove_folder(storage, folder)

@@ -1,9 +1,7 @@
-"""Storages that die, that count, and that lose power."""
+"""Storages whose process dies or whose machine loses power, and storages that others change meanwhile."""
 
 from __future__ import annotations
 
-import errno
-import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -66,37 +64,6 @@ class PowerCutStorage(DyingStorage):
     def restart(self) -> None:
         for key, content in self.unsynced.items():
             self.inner.put(key, [content])
-
-
-class CountingStorage(StorageWrapper):
-    """Remembers the operations that were done."""
-
-    def __init__(self, inner: Storage) -> None:
-        super().__init__(inner)
-        self.done: list[Operation] = []
-        self._lock = threading.Lock()
-
-    def around(self, operation: Operation, call: Callable[[], T]) -> T:
-        with self._lock:
-            self.done.append(operation)
-        return call()
-
-    @property
-    def names(self) -> list[str]:
-        return [operation.name for operation in self.done]
-
-
-class RefusingStorage(StorageWrapper):
-    """Fails, with EIO, each operation that `refuses` says."""
-
-    def __init__(self, inner: Storage, refuses: Callable[[Operation], bool]) -> None:
-        super().__init__(inner)
-        self.refuses = refuses
-
-    def around(self, operation: Operation, call: Callable[[], T]) -> T:
-        if self.refuses(operation):
-            raise OSError(errno.EIO, f"refused: {operation.name} {operation.key}")
-        return call()
 
 
 class WatchedStorage(StorageWrapper):

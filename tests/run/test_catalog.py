@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,11 @@ from shardckpt.format.manifest import encode_manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import AT_ONCE, each
 from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import Operation
-from tests.run.faulty import CountingStorage, RefusingStorage, WatchedStorage
+from shardckpt.testing.faults import FailingStorage, RecordingStorage
+from tests.run.faulty import WatchedStorage
 from tests.run.making import commit, fill, is_whole, record_of, start_attempt
 
 
@@ -63,6 +66,15 @@ def test_foreign_names_are_passed_over(storage: Storage) -> None:
         Catalog(storage).entry(11)
 
 
+def test_a_link_is_not_a_step(tmp_path: Path) -> None:
+    """It may lead anywhere; links are for people."""
+    storage = LocalStorage(tmp_path)
+    commit(storage, 7)
+    for link in ("step_9", "latest", f"step_8.{new_attempt()}.old"):
+        (tmp_path / link).symlink_to("step_7")
+    assert Catalog(storage).steps() == [7]
+
+
 def test_the_record_comes_with_the_folder_of_its_files(storage: Storage) -> None:
     attempt = commit(storage, 5)
     folder, manifest = Catalog(storage).record(5)
@@ -102,7 +114,7 @@ def test_a_damaged_record_is_listed_and_refused_with_the_place_and_what_to_do(st
 def test_a_place_that_does_not_answer_is_not_taken_for_an_empty_one(storage: Storage) -> None:
     commit(storage, 5)
     entry = Catalog(storage).entry(5)
-    refusing = Catalog(RefusingStorage(storage, lambda _: True))
+    refusing = Catalog(FailingStorage(storage, times=None))
     ask: list[Callable[[], object]] = [
         refusing.steps,
         refusing.latest,
@@ -111,7 +123,7 @@ def test_a_place_that_does_not_answer_is_not_taken_for_an_empty_one(storage: Sto
         lambda: refusing.record(entry),
     ]
     for question in ask:
-        with pytest.raises(CheckpointError, match="refused") as raised:
+        with pytest.raises(CheckpointError, match="injected") as raised:
             question()
         assert type(raised.value) is CheckpointLoadError
 
@@ -222,15 +234,15 @@ def test_the_attempt_in_force_is_told_apart_from_leftovers(objects: MemoryObject
 def test_a_listing_costs_one_request_for_the_root_and_one_for_each_step(storage: Storage) -> None:
     for step in range(10):
         commit(storage, step)
-    counting = CountingStorage(storage)
-    Catalog(counting).entries()
-    assert len(counting.done) == 11
-    counting.done.clear()
-    Catalog(counting).latest()
-    assert len(counting.done) == 2
-    counting.done.clear()
-    Catalog(counting).record(3)
-    assert len(counting.done) == 2
+    questions: list[tuple[Callable[[Catalog], object], int]] = [
+        (Catalog.entries, 11),
+        (Catalog.latest, 2),
+        (lambda catalog: catalog.record(3), 2),
+    ]
+    for question, requests in questions:
+        recording = RecordingStorage(storage)
+        question(Catalog(recording))
+        assert len(recording.operations) == requests
 
 
 def test_requests_run_side_by_side_and_leave_no_thread_behind() -> None:

@@ -9,9 +9,10 @@ from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt
 from shardckpt.run.catalog import Catalog, read_record
 from shardckpt.run.deletion import delete_step, sweep
 from shardckpt.run.scores import write_score
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
-from tests.run.faulty import CountingStorage, DyingStorage, Killed, PowerCutStorage, RefusingStorage, walk_files
+from shardckpt.testing.faults import FailingStorage, RecordingStorage
+from tests.run.faulty import READING, DyingStorage, Killed, PowerCutStorage, walk_files
 from tests.run.making import commit, is_whole, start_attempt
 
 
@@ -58,14 +59,12 @@ def test_a_step_with_a_damaged_record_can_be_deleted(storage: Storage) -> None:
 
 def test_the_record_goes_first_and_for_good(storage: Storage) -> None:
     make_run(storage)
-    counting = CountingStorage(storage)
-    delete(counting, 5)
-    changes = [done for done in counting.done if done.name in {"rename_folder", "delete", "delete_tree", "sync_folder"}]
-    names = [done.name for done in changes if done.name != "rename_folder"]
-    removal = next(done for done in changes if done.name != "rename_folder")
-    assert removal.keys == (removal.key,)
-    assert removal.key.endswith(MANIFEST)
-    if "sync_folder" in names:
+    recording = RecordingStorage(storage)
+    delete(recording, 5)
+    changes = [done for done in recording.operations if done.name not in {*READING, "rename_folder"}]
+    assert [key.rpartition("/")[2] for key in changes[0].keys] == [MANIFEST]
+    names = [done.name for done in changes]
+    if isinstance(storage, RenamingStorage):
         assert names == ["delete", "sync_folder", "delete_tree"]
     else:
         assert names == ["delete", "delete", "delete_tree"]
@@ -115,10 +114,7 @@ def test_a_power_cut_at_any_point_leaves_a_whole_step_or_none(backwards: bool) -
     assert died > 8
 
 
-def test_after_a_crash_at_any_point_the_deletion_can_be_done_again_or_the_rest_be_swept(
-    renaming: MemoryStorage,
-) -> None:
-    """Until it can, nothing hinders: the step may also be saved anew."""
+def test_after_a_crash_at_any_point_the_deletion_can_be_ended_and_the_step_saved_anew() -> None:
     for again in (False, True):
         for lives in range(1000):
             storage = MemoryStorage("run")
@@ -141,24 +137,29 @@ def test_after_a_crash_at_any_point_the_deletion_can_be_done_again_or_the_rest_b
         assert lives > 8
 
 
-@pytest.mark.parametrize("at", range(12))
-def test_an_error_at_any_point_is_told_and_the_step_is_whole_or_not_listed(storage: Storage, at: int) -> None:
+@pytest.mark.parametrize("lost", [False, True], ids=["refused", "answer lost"])
+@pytest.mark.parametrize("nth", range(1, 7))
+def test_an_error_at_any_point_is_told_and_the_step_is_whole_or_not_listed(
+    storage: Storage, nth: int, lost: bool
+) -> None:
     make_run(storage)
     entry = Catalog(storage).entry(5)
     manifest = read_record(storage, entry)
-    number = iter(range(1000))
-    refusing = RefusingStorage(storage, lambda _: next(number) == at)
+    failing = FailingStorage(storage, nth=nth, after=lost)
+    caught: CheckpointDeleteError | None = None
     try:
-        delete_step(refusing, entry, manifest=manifest)
+        delete_step(failing, entry, manifest=manifest)
     except CheckpointDeleteError as error:
-        assert error.step == 5
-        assert "refused" in str(error)
-        assert storage.url in str(error)
-        assert isinstance(error.__cause__, OSError)
-        whole_or_none(storage, 5)
+        caught = error
+    there = whole_or_none(storage, 5)
+    assert failing.failed == (caught is not None), "every error is told"
+    if caught is None:
+        assert not there
     else:
-        assert next(number) <= at, "an error was swallowed"
-        assert not whole_or_none(storage, 5)
+        assert caught.step == 5
+        assert "injected" in str(caught)
+        assert storage.url in str(caught)
+        assert isinstance(caught.__cause__, OSError)
 
 
 def test_a_step_that_a_crash_left_under_another_name_can_be_deleted(renaming: MemoryStorage) -> None:

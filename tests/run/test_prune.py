@@ -17,7 +17,9 @@ from shardckpt.run.scores import score_key, write_score
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
-from tests.run.faulty import READING, CountingStorage, DyingStorage, Killed, RefusingStorage
+from shardckpt.storage.wrapping import StorageWrapper
+from shardckpt.testing.faults import FailingStorage, RecordingStorage, on
+from tests.run.faulty import READING, DyingStorage, Killed
 from tests.run.making import FILES, commit, fill, is_whole, record_of
 
 
@@ -55,14 +57,14 @@ def test_an_empty_run_is_pruned_to_an_empty_run(storage: Storage) -> None:
 
 def test_errors_of_one_deletion_do_not_stop_the_others(storage: Storage) -> None:
     catalog = make_run(storage, [None] * 6)
-    changing = RefusingStorage(
-        storage, lambda do: do.name not in READING and any(f"step_{n}" in do.key for n in (20, 40))
+    changing = FailingStorage(
+        storage, lambda do: do.name not in READING and any(f"step_{n}" in do.key for n in (20, 40)), times=None
     )
     with pytest.raises(CheckpointDeleteError) as raised:
         prune(Catalog(changing), KeepLast(1))
     assert raised.value.step == 20
     assert isinstance(raised.value.__cause__, CheckpointDeleteError)
-    for part in ("step 20: ", "step 40: ", "refused", storage.url):
+    for part in ("step 20: ", "step 40: ", "injected", storage.url):
         assert part in str(raised.value)
     assert catalog.steps() == [20, 40, 60]
     assert all(is_whole(storage, step) for step in catalog.steps())
@@ -71,7 +73,7 @@ def test_errors_of_one_deletion_do_not_stop_the_others(storage: Storage) -> None
 
 def test_a_record_that_cannot_be_read_now_is_an_error_and_not_a_deletion(storage: Storage) -> None:
     catalog = make_run(storage, [None] * 3)
-    unreadable = RefusingStorage(storage, lambda do: do.name == "read" and do.key == f"step_10/{MANIFEST}")
+    unreadable = FailingStorage(storage, on("read", key=f"step_10/{MANIFEST}"), times=None)
     with pytest.raises(CheckpointDeleteError, match="step 10: "):
         prune(Catalog(unreadable), KeepLast(1))
     assert catalog.steps() == [10, 30]
@@ -113,7 +115,7 @@ def test_a_step_whose_score_is_damaged_may_be_the_best_and_stays(storage: Storag
 
 def test_scores_that_cannot_be_read_now_stop_the_pruning(storage: Storage) -> None:
     catalog = make_run(storage, [0.9, 0.5, None])
-    unreadable = RefusingStorage(storage, lambda do: do.name == "read" and do.key.endswith("score.txt"))
+    unreadable = FailingStorage(storage, on("read", key="score.txt"), times=None)
     with pytest.raises(CheckpointLoadError):
         prune(Catalog(unreadable), KeepBest(1))
     assert catalog.steps() == [10, 20, 30]
@@ -138,7 +140,7 @@ def test_a_policy_of_ones_own_may_look_at_times(storage: Storage) -> None:
 def test_a_step_that_another_process_has_deleted_meanwhile_is_no_error(objects: MemoryObjects) -> None:
     make_run(objects, [None] * 3)
 
-    class Beside(CountingStorage):
+    class Beside(StorageWrapper):
         def read(self, key: str) -> bytes:
             objects.delete([f"step_10/{MANIFEST}"])
             return super().read(key)
@@ -150,10 +152,11 @@ def test_a_step_that_another_process_has_deleted_meanwhile_is_no_error(objects: 
 def test_only_what_the_policy_looks_at_is_read(storage: Storage) -> None:
     make_run(storage, [0.5] * 6)
     for policy, reads in ((KeepAll(), 0), (KeepLast(9), 0), (KeepBest(9), 6)):
-        counting = CountingStorage(storage)
-        prune(Catalog(counting), policy)
-        assert counting.names.count("read") == reads
-        assert set(counting.names) <= READING
+        recording = RecordingStorage(storage)
+        prune(Catalog(recording), policy)
+        names = [operation.name for operation in recording.operations]
+        assert names.count("read") == reads
+        assert set(names) <= READING
 
 
 @pytest.mark.parametrize("kind", [MemoryStorage, MemoryObjects])

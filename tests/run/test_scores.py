@@ -3,8 +3,8 @@ from __future__ import annotations
 import logging
 import math
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from shardckpt.run.catalog import Catalog
 from shardckpt.run.scores import Scores, decode_score, encode_score, read_scores, score_key, write_score
 from shardckpt.storage.base import Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
-from tests.run.faulty import CountingStorage, RefusingStorage
+from shardckpt.testing.faults import FailingStorage, RecordingStorage
 from tests.run.making import commit, start_attempt
 
 
@@ -23,7 +23,7 @@ def test_scores_are_read_back_and_steps_without_one_are_fine(storage: Storage) -
         commit(storage, step)
     catalog = Catalog(storage)
     write_score(storage, catalog.entry(1), score=-0.25)
-    write_score(storage, catalog.entry(3), score=torch.tensor(2))
+    write_score(storage, catalog.entry(3), score=np.array(2))
     assert read_scores(storage, catalog.entries()) == Scores({1: -0.25, 3: 2.0})
 
 
@@ -64,10 +64,10 @@ def test_a_damaged_score_is_reported_and_not_fatal(
 def test_a_place_that_does_not_answer_is_not_taken_for_a_step_without_a_score(storage: Storage) -> None:
     commit(storage, 1)
     entry = Catalog(storage).entry(1)
-    refusing = RefusingStorage(storage, lambda _: True)
-    with pytest.raises(CheckpointLoadError, match="refused") as load:
+    refusing = FailingStorage(storage, times=None)
+    with pytest.raises(CheckpointLoadError, match="injected") as load:
         read_scores(refusing, [entry])
-    with pytest.raises(CheckpointSaveError, match="refused") as save:
+    with pytest.raises(CheckpointSaveError, match="injected") as save:
         write_score(refusing, entry, score=1)
     assert load.value.step == save.value.step == 1
 
@@ -101,9 +101,9 @@ def test_each_score_costs_one_request(storage: Storage) -> None:
     for step in range(5):
         commit(storage, step)
     entries = Catalog(storage).entries()
-    counting = CountingStorage(storage)
-    read_scores(counting, entries)
-    assert counting.names == ["read"] * 5
+    recording = RecordingStorage(storage)
+    read_scores(recording, entries)
+    assert [operation.name for operation in recording.operations] == ["read"] * 5
 
 
 @given(st.floats(allow_nan=False))

@@ -6,13 +6,15 @@ import pytest
 
 from shardckpt.errors import CheckpointLoadError
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt
+from shardckpt.format.manifest import encode_manifest
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.deletion import sweep
 from shardckpt.storage.base import Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import Operation
-from tests.run.faulty import RefusingStorage, WatchedStorage, walk_files
-from tests.run.making import commit, fill, is_whole, start_attempt
+from shardckpt.testing.faults import FailingStorage, on
+from tests.run.faulty import DyingStorage, Killed, WatchedStorage, walk_files
+from tests.run.making import commit, fill, is_whole, record_of, start_attempt
 
 
 def files(storage: Storage) -> list[str]:
@@ -68,7 +70,7 @@ def test_what_cannot_be_removed_is_logged_and_the_rest_is_swept(
 ) -> None:
     own = {"a" * 20: 5, "b" * 20: 6}
     folders = {attempt: start_attempt(storage, step, attempt) for attempt, step in own.items()}
-    refusing = RefusingStorage(storage, lambda do: do.name == "delete_tree" and "_5" in do.key)
+    refusing = FailingStorage(storage, on("delete_tree", key="_5"), times=None)
     with caplog.at_level(logging.WARNING):
         assert sweep(Catalog(refusing), own_attempts=own) == [folders["b" * 20]]
     assert folders["a" * 20] in caplog.text
@@ -77,8 +79,8 @@ def test_what_cannot_be_removed_is_logged_and_the_rest_is_swept(
 
 
 def test_a_place_that_does_not_answer_is_told(renaming: MemoryStorage) -> None:
-    with pytest.raises(CheckpointLoadError, match="refused"):
-        sweep(Catalog(RefusingStorage(renaming, lambda _: True)), own_attempts={})
+    with pytest.raises(CheckpointLoadError, match="injected"):
+        sweep(Catalog(FailingStorage(renaming)), own_attempts={})
 
 
 # File systems: what replacements leave
@@ -137,6 +139,29 @@ def test_an_own_attempt_that_failed_with_its_record_written_is_swept(renaming: M
     commit(renaming, 5, attempt=attempt, folder=tmp)
     assert sweep(Catalog(renaming), own_attempts={attempt: 5}) == [tmp]
     assert renaming.list() == []
+
+
+def test_what_was_exchanged_with_an_attempt_that_was_itself_replaced_is_swept(renaming: MemoryStorage) -> None:
+    tmp = aside_folder(5, new_attempt(), "tmp")
+    commit(renaming, 5, folder=tmp)
+    assert sweep(Catalog(renaming), own_attempts={}) == [], "nothing else is in force"
+    commit(renaming, 5)
+    assert sweep(Catalog(renaming), own_attempts={}) == [tmp]
+    assert renaming.list() == ["step_5/"]
+
+
+def test_a_sweep_that_dies_never_makes_a_failed_attempt_a_step(storage: Storage) -> None:
+    for lives in range(1000):
+        attempt = new_attempt()
+        folder = start_attempt(storage, 5, attempt)
+        storage.put(f"{folder}/{MANIFEST}", [encode_manifest(record_of(5, attempt))])
+        try:
+            sweep(Catalog(DyingStorage(storage, lives)), own_attempts={attempt: 5})
+        except Killed:
+            assert Catalog(storage).steps() == []
+        else:
+            break
+    assert lives > 5
 
 
 @pytest.mark.parametrize("at", range(20))
