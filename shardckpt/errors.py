@@ -82,3 +82,8 @@ class GangError(CheckpointError):
         super().__init__(message, step=step)
         self.failures = dict(failures or {})
         self.absent = tuple(absent)
+
+    @property
+    def brief(self) -> str:
+        """The message without the traceback of the rank that failed."""
+        return str(self).partition("\n\nOn rank ")[0]

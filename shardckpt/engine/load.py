@@ -193,4 +193,4 @@ class Loader:
         kinds = {failure.kind for failure in error.failures.values()}
         damage = kinds & {CheckpointDamagedError.__name__, "FileNotFoundError", "EOFError"}
         kind = CheckpointDamagedError if damage and not error.absent else CheckpointLoadError
-        return kind(f"step {self._manifest.step} was not loaded: {error}", step=self._manifest.step)
+        return kind(f"step {self._manifest.step} was not loaded: {error.brief}", step=self._manifest.step)

@@ -264,7 +264,8 @@ class Saver:
         if isinstance(error, CheckpointSaveError):
             return error
         kind = CommitUnknownError if _may_be_committed(error) else CheckpointSaveError
-        wrapped = kind(f"step {step} was not saved: {error}", step=step)
+        reason = error.brief if isinstance(error, GangError) else str(error)
+        wrapped = kind(f"step {step} was not saved: {reason}", step=step)
         wrapped.__cause__ = error
         return wrapped
 

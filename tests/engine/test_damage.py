@@ -168,7 +168,7 @@ def test_no_good_step_is_no_silent_fresh_start(root: Path) -> None:
         (root / f"step_{step}" / "model.pt").unlink()
     with sc.CheckpointManager(root) as checkpoints:
         state = training()
-        with pytest.raises(sc.CheckpointLoadError, match="step 2: .*\n.*step 1: ") as caught:
+        with pytest.raises(sc.CheckpointLoadError, match=r"step 2: .*\n.*step 1: ") as caught:
             checkpoints.resume(state)
         assert "allow_fresh_start" in str(caught.value)
         assert checkpoints.resume(state, allow_fresh_start=True) is None

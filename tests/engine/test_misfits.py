@@ -117,7 +117,7 @@ def test_a_step_that_is_not_there(root: Path) -> None:
 )
 def test_what_cannot_be_stored_is_named_at_once(tmp_path: Path, value: object, message: str) -> None:
     with sc.CheckpointManager(tmp_path) as checkpoints:
-        with pytest.raises(sc.InvalidStateError, match="model.bad") as caught:
+        with pytest.raises(sc.InvalidStateError, match=r"model\.bad") as caught:
             checkpoints.save(1, {"model": {"good": torch.ones(2), "bad": value}})
         assert message in str(caught.value)
         assert checkpoints.steps() == []
