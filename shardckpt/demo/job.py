@@ -42,14 +42,14 @@ def main(path: str) -> None:
     faulthandler.dump_traceback_later(job.deadline_s, exit=True)  # no rank outlives its job, whoever has died before
     device = begin()
     mesh = init_device_mesh(device.type, (job.mesh.dp, job.mesh.tp), mesh_dim_names=("dp", "tp"))
-    reporter = Reporter(job.events)
-    reporter.tell(Started(rank=dist.get_rank(), pid=os.getpid()))
-    try:
-        for run in job.runs:
-            perform(run, job, mesh, reporter)
-    except (sc.CheckpointError, OSError, ValueError) as error:
-        reporter.tell(messages.Failed(rank=dist.get_rank(), message=f"{type(error).__name__}: {error}"))
-        raise
+    with Reporter(job.events) as reporter:
+        reporter.tell(Started(rank=dist.get_rank(), pid=os.getpid()))
+        try:
+            for run in job.runs:
+                perform(run, job, mesh, reporter)
+        except (sc.CheckpointError, OSError, ValueError) as error:
+            reporter.tell(messages.Failed(rank=dist.get_rank(), message=f"{type(error).__name__}: {error}"))
+            raise
     dist.destroy_process_group()
 
 

@@ -182,12 +182,12 @@ class Failed:
 
 Event: TypeAlias = "Started | Built | Stepped | Saved | Writing | Resumed | Finished | Failed"
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Started, Built, Stepped, Saved, Writing, Resumed, Finished)
+    kind.__name__: kind for kind in (Started, Built, Stepped, Saved, Writing, Resumed, Finished, Failed)
 }
 
 
 class Reporter:
-    """Appends events to a file that all ranks share; a line is one write, so that lines never mix."""
+    """Appends events to a file that all ranks share; a line is one write, so that lines never mix. For `with`."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -195,6 +195,12 @@ class Reporter:
     def tell(self, event: Event) -> None:
         line = json.dumps({"kind": type(event).__name__, **asdict(event)}) + "\n"
         os.write(self._descriptor, line.encode())
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
 
 
 class Listener:

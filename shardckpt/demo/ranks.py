@@ -38,7 +38,12 @@ class Ranks:
         job.write(folder / "job.json")
         with (folder / "torchrun.log").open("wb") as log:
             self._torchrun = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C reaches the show alone, which then ends the ranks in its own way
             )
 
     def _command(self) -> list[str]:

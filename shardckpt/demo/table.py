@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -158,7 +159,7 @@ def render_kill(results: Results) -> str:
     """What the killed save has left, and why it is not a checkpoint."""
     lines = ["KILLED"]
     if results.leftover is not None:
-        files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(results.leftover.files.items()))
+        files = ", ".join(f"{name} ({size / 1e6:.1f}\u00a0MB)" for name, size in sorted(results.leftover.files.items()))
         recorded = "has a record" if MANIFEST in results.leftover.files else f"no {MANIFEST}, so not a checkpoint"
         lines.append(f"{results.leftover.folder}: {recorded}")
         lines.extend(_wrapped(f"left there: {files or 'nothing'}"))
@@ -166,7 +167,9 @@ def render_kill(results: Results) -> str:
         if record.resumed is not None:
             found = record.resumed
             lines.append(f"resumed on {record.mesh}: step {found.step}, in {found.elapsed_s:.2f} s")
-            lines.extend(line for step, why in found.skipped for line in _wrapped(f"  skipped step {step}: {why}"))
+            lines.extend(
+                line for step, why in found.skipped for line in _wrapped(f"skipped step {step}: {why}", "    ")
+            )
     return "\n".join(lines)
 
 
@@ -197,10 +200,5 @@ def _loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.7f}"
 
 
-def _wrapped(text: str, width: int = 80) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("   ")
-        lines[-1] += (" " if lines[-1] else "") + word
-    return lines
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=indent, subsequent_indent=indent + "    ", break_on_hyphens=False)

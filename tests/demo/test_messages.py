@@ -4,6 +4,7 @@ import pytest
 
 from shardckpt.demo.messages import (
     Built,
+    Failed,
     Finished,
     Job,
     Listener,
@@ -26,6 +27,7 @@ EVENTS = [
     Writing(step=16, key="step_16.ab.tmp/rank_3.pt"),
     Resumed(step=12, committed=[4, 8, 12], skipped=[], elapsed_s=1.5),
     Finished(run="resumed", committed=[4]),
+    Failed(rank=1, message="OSError: no"),
 ]
 
 
@@ -44,9 +46,10 @@ def test_a_job_comes_back_from_its_file_as_it_was(tmp_path):
 
 def test_every_event_arrives_as_it_was_sent(tmp_path):
     path = str(tmp_path / "events")
-    one, other, listener = Reporter(path), Reporter(path), Listener(path)
-    for i, event in enumerate(EVENTS):
-        (one if i % 2 else other).tell(event)
+    listener = Listener(path)
+    with Reporter(path) as one, Reporter(path) as other:
+        for i, event in enumerate(EVENTS):
+            (one if i % 2 else other).tell(event)
     assert list(listener.new_events()) == EVENTS
     assert list(listener.new_events()) == []
 
@@ -54,7 +57,8 @@ def test_every_event_arrives_as_it_was_sent(tmp_path):
 @pytest.mark.parametrize("loss", [1 / 3, math.nextafter(2.5, 3), 5e-324, math.inf])
 def test_a_loss_arrives_bit_for_bit(loss, tmp_path):
     path = str(tmp_path / "events")
-    Reporter(path).tell(Stepped(run="resumed", step=1, loss=loss))
+    with Reporter(path) as reporter:
+        reporter.tell(Stepped(run="resumed", step=1, loss=loss))
     (event,) = Listener(path).new_events()
     assert isinstance(event, Stepped)
     assert event.loss.hex() == loss.hex()
@@ -64,7 +68,8 @@ def test_a_line_that_is_half_written_waits_for_its_end(tmp_path):
     path = tmp_path / "events"
     listener = Listener(str(path))
     assert list(listener.new_events()) == []
-    Reporter(str(path)).tell(EVENTS[0])
+    with Reporter(str(path)) as reporter:
+        reporter.tell(EVENTS[0])
     line = path.read_bytes()
     path.write_bytes(line[:10])
     assert list(listener.new_events()) == []

@@ -1,0 +1,48 @@
+"""launch/train.py, as a person runs it: alone and under torchrun, stopped and run again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAM = REPOSITORY / "launch" / "train.py"
+ALONE = (sys.executable,)
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def train(start: tuple[str, ...], root: Path, last_step: int) -> list[str]:
+    """The lines that it prints about its steps."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*start, str(PROGRAM), str(root), str(last_step)], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("step ")]
+
+
+def committed(root: Path) -> set[str]:
+    return {record.parent.name for record in root.glob("step_*/manifest.json")}
+
+
+def test_alone_it_goes_on_where_it_stopped(tmp_path):
+    first = train(ALONE, tmp_path, 40)
+    assert [line.split()[1] for line in first] == ["20", "40"]
+    assert committed(tmp_path) == {"step_20", "step_40"}
+    second = train(ALONE, tmp_path, 100)
+    assert [line.split()[1] for line in second] == ["60", "80", "100"]
+    assert all(line.endswith("(resumed at 40)") for line in second)
+    assert len(committed(tmp_path)) <= 4  # the last three and the best one
+
+
+def test_two_ranks_start_and_one_goes_on(tmp_path):
+    first = train(TWO_RANKS, tmp_path, 40)
+    assert [line.split()[1] for line in first] == ["20", "40"]
+    assert (tmp_path / "step_40" / "rank_1.pt").is_file()
+    second = train(ALONE, tmp_path, 60)
+    assert [line.split()[1] for line in second] == ["60"]
+    assert second[0].endswith("(resumed at 40)")
