@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeAlias
 
+from shardckpt.errors import GangError
+
 Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | dict[str, Json]"
 """What a message may hold. Messages are JSON and never pickles: a peer cannot make us run code."""
+
+
+class GatherError(GangError):
+    """A gather in which some ranks did not come; `values` holds what the others gave, by rank."""
+
+    def __init__(self, message: str, *, absent: Sequence[int] = (), values: Mapping[int, Json] | None = None) -> None:
+        super().__init__(message, absent=absent)
+        self.values = dict(values or {})
 
 
 class Gang(Protocol):
@@ -16,6 +26,10 @@ class Gang(Protocol):
     Every operation is called by all ranks of the gang, in the same order, from one thread per rank at
     a time, and ends on every rank within its timeout: with a result, or with a `GangError` that names
     the ranks that did not come (`absent`). Rank numbers are those of this gang: 0 .. size - 1.
+
+    The ranks other than 0 wait a little longer than `timeout` (a tenth of it, at least 1 s and at most
+    10 s), so that they hear from rank 0 who was missing instead of giving up just before. After a
+    `GangError` one more `broadcast` may tell the others of it; then a new scope must be entered.
     """
 
     @property
@@ -40,8 +54,9 @@ class Gang(Protocol):
     def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
         """Give `value`; rank 0 gets every rank's value in rank order, the others get None.
 
-        On rank 0 it raises `GangError(absent=...)` when values are missing at the timeout. The other
-        ranks need not learn of that here; they do in the `broadcast` that follows.
+        On rank 0 it raises `GatherError` when values are missing at the timeout (or as soon as it is known
+        that they will not come). The other ranks need not learn of that here; they do in the `broadcast` that
+        follows.
         """
         ...
 

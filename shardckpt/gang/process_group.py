@@ -1,0 +1,236 @@
+"""A gang over a gloo group made for it alone: a rank that is killed is noticed at once, and no store is polled."""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore
+
+from shardckpt.errors import GangError
+from shardckpt.gang.base import Gang, GatherError, Json
+from shardckpt.gang.local import LocalGang
+from shardckpt.gang.store import Deadline, StoreGang, last_seen
+from shardckpt.gang.together import together
+from shardckpt.gang.wire.mailbox import SilentError, Store
+from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
+from shardckpt.gang.wire.star import LinkError, Star
+
+_MEETING = 1
+"""The stamp of what is said at meetings, where no conversation has begun; operations have larger ones."""
+
+
+class ProcessGroupGang:
+    """A gang of processes over a gloo group of its own; see `Gang` for what its methods do.
+
+    The training's groups are never used. The group is made at the first `enter`, and again at the first one after a
+    failure, since gloo cannot mend a group: the ranks find each other through the store (a `StoreGang` with the same
+    `nonce`), whether they know of the failure or only notice that their links are closed. The store is also where
+    rank 0 leaves its last word for a rank that it cannot reach any more. `make_store`, `rank`, `size`, `nonce`, `name`
+    are as for `StoreGang`.
+    """
+
+    def __init__(
+        self, make_store: Callable[[], Store], *, rank: int, size: int, nonce: str, name: str = "root"
+    ) -> None:
+        self._make_store = make_store
+        self._name, self._rank, self._size, self._nonce = name, rank, size, nonce
+        self._meeting = StoreGang(make_store, rank=rank, size=size, nonce=nonce, name=name)
+        self._history = History()
+        self._star: Star | None = None
+        self._conversation = ""
+        self._operation = 0
+        self._lost: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def enter(self, scope: str, *, timeout: timedelta) -> None:
+        deadline, arrival = Deadline(timeout), self._history.arrive(scope)
+        self._conversation, self._operation, self._lost = "", 0, set()
+        self._meeting.mailbox.renew()
+        if self._star is not None and not self._star.clean:
+            self._drop_star()
+        verdict = self._meet_by_star(arrival, deadline)
+        if verdict is None:
+            self._drop_star()
+            verdict = self._meeting.meet(arrival, deadline)
+            if verdict.ok:
+                self._open_star(verdict.conversation, deadline)
+        if not verdict.ok:
+            raise verdict.error()
+        self._conversation = verdict.conversation
+
+    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+        deadline, stamp, message = Deadline(timeout), self._next_stamp(), encode(value).encode()
+        if self._rank:
+            self._send_up(message, stamp, deadline)
+            return None
+        if self._star is None or self._lost:
+            raise GatherError(
+                f"gang {self._name!r}: {ranks_text(self._lost)} was lost before", absent=tuple(self._lost)
+            )
+        heard = self._star.collect(stamp, timeout_s=deadline.left_s(0))
+        values: dict[int, Any] = {rank: decode(said) for rank, said in heard.messages.items()}
+        values[0] = decode(message)
+        if len(values) == self._size:
+            return [values[rank] for rank in range(self._size)]
+        waited = f"did not answer within {deadline.waited_s:.3g} s"
+        problems = [(heard.dead, "closed the connection (killed, or gone)"), (heard.astray, "is in another scope")]
+        if not heard.dead and not heard.astray:
+            problems = [(tuple(rank for rank in range(self._size) if rank not in values), waited)]
+        self._lost = {rank for ranks, _ in problems for rank in ranks}
+        text = "; ".join(f"{ranks_text(ranks)} {what}" for ranks, what in problems if ranks)
+        raise GatherError(f"gang {self._name!r}: {text}", absent=sorted(self._lost), values=values)
+
+    def broadcast(self, value: Json, *, timeout: timedelta) -> Json:
+        deadline, stamp = Deadline(timeout), self._next_stamp()
+        if self._rank == 0:
+            self._tell(encode(value).encode(), stamp, deadline)
+            own: Json = decode(encode(value))
+            return own
+        heard: Json = decode(self._listen(stamp, deadline))
+        return heard
+
+    def subgang(self, ranks: Sequence[int], name: str) -> Gang | None:
+        nonce = self._meeting.subnonce(name, ranks)
+        if self._rank not in ranks:
+            return None
+        if len(ranks) == 1:
+            return LocalGang(name)
+        own = list(ranks).index(self._rank)
+        return ProcessGroupGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name)
+
+    def close(self) -> None:
+        self._conversation = ""
+        self._drop_star()
+        self._meeting.close()
+
+    def _meet_by_star(self, arrival: Arrival, deadline: Deadline) -> Verdict | None:
+        """Meet over the links of the last conversation; None if they do not serve any more."""
+        if self._star is None:
+            return None
+        try:
+            if self._rank == 0:
+                return self._call(self._star, arrival, deadline)
+            return self._answer(self._star, arrival, deadline)
+        except LinkError:
+            return None
+
+    def _call(self, star: Star, own: Arrival, deadline: Deadline) -> Verdict | None:
+        strangers: dict[int, Arrival] = {}
+        while True:
+            # Whoever still waits for a word of an earlier conversation, which we left without one, learns it by this.
+            star.call(b"", _MEETING)
+            heard = star.collect(_MEETING, timeout_s=deadline.left_s(0))
+            if heard.dead or heard.astray:
+                return None
+            here = {rank: Arrival.from_json(decode(said)) for rank, said in heard.messages.items()}
+            verdict = judge(
+                {0: own, **here},
+                conversation=uuid.uuid4().hex,
+                gang=self._name,
+                size=self._size,
+                waited_s=deadline.waited_s,
+                note=last_seen(strangers, here),
+            )
+            message = encode(verdict.to_json()).encode()
+            self._lost = set(star.tell(message, _MEETING, to=here, timeout_s=deadline.left_s(0)))
+            if verdict.absent:
+                self._drop_star()
+            if verdict.is_over_for(0):
+                return verdict
+            strangers |= {rank: here[rank] for rank in verdict.leave}
+
+    def _answer(self, star: Star, own: Arrival, deadline: Deadline) -> Verdict:
+        while True:
+            star.listen(_MEETING, timeout_s=deadline.left_s(self._rank))
+            star.send_up(encode(own.to_json()).encode(), _MEETING, timeout_s=deadline.left_s(self._rank))
+            told = star.listen(_MEETING, timeout_s=deadline.left_s(self._rank))
+            verdict = Verdict.from_json(decode(told))
+            if verdict.is_over_for(self._rank):
+                return verdict
+
+    def _open_star(self, conversation: str, deadline: Deadline) -> None:
+        """Make a new group; all ranks have just met through the store, and agree through it on how this went."""
+        timeout = timedelta(seconds=max(deadline.left_s(0), 1.0))
+        prefix = self._meeting.mailbox.key(conversation, "gloo")
+        self._meeting.mailbox.own(f"{prefix}/0/{self._rank}")  # where gloo puts this rank's address
+
+        def make(store: Store) -> Star:
+            below: Any = PrefixStore(prefix, store)  # type: ignore[arg-type]
+            return Star.open(below, rank=self._rank, size=self._size, timeout=timeout)
+
+        def connect() -> Star:
+            return self._meeting.mailbox.run(make, timeout_s=timeout.total_seconds())
+
+        self._star = together(self._meeting, connect, phase="connecting", timeout=timeout)
+
+    def _send_up(self, message: bytes, stamp: int, deadline: Deadline) -> None:
+        """Give rank 0 a message. If the link is gone, the `broadcast` that follows says so."""
+        if self._star is None:
+            return
+        try:
+            self._star.send_up(message, stamp, timeout_s=deadline.left_s(self._rank))
+        except LinkError:
+            self._drop_star()
+
+    def _tell(self, message: bytes, stamp: int, deadline: Deadline) -> None:
+        """Tell all that can be reached; for the others, leave it in the store, and hang up so that they look there."""
+        if self._star is not None:
+            others = [rank for rank in range(1, self._size) if rank not in self._lost]
+            self._lost |= set(self._star.tell(message, stamp, to=others, timeout_s=deadline.left_s(0)))
+        if self._lost or self._star is None:
+            try:
+                self._meeting.mailbox.put(self._last_word(stamp), message.decode(), timeout_s=deadline.left_s(0))
+            except (SilentError, RuntimeError) as error:
+                raise GangError(
+                    f"gang {self._name!r}: {ranks_text(self._lost)} could not be reached, neither directly nor "
+                    f"through the store: {error}",
+                    absent=sorted(self._lost),
+                ) from error
+            finally:
+                self._drop_star()
+
+    def _listen(self, stamp: int, deadline: Deadline) -> bytes:
+        problem = "its connection was closed before"
+        if self._star is not None:
+            try:
+                return self._star.listen(stamp, timeout_s=deadline.left_s(self._rank))
+            except LinkError as error:
+                problem = str(error)
+                self._drop_star()
+        try:
+            last = self._meeting.mailbox.peek(self._last_word(stamp), timeout_s=5.0)
+        except (SilentError, RuntimeError) as error:
+            last, problem = None, f"{problem}; the store: {error}"
+        if last is None:
+            raise GangError(f"gang {self._name!r}: no word from rank 0 ({problem})", absent=[0])
+        return str(last).encode()
+
+    def _last_word(self, stamp: int) -> str:
+        return self._meeting.mailbox.key(self._conversation, "last", stamp)
+
+    def _next_stamp(self) -> int:
+        """One per operation and conversation, the same on all ranks."""
+        if not self._conversation:
+            raise GangError(f"gang {self._name!r} is in no scope: call enter() first, on all ranks")
+        self._operation += 1
+        return zlib.crc32(self._conversation.encode()) << 24 | (_MEETING + self._operation)
+
+    def _drop_star(self) -> None:
+        star, self._star = self._star, None
+        if star is not None:
+            star.hang_up()

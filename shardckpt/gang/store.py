@@ -1,0 +1,242 @@
+"""A gang that talks through a `torch.distributed` store: ranks as threads, or where no process group can be made."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from shardckpt.errors import GangError
+from shardckpt.gang.base import Gang, GatherError, Json
+from shardckpt.gang.local import LocalGang
+from shardckpt.gang.wire.mailbox import Mailbox, SilentError, Store
+from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
+
+
+class Deadline:
+    """When an operation must have ended on rank 0, and, a little later, on the others."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._began = time.monotonic()
+        self._timeout_s = timeout.total_seconds()
+        self._grace_s = min(10.0, max(1.0, self._timeout_s / 10))
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def left_s(self, rank: int) -> float:
+        """Seconds until `rank` gives up; never negative."""
+        return max(0.0, self._timeout_s + (self._grace_s if rank else 0.0) - self.waited_s)
+
+
+class StoreGang:
+    """A gang over any store of `torch.distributed`; see `Gang` for what its methods do.
+
+    `make_store` gives a client for one thread (`lambda: store` for a HashStore, `store.clone` for a TCPStore); it is
+    called in a worker thread, again after each failure of the store. `nonce` is the same on all ranks and was never
+    used on this store before; `rank`, `size` and `name` are those of this gang.
+
+    Keys, below `shardckpt/<nonce>`: rank 0 numbers its calls for a meeting (`call/7`); each names a conversation, an
+    id that is never used twice. Whoever hears the call answers (`<id>/here/3`) and waits for `<id>/verdict`. Everything
+    said in the conversation is below its id and numbered by operation (`<id>/0/3` given by rank 3, `<id>/1` broadcast).
+    So a message that comes late is in a place where nobody looks, and a rank that comes late finds a verdict that
+    says so. A key is deleted by its writer as soon as a later operation proves that all readers have passed it.
+    """
+
+    def __init__(
+        self, make_store: Callable[[], Store], *, rank: int, size: int, nonce: str, name: str = "root"
+    ) -> None:
+        self._make_store = make_store
+        self._name, self._rank, self._size, self._nonce = name, rank, size, nonce
+        self.mailbox = Mailbox(make_store, f"shardckpt/{nonce}", name=f"shardckpt-{name}-{rank}")
+        self._history = History()
+        self._subgangs: Counter[str] = Counter()
+        self._calls = 0
+        self._conversation = ""
+        self._operation = 0
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def enter(self, scope: str, *, timeout: timedelta) -> None:
+        self._conversation = ""
+        verdict = self.meet(self._history.arrive(scope), Deadline(timeout))
+        if not verdict.ok:
+            raise verdict.error()
+
+    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+        deadline, operation = Deadline(timeout), self._next_operation()
+        if self._rank:
+            self._put(self._said(operation, self._rank), value, deadline)
+            return None
+        own = decode(encode(value))
+        values = self._collect({rank: self._said(operation, rank) for rank in range(1, self._size)}, deadline)
+        values[0] = own
+        absent = [rank for rank in range(self._size) if rank not in values]
+        if absent:
+            raise GatherError(
+                f"gang {self._name!r}: {ranks_text(absent)} did not answer within {deadline.waited_s:.3g} s",
+                absent=absent,
+                values=values,
+            )
+        self.mailbox.forget(before=self.mailbox.stage)  # who took part in this has read all that I wrote before it
+        return [values[rank] for rank in range(self._size)]
+
+    def broadcast(self, value: Json, *, timeout: timedelta) -> Json:
+        deadline, operation = Deadline(timeout), self._next_operation()
+        if self._rank == 0:
+            self._put(self._said(operation), value, deadline)
+            own: Json = decode(encode(value))
+            return own
+        heard: Json = self._hear(self._said(operation), deadline)
+        self.mailbox.forget(before=self.mailbox.stage)  # rank 0 has done with all operations before this one
+        return heard
+
+    def subgang(self, ranks: Sequence[int], name: str) -> Gang | None:
+        nonce = self.subnonce(name, ranks)
+        if self._rank not in ranks:
+            return None
+        if len(ranks) == 1:
+            return LocalGang(name)
+        own = list(ranks).index(self._rank)
+        return StoreGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name)
+
+    def subnonce(self, name: str, ranks: Sequence[int]) -> str:
+        """A nonce for the next subgang of that name; counted by all ranks of this gang, also by those outside."""
+        self._subgangs[name] += 1
+        members = uuid.uuid5(uuid.NAMESPACE_OID, "-".join(map(str, ranks))).hex[:16]
+        return f"{self._nonce}/{name}.{self._subgangs[name]}.{members}"
+
+    def close(self) -> None:
+        self._conversation = ""
+        self.mailbox.close()
+
+    def meet(self, arrival: Arrival, deadline: Deadline) -> Verdict:
+        """All ranks meet, and rank 0 says how it went; every rank gets the same verdict, unless it raises.
+
+        Called by `enter`, and by a gang that needs this only now and then.
+        """
+        self.mailbox.renew()
+        verdict = self._call(arrival, deadline) if self._rank == 0 else self._answer(arrival, deadline)
+        if verdict.ok:
+            self._conversation, self._operation = verdict.conversation, 0
+            self.mailbox.forget(before=self.mailbox.stage)  # whoever is here has left all earlier conversations
+        return verdict
+
+    def _call(self, own: Arrival, deadline: Deadline) -> Verdict:
+        """Rank 0: call, see who comes, judge; call again as long as those who came can wait for the others."""
+        strangers: dict[int, Arrival] = {}
+        while True:
+            self.mailbox.stage += 1
+            conversation = uuid.uuid4().hex
+            self._put(self._free_call(deadline), [conversation, own.scope], deadline)
+            self._calls += 1
+            keys = {rank: self.mailbox.key(conversation, "here", rank) for rank in range(1, self._size)}
+            with self._farewell(conversation, own, deadline):
+                here = {rank: Arrival.from_json(said) for rank, said in self._collect(keys, deadline).items()}
+            verdict = judge(
+                {0: own, **here},
+                conversation=conversation,
+                gang=self._name,
+                size=self._size,
+                waited_s=deadline.waited_s,
+                note=last_seen(strangers, here),
+            )
+            self._put(self.mailbox.key(conversation, "verdict"), verdict.to_json(), deadline)
+            if verdict.is_over_for(0):
+                return verdict
+            strangers |= {rank: here[rank] for rank in verdict.leave}
+
+    def _answer(self, own: Arrival, deadline: Deadline) -> Verdict:
+        """The others: answer each call in turn, until a verdict is meant for us."""
+        while True:
+            conversation, scope = self._hear(self.mailbox.key("call", self._calls), deadline)
+            self._calls += 1
+            self.mailbox.stage += 1
+            self._put(self.mailbox.key(conversation, "here", self._rank), own.to_json(), deadline)
+            verdict = Verdict.from_json(self._hear(self.mailbox.key(conversation, "verdict"), deadline))
+            if self._rank in verdict.absent:
+                # This meeting was over before we came. If it was the one we are looking for, say so at once. If we
+                # have been in this scope before, then rank 0 may be about to call for it again.
+                if scope == own.scope and scope not in own.past:
+                    return verdict
+            elif verdict.is_over_for(self._rank):
+                return verdict
+
+    def _free_call(self, deadline: Deadline) -> str:
+        """The key for the next call; a call that seemed to fail may have been heard, and its number is then used up."""
+        while True:
+            key = self.mailbox.key("call", self._calls)
+            with self._translated():
+                if self.mailbox.peek(key, timeout_s=deadline.left_s(0)) is None:
+                    return key
+            self._calls += 1
+
+    @contextmanager
+    def _farewell(self, conversation: str, own: Arrival, deadline: Deadline) -> Iterator[None]:
+        """If rank 0 is interrupted (Ctrl-C) while the others wait for its verdict, they hear of it."""
+        try:
+            yield
+        except GangError:
+            raise  # the store itself failed: nobody can hear us
+        except BaseException:
+            text = f"gang {self._name!r}: rank 0 was interrupted"
+            verdict = Verdict(conversation, own.scope, text, absent=(0,))
+            with suppress(GangError):
+                self._put(self.mailbox.key(conversation, "verdict"), verdict.to_json(), deadline)
+            raise
+
+    def _next_operation(self) -> int:
+        if not self._conversation:
+            raise GangError(f"gang {self._name!r} is in no scope: call enter() first, on all ranks")
+        self.mailbox.stage += 1
+        self._operation += 1
+        return self._operation
+
+    def _said(self, *where: int) -> str:
+        return self.mailbox.key(self._conversation, *where)
+
+    def _put(self, key: str, value: Json, deadline: Deadline) -> None:
+        with self._translated():
+            self.mailbox.put(key, value, timeout_s=deadline.left_s(self._rank))
+
+    def _collect(self, keys: dict[int, str], deadline: Deadline) -> dict[int, Any]:
+        with self._translated():
+            return self.mailbox.collect(keys, timeout_s=deadline.left_s(self._rank))
+
+    def _hear(self, key: str, deadline: Deadline) -> Any:
+        """What rank 0 says under `key`."""
+        heard = self._collect({0: key}, deadline)
+        if not heard:
+            raise GangError(f"gang {self._name!r}: rank 0 did not answer within {deadline.waited_s:.3g} s", absent=[0])
+        return heard[0]
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (SilentError, RuntimeError) as error:
+            raise GangError(
+                f"gang {self._name!r}: the store that its ranks talk through failed on rank {self._rank}: {error}. "
+                "The process that hosts it may have ended, or the network to it may be cut"
+            ) from error
+
+
+def last_seen(strangers: dict[int, Arrival], here: dict[int, Arrival]) -> str:
+    """For the verdict: where those were who were sent away to come again and did not."""
+    seen = [f"rank {rank} was in {at.scope!r} before" for rank, at in strangers.items() if rank not in here]
+    return f" ({', '.join(seen[:8])})" if seen else ""

@@ -1,0 +1,208 @@
+"""One fails, all know: work that every rank does, and that succeeds on all ranks or fails on all."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+from shardckpt.errors import Failure, GangError
+from shardckpt.gang.base import Gang, GatherError, Json
+from shardckpt.gang.wire.messages import decode, encode, ranks_text
+
+_T = TypeVar("_T")
+
+_FAREWELL = timedelta(seconds=5)
+"""How long a rank that is late or interrupted takes to tell the others, and to hear what became of them."""
+_LISTED = 8
+"""How many failures the text of an error lists; `GangError.failures` has them all."""
+_MESSAGE_CHARS, _TRACE_CHARS = 2000, 8000
+
+
+def together(gang: Gang, work: Callable[[], _T], *, phase: str, timeout: timedelta, step: int | None = None) -> _T:
+    """Do `work` on this rank, and return its result when it succeeded on all ranks.
+
+    Called by all ranks of the gang, in a scope that they have entered, in the thread that uses the gang. If it failed
+    on any, or if any did not come within `timeout` (work and exchange, as rank 0 sees it), every rank raises the same
+    `GangError`: `failures` by rank, `absent`; the rank's own error is its `__cause__`. An interrupt (KeyboardInterrupt,
+    SystemExit) on one rank is told to the others and then goes on there. `phase` and `step` are for the message.
+    """
+    attempt = _Attempt(gang, phase, timeout, step)
+    done = _do(work)
+    attempt.settle(done, None)
+    return done.result
+
+
+def together_gather(
+    gang: Gang, work: Callable[[], Json], *, phase: str, timeout: timedelta, step: int | None = None
+) -> list[Json] | None:
+    """As `together`; rank 0 also gets what each rank's `work` returned, in rank order. The others get None."""
+    attempt = _Attempt(gang, phase, timeout, step)
+
+    def as_message() -> Any:
+        return decode(encode(work()))  # what is not JSON is this rank's failure, and not a message that never comes
+
+    done = _do(as_message)
+    return attempt.settle(done, done.result if done.error is None else None)
+
+
+class _Done(Generic[_T]):
+    """How the work ended on this rank: with a result or with an error."""
+
+    result: _T
+    error: BaseException | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.error is not None and not isinstance(self.error, Exception)
+
+
+def _do(work: Callable[[], _T]) -> _Done[_T]:
+    done: _Done[_T] = _Done()
+    try:
+        done.result = work()
+    except BaseException as error:
+        done.error = error
+    return done
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What rank 0 found out; the same error is made of it on every rank."""
+
+    failures: tuple[Failure, ...]
+    absent: tuple[int, ...]
+    text: str
+
+    def to_json(self) -> Json:
+        return [[_failure_to_json(failure) for failure in self.failures], self.absent, self.text]
+
+    @classmethod
+    def from_json(cls, value: Any) -> _Verdict:
+        return cls(tuple(Failure(*failure) for failure in value[0]), tuple(value[1]), value[2])
+
+
+class _Attempt:
+    """One call of `together` on one rank."""
+
+    def __init__(self, gang: Gang, phase: str, timeout: timedelta, step: int | None) -> None:
+        self._gang = gang
+        self._phase = phase
+        self._timeout = timeout
+        self._step = step
+        self._began = time.monotonic()
+
+    def settle(self, done: _Done[Any], value: Json) -> list[Json] | None:
+        """Tell how it went here and learn how it went elsewhere; raises unless all is well everywhere."""
+        if self._gang.rank == 0:
+            values, verdict = self._conclude(done, value)
+        else:
+            values, verdict = None, self._report(done, value)
+        if done.interrupted:
+            assert done.error is not None
+            raise done.error
+        if verdict is not None:
+            failures = {failure.rank: failure for failure in verdict.failures}
+            raise GangError(verdict.text, failures=failures, absent=verdict.absent, step=self._step) from done.error
+        return values
+
+    def _conclude(self, done: _Done[Any], value: Json) -> tuple[list[Json] | None, _Verdict | None]:
+        """On rank 0: hear all, decide, tell all."""
+        own = self._failure(done) or self._overrun()
+        said: Mapping[int, Any] = {0: [own, value]}
+        absent: tuple[int, ...] = ()
+        trouble = ""
+        try:
+            gathered: Any = self._gang.gather([own, value], timeout=self._left(done))
+            said = dict(enumerate(gathered))
+        except GatherError as error:
+            said, absent = error.values, error.absent
+        except GangError as error:
+            trouble = str(error)
+        except BaseException as error:  # Ctrl-C while waiting for the others
+            self._tell(self._verdict([Failure(0, type(error).__name__, str(error))], (), ""))
+            raise
+        if done.interrupted:
+            absent = ()  # they were not given the time
+        failures = [Failure(*said[rank][0]) for rank in sorted(said) if said[rank][0]]
+        verdict = self._verdict(failures, absent, trouble) if failures or absent or trouble else None
+        self._tell(verdict)
+        return [said[rank][1] for rank in sorted(said)], verdict
+
+    def _tell(self, verdict: _Verdict | None) -> None:
+        message = None if verdict is None else verdict.to_json()
+        try:
+            self._gang.broadcast(message, timeout=max(self._left(None), _FAREWELL))
+        except GangError:
+            if verdict is None:
+                raise
+
+    def _report(self, done: _Done[Any], value: Json) -> _Verdict | None:
+        """On the others: tell rank 0, hear its verdict. An interrupted rank does not wait for that."""
+        try:
+            self._gang.gather([self._failure(done), value], timeout=self._left(done))
+            if done.interrupted:
+                return None
+            verdict = self._gang.broadcast(None, timeout=self._left(done))
+        except GangError as error:
+            if done.interrupted:
+                return None
+            text = f"{self._subject()}: {error}"
+            raise GangError(text, absent=error.absent, step=self._step) from (done.error or error)
+        return None if verdict is None else _Verdict.from_json(verdict)
+
+    def _left(self, done: _Done[Any] | None) -> timedelta:
+        """What is left of the timeout; enough to say and hear the last word, even if there is nothing left."""
+        if done is not None and done.interrupted:
+            return _FAREWELL
+        elapsed = timedelta(seconds=time.monotonic() - self._began)
+        least = timedelta(0) if self._gang.rank == 0 else min(_FAREWELL, self._timeout)
+        return max(self._timeout - elapsed, least)
+
+    def _failure(self, done: _Done[Any]) -> Json:
+        if done.error is None:
+            return None
+        trace = "".join(traceback.format_exception(type(done.error), done.error, done.error.__traceback__))
+        message = str(done.error)[:_MESSAGE_CHARS]
+        return _failure_to_json(Failure(self._gang.rank, type(done.error).__name__, message, trace[-_TRACE_CHARS:]))
+
+    def _overrun(self) -> Json:
+        """Rank 0's own work took too long: the others have given up or are about to, so it must not succeed here."""
+        elapsed = time.monotonic() - self._began
+        if elapsed <= self._timeout.total_seconds():
+            return None
+        message = f"its work took {elapsed:.3g} s, more than the {self._timeout.total_seconds():.3g} s allowed"
+        return _failure_to_json(Failure(0, "TimeoutError", message))
+
+    def _verdict(self, failures: list[Failure], absent: tuple[int, ...], trouble: str) -> _Verdict:
+        return _Verdict(tuple(_trimmed(failures)), absent, self._text(failures, absent, trouble))
+
+    def _subject(self) -> str:
+        return f"{self._phase} failed" if self._step is None else f"{self._phase} of step {self._step} failed"
+
+    def _text(self, failures: list[Failure], absent: tuple[int, ...], trouble: str) -> str:
+        told = [str(failure) for failure in failures[:_LISTED]]
+        if len(failures) > _LISTED:
+            told.append(f"and {len(failures) - _LISTED} more ranks")
+        if absent:
+            waited_s = time.monotonic() - self._began
+            told.append(f"{ranks_text(absent)} did not answer (rank 0 waited {waited_s:.3g} s)")
+        if trouble:
+            told.append(trouble)
+        text = f"{self._subject()} on gang {self._gang.name!r} of {self._gang.size}: {'; '.join(told)}"
+        traced = next((failure for failure in failures if failure.trace), None)
+        if traced is not None:
+            text += f"\n\nOn rank {traced.rank}:\n{traced.trace.rstrip()}"
+        return text
+
+
+def _failure_to_json(failure: Failure) -> Json:
+    return [failure.rank, failure.kind, failure.message, failure.trace]
+
+
+def _trimmed(failures: list[Failure]) -> list[Failure]:
+    """The traces of the first few only: of four thousand equal ones nobody reads more, and all would travel to all."""
+    return [failure if i < _LISTED else replace(failure, trace="") for i, failure in enumerate(failures)]
