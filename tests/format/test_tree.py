@@ -59,9 +59,7 @@ REFS = st.builds(
 TREES = st.recursive(
     REFS | VALUES,
     lambda inner: (
-        st.dictionaries(KEYS, inner, max_size=4)
-        | st.lists(inner, max_size=4)
-        | st.lists(inner, max_size=4).map(tuple)
+        st.dictionaries(KEYS, inner, max_size=4) | st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple)
     ),
     max_leaves=20,
 )

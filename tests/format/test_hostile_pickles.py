@@ -1,0 +1,346 @@
+"""Pickles made to do harm: nothing runs, nothing large is allocated, nothing but `ValueError` comes out, at once."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import struct
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import _weights_only_unpickler as restricted
+
+from shardckpt.format.tree import TensorRef, decode_tree, encode_tree
+
+HEAD = b"\x80\x02"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+FLOATS = b"ctorch\nFloatStorage\n"
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Every test of this file: a second or two, and few MiB, by Python's count and by the system's."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    began = time.monotonic()
+    yield
+    elapsed = time.monotonic() - began
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 << 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10, "KiB of memory grown"
+    assert elapsed < 30
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value: int) -> bytes:
+    data = value.to_bytes(16, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def tensor(numel: int, shape: tuple[int, ...], stride: tuple[int, ...], *, storage: bytes = FLOATS) -> bytes:
+    """A tensor as a file spells it, with claims of its own."""
+    sizes = b"".join([b"(", *map(number, shape), b"t"])
+    strides = b"".join([b"(", *map(number, stride), b"t"])
+    pid = b"(" + text("storage") + storage + text("0") + text("cpu") + number(numel) + b"tQ"
+    return REBUILD + b"(" + pid + b"K\x00" + sizes + strides + b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+def call(module: str, name: str, *arguments: bytes) -> bytes:
+    return f"c{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def laughs(levels: int, innermost: bytes = b"K\x01") -> bytes:
+    """A tuple of twice the same tuple of twice the same tuple ...: 2**levels values in a few bytes."""
+    data = innermost
+    for level in range(levels):
+        data += b"q" + bytes([level]) + b"h" + bytes([level]) + b"\x86"
+    return data
+
+
+class Reduced:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.parts = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [1, {"a": (x,)}], lambda x: {(x,): 1}])
+def test_no_call_is_made(tmp_path: Path, protocol: int, wrap: Any) -> None:
+    canary = tmp_path / "canary"
+    touch = f"open({str(canary)!r}, 'w').close()"
+    attacks = [
+        Reduced(os.system, f"touch {canary}"),
+        Reduced(eval, touch),
+        Reduced(exec, touch),
+        Reduced(open, str(canary), "w"),
+        Reduced(Path.touch, canary),
+        Reduced(getattr, Reduced(__import__, "os"), "system"),
+        Reduced(torch.load, str(canary)),
+        Reduced(torch.storage._load_from_bytes, b"\x80\x02."),
+        Reduced(__import__, "antigravity"),
+    ]
+    for attack in attacks:
+        with pytest.raises(ValueError, match="pickle"):
+            decode_tree(pickle.dumps(wrap(attack), protocol=protocol))
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        call("os", "system", text("true")),
+        call("posix", "system", text("true")),
+        call("nt", "system", text("true")),
+        call("__builtin__", "eval", text("1")),
+        call("builtins", "getattr", text("x"), text("upper")),
+        call("builtins", "bytes", number(10)),
+        call("builtins", "set.__class__", text("x")),
+        call("torch._utils", "_rebuild_parameter", b"N", b"\x88", b"N"),
+        call("torch._utils", "_rebuild_qtensor"),
+        call("torch._utils", "_rebuild_wrapper_subclass", b"N"),
+        call("torch._tensor", "_rebuild_from_type_v2", b"ctorch\nSize\n", b"ctorch\nSize\n", b")", b"}"),
+        call("torch.distributed.device_mesh", "DeviceMesh", text("cpu"), b"]"),
+        call("torch.nn.parameter", "Parameter", number(1 << 40)),
+        call("torch", "Tensor", number(1 << 40)),
+        call("torch", "FloatTensor", number(1 << 40)),
+        call("torch.storage", "UntypedStorage", number(1 << 40)),
+        call("__builtin__", "bytearray", number(1 << 40)),
+        call("__builtin__", "complex", text("1"), text("2")),
+        call("__builtin__", "set", tensor(1 << 40, (1 << 40,), (1,))),
+        call("collections", "OrderedDict", tensor(1 << 40, (1 << 39, 2), (2, 1))),
+        call("collections", "OrderedDict", b"](" + tensor(1 << 40, (1 << 40,), (1,)) + b"e"),
+        call("collections", "Counter", tensor(1 << 40, (1 << 40,), (1,))),
+        call("torch", "Size", tensor(1 << 40, (1 << 40,), (1,))),
+        call("torch", "Size", b"(" + number(-1) + b"t"),
+        call("torch", "device", text("no such device")),
+        call("torch.serialization", "_get_layout", text("no such layout")),
+        call("_codecs", "encode", text("x"), text("zip")),
+        call("_codecs", "encode", text("\u20ac"), text("latin1")),
+        b"ctorch\nSize\n(tt\x81",
+        b"ccollections\nOrderedDict\n)\x81",
+        b"ccollections\nOrderedDict\n}b",
+        b"]}b",
+        b"}](K\x01K\x02eb",
+        tensor(1, (1,), (1,)) + b"}b",
+        tensor(1, (1,), (1,)) + b"a",
+        b"ccollections\nOrderedDict\n",
+        FLOATS,
+        b"(" + text("storage") + FLOATS + text("0") + text("cpu") + number(1) + b"tQ",
+        b"(" + text("module") + FLOATS + text("0") + text("cpu") + number(1) + b"tQ",
+        text("storage") + b"Q",
+        b"K\x01Q",
+        b"Pid\n",
+        b"\x82\x01",
+        b"(ios\nsystem\n",
+        b"(cos\nsystem\nX\x04\x00\x00\x00trueo",
+        b"\x8c\x02os\x8c\x06system\x93",
+        b"}ccollections\nOrderedDict\nK\x01s",
+        b"}]K\x01s",
+        b"](K\x01K\x02u",
+        b"}(K\x01u",
+        b"}K\x01a",
+        b"K\x01K\x02",
+        b"(K\x01",
+        b"0",
+        b"1",
+        b"h\x05",
+        b"q\x05",
+        b"",
+    ],
+)
+def test_what_is_not_on_the_list_or_not_well_formed_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError, match="pickle"):
+        decode_tree(HEAD + body + b".")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        tensor(-1, (1,), (1,)),
+        tensor(10, (11,), (1,)),
+        tensor(10, (5,), (1,)),
+        tensor(10, (5, 2), (1, 5)),
+        tensor(10, (10,), (0,)),
+        tensor(10, (-10,), (1,)),
+        tensor(1 << 63, (1 << 63,), (1,)),
+        tensor(0, (1 << 62, 0, 1 << 62), (0, 1, 1)),
+        tensor(1, (1,) * 65, (1,) * 65),
+        tensor(1, (1,), (1,), storage=b"ctorch\nQInt8Storage\n"),
+        tensor(1, (1,), (1,), storage=b"ctorch.storage\nTypedStorage\n"),
+        tensor(4, (4,), (1,), storage=b"ctorch.storage\nUntypedStorage\n"),
+    ],
+)
+def test_tensors_that_are_no_whole_contiguous_storage(body: bytes) -> None:
+    with pytest.raises(ValueError, match="pickle"):
+        decode_tree(HEAD + body + b".")
+
+
+def test_a_claim_of_4_tb_costs_nothing() -> None:
+    found = decode_tree(HEAD + tensor(1 << 40, (1 << 40,), (1,)) + b".")
+    assert (found.shape, found.is_meta, found.dtype) == ((1 << 40,), True, torch.float32)
+
+
+def test_a_claim_of_4_tb_of_text_or_memo_costs_nothing() -> None:
+    for body in (
+        b"X\xff\xff\xff\xff",
+        b"N" + b"r\xff\xff\xff\xff",
+        b"\x8a\xff",
+        b"j\xff\xff\xff\xff",
+        b"T\xff\xff\xff\x7f",
+    ):
+        for tail in (b"", b"."):
+            try:
+                assert decode_tree(HEAD + body + tail) is None
+            except ValueError:
+                continue
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        laughs(60),
+        laughs(60, b"]"),
+        b"}" + laughs(60) + b"K\x01s",
+        b"](" + laughs(60) + b"e",
+        laughs(60) + b")R",
+        laughs(60) + b")\x81",
+        laughs(60) + b"}b",
+        laughs(60) + b"Q",
+        b"(" + text("storage") + laughs(60) + text("0") + text("cpu") + number(1) + b"tQ",
+        b"c__builtin__\nset\n](" + laughs(60) + b"e\x85R",
+        b"c_codecs\nencode\n" + laughs(60) + text("latin1") + b"\x86R",
+        b"ccollections\nOrderedDict\n](" + laughs(60) + b"K\x01\x86e\x85R",
+        b"ccollections\nOrderedDict\n)R}" + laughs(60) + b"K\x01sb",
+        b"]q\x00h\x00a",
+        b"}q\x00K\x01h\x00s",
+        b"ccollections\nOrderedDict\n)Rq\x00}" + text("a") + b"h\x00sb",
+        b"]" * 100_000 + b"a" * 99_999,
+        b"(" * 100_000 + b"t" * 100_000,
+        b"}K\x01" * 50_000 + b"}" + b"s" * 50_000,
+        b"N" + b"\x85" * 1_000,
+        b"N" * 1_000_000,
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_structures_that_unfold_without_end(body: bytes) -> None:
+    """Sharing, rings and depth: what reads, hashes, prints or walks them by recursion would never come back."""
+    with pytest.raises(ValueError) as caught:
+        decode_tree(HEAD + body + b".")
+    assert len(str(caught.value)) < 1000
+
+
+def good() -> bytes:
+    tree = {
+        "model": {"w": TensorRef(0, torch.float32, (3, 2)), "b": TensorRef(1, torch.uint16, ())},
+        "rng": [b"bytes", (1, 2.5, -7, 1 << 90), {"nested": {1, 2}}],
+        "size": torch.Size([1]),
+    }
+    return encode_tree(tree)
+
+
+def test_every_truncation_and_every_surplus_byte_is_noticed() -> None:
+    data = good()
+    assert decode_tree(data)["rng"][0] == b"bytes"
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match="pickle"):
+            decode_tree(data[:length])
+    for surplus in (b".", b"N", b"\0", data):
+        with pytest.raises(ValueError, match="pickle"):
+            decode_tree(data + surplus)
+
+
+def outcome(data: bytes) -> None:
+    """Refused with `ValueError`, or read; and what is read, torch's own restricted reader reads too, as the same type."""
+    try:
+        found = decode_tree(data)
+    except ValueError:
+        return
+    reader = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
+    reader.persistent_load = meta_storage
+    assert type(reader.load()) is type(found)
+
+
+def meta_storage(saved: Any) -> Any:
+    """How torch itself makes storages where a file is mapped to the meta device."""
+    _, kind, _, _, numel = saved
+    dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+    untyped = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
+    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_random_bytes(data: bytes) -> None:
+    outcome(data)
+    outcome(HEAD + data + b".")
+
+
+@given(st.lists(st.tuples(st.integers(0, len(good()) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=250, deadline=None)
+def test_a_good_pickle_with_some_bytes_changed(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(good())
+    for position, value in changes:
+        data[position] = value
+    outcome(bytes(data))
+
+
+GLOBALS = [
+    b"ccollections\nOrderedDict\n",
+    b"ccollections\nCounter\n",
+    b"c__builtin__\nset\n",
+    b"c__builtin__\nbytearray\n",
+    b"c__builtin__\ncomplex\n",
+    b"c_codecs\nencode\n",
+    b"ctorch\nSize\n",
+    b"ctorch\ndevice\n",
+    b"ctorch\nfloat32\n",
+    b"ctorch.serialization\n_get_layout\n",
+    b"ctorch.storage\nUntypedStorage\n",
+    REBUILD,
+    FLOATS,
+]
+STEPS = st.sampled_from(
+    [bytes([code]) for code in b"(NK)t]ae}su\x81\x85\x86\x87\x88RbQ"]
+    + [b"K\x02", b"q\x00", b"h\x00", b"q\x01", b"h\x01", text("a"), text("storage"), text("latin1"), text("cpu")]
+    + [number(1 << 61), number(-1), b"G" + struct.pack(">d", 1.5), tensor(1 << 40, (1 << 40,), (1,))]
+    + GLOBALS
+)
+
+
+VALUES = st.sampled_from(
+    [b"K\x02", b"N", text("a"), b"(K\x01K\x02t", b"](K\x01h\x00e", tensor(6, (2, 3), (3, 1)), *GLOBALS]
+)
+
+
+@given(st.lists(st.tuples(VALUES, VALUES), max_size=5), VALUES)
+@settings(max_examples=150, deadline=None)
+def test_random_calls(items: list[tuple[bytes, bytes]], last: bytes) -> None:
+    """Well-formed more often than not: a dict of calls with one argument each."""
+    body = (
+        b"K\x07q\x000"[:-1] + b"\x85" + b"".join(callee + argument + b"\x85R" + b"\x86" for callee, argument in items)
+    )
+    outcome(HEAD + body + last + b"\x86.")
+
+
+@given(st.lists(STEPS, max_size=25))
+@settings(max_examples=400, deadline=None)
+@example([GLOBALS[0], b")", b"R", b"}", b"b"])
+@example([b"]", b"q\x00", b"h\x00", b"a"])
+def test_random_programs(steps: list[bytes]) -> None:
+    outcome(HEAD + b"".join(steps) + b".")
