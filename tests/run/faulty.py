@@ -43,6 +43,13 @@ class DyingStorage(StorageWrapper):
         super().delete_tree(prefix)
 
 
+class ClumsyStorage(DyingStorage):
+    """A file system that cannot exchange folders."""
+
+    def exchange_folders(self, one: str, other: str) -> bool:
+        return False
+
+
 class PowerCutStorage(DyingStorage):
     """When it dies, what was removed since the last sync of its folder is back: the worst that a file system may do.
 

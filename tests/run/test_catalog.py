@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from shardckpt.engine.saving.commit import commit_attempt
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt, step_folder
 from shardckpt.format.manifest import encode_manifest
 from shardckpt.run.catalog import Catalog, Entry
+from shardckpt.run.deletion import sweep
 from shardckpt.run.requests import AT_ONCE, each
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import Operation
 from shardckpt.testing.faults import FailingStorage, RecordingStorage
-from tests.run.faulty import WatchedStorage
+from tests.run.faulty import ClumsyStorage, DyingStorage, Killed, WatchedStorage
 from tests.run.making import commit, fill, is_whole, record_of, start_attempt
 
 
@@ -166,6 +168,26 @@ def test_of_several_set_aside_the_one_committed_last_is_in_force(renaming: Memor
 def test_an_attempt_with_a_record_is_not_in_force(renaming: MemoryStorage) -> None:
     commit(renaming, 5, folder=aside_folder(5, new_attempt(), "tmp"))
     assert Catalog(renaming).steps() == []
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_a_commit_that_dies_at_any_point_leaves_the_old_step_or_the_new_one_in_force(exchanges: bool) -> None:
+    """The engine's own commit, replacing a step; afterwards a sweep harms nothing."""
+    for lives in range(100):
+        storage = MemoryStorage("run")
+        old, new = commit(storage, 5), new_attempt()
+        tmp = start_attempt(storage, 5, new)
+        dying = (DyingStorage if exchanges else ClumsyStorage)(storage, lives)
+        try:
+            commit_attempt(dying, tmp, record_of(5, new))
+        except Killed:
+            assert Catalog(storage).record(5)[1].attempt in (old, new)
+            sweep(Catalog(storage), own_attempts={new: 5})
+            assert is_whole(storage, 5)
+        else:
+            break
+    assert 5 < lives < 100
+    assert Catalog(storage).record(5)[1].attempt == new
 
 
 @pytest.mark.parametrize("at", range(7))
