@@ -75,7 +75,7 @@ class FsspecStorage:
         return self._url
 
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
-        what = f"cannot put {check_key(key)!r} in {self._url}"
+        what = f"cannot put {_checked(check_key(key))!r} in {self._url}"
         if self._is_there(key):
             raise OSError(errno.EEXIST, f"{what}: it is there already, and objects are write-once")
         first, rest = self._gather(parts)
@@ -129,12 +129,12 @@ class FsspecStorage:
 
     def replace(self, key: str, content: bytes) -> None:
         """As atomic as a put of the back end: object stores show the old or the new; SFTP and the like may tear."""
-        what = f"cannot replace {check_key(key)!r} in {self._url}"
+        what = f"cannot replace {_checked(check_key(key))!r} in {self._url}"
         with self._puts if self._in_memory else nullcontext():
             self._call(what, lambda fs: pipe_over(fs, self._path(key), bytes(content)))
 
     def read(self, key: str) -> bytes:
-        what = f"cannot read {check_key(key)!r} in {self._url}"
+        what = f"cannot read {_checked(check_key(key))!r} in {self._url}"
 
         def fetch(fs: Any) -> bytes:
             with _absent_if_no_file(key):
@@ -152,7 +152,7 @@ class FsspecStorage:
 
     def _fetch(self, runs: Sequence[Run]) -> list[bytes]:
         what = f"cannot read {runs[0].key!r}{' and others' * (len(runs) > 1)} in {self._url}"
-        paths = [self._path(check_key(run.key)) for run in runs]
+        paths = [self._path(_checked(check_key(run.key))) for run in runs]
         options = {"batch_size": self._transfers.concurrency} if self._remote else {}
         starts, ends = [run.offset for run in runs], [run.end for run in runs]
         # Errors are asked for as values, to know which range each belongs to.
@@ -170,7 +170,7 @@ class FsspecStorage:
         raise translate(error, f"cannot read {run.key!r} in {self._url}", self._redacted)
 
     def size(self, key: str) -> int:
-        what = f"cannot look at {check_key(key)!r} in {self._url}"
+        what = f"cannot look at {_checked(check_key(key))!r} in {self._url}"
 
         def look(fs: Any) -> int:
             fs.invalidate_cache(self._path(key))  # for file systems that were made with a listings cache
@@ -190,7 +190,7 @@ class FsspecStorage:
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        return sorted(name + "/" * is_folder for name, is_folder in self._entries(check_folder(prefix)))
+        return sorted(name + "/" * is_folder for name, is_folder in self._entries(_checked(check_folder(prefix))))
 
     def _entries(self, folder: str) -> _Entries:
         """Names directly below a folder, and whether each is a folder; a link to a folder is none."""
@@ -212,13 +212,13 @@ class FsspecStorage:
         return []
 
     def delete(self, keys: Iterable[str]) -> None:
-        paths = iter([self._path(check_key(key)) for key in keys])
+        paths = iter([self._path(_checked(check_key(key))) for key in keys])
         while batch := list(islice(paths, _DELETES_PER_CALL)):
             what = f"cannot delete {len(batch)} objects in {self._url}, the first of them {batch[0]!r}"
             self._call(what, partial(_delete, paths=batch))
 
     def delete_tree(self, prefix: str) -> None:
-        folders, keys = [check_key(check_folder(prefix))], list[str]()
+        folders, keys = [_checked(check_key(check_folder(prefix)))], list[str]()
         for folder in folders:  # grows as it goes
             for name, is_folder in self._entries(folder):
                 (folders if is_folder else keys).append(f"{folder}/{name}")
@@ -234,8 +234,6 @@ class FsspecStorage:
             self._live = None
 
     def _path(self, key: str) -> str:
-        if "?versionId=" in key:
-            raise ValueError(f"{key!r} is not a storage key here: s3fs would cut off what follows '?'")
         return f"{self._root}/{key}" if key else self._root
 
     def _client(self) -> Any:
@@ -257,6 +255,12 @@ class FsspecStorage:
         except Exception as error:
             translated = translate(error, what, self._redacted)
         raise translated
+
+
+def _checked(key: str) -> str:
+    if "?versionId=" in key:
+        raise ValueError(f"{key!r} is not a storage key here: s3fs would cut off what follows '?'")
+    return key
 
 
 @contextmanager

@@ -18,6 +18,9 @@ def s3() -> Iterator[s3server.S3Server]:
 
 
 @pytest.fixture
-def s3_url(s3: s3server.S3Server) -> str:
-    """The URL of a place of this test's own."""
-    return f"s3://{s3.bucket}/{uuid.uuid4().hex}"
+def s3_url(s3: s3server.S3Server) -> Iterator[str]:
+    """The URL of a place of this test's own. Emptied afterwards: moto keeps large objects in open temporary files."""
+    url = f"s3://{s3.bucket}/{uuid.uuid4().hex}"
+    yield url
+    if left := s3.file_system.find(url):
+        s3.file_system.rm(left)
