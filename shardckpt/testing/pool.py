@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import pickle
 import signal
 import tempfile
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +20,10 @@ from typing import Any
 
 from shardckpt.testing.rankprocess import Call, Raised, Returned, serve
 
-_GRACE_S = 5.0
+_GRACE_S = 3.0
 """How long after its deadline a process may take to dump its threads and end by itself, before it is killed."""
 _PRELOAD = (
+    "pytest",
     "shardckpt.testing.rankprocess",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
@@ -79,6 +81,7 @@ class _Worker:
 
     def __init__(self, number: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
+        open_before = _descriptors()
         self.output, self.faults = folder / f"output_{number}", folder / f"faults_{number}"
         self.connection, theirs = context.Pipe()
         self.process: ForkServerProcess = context.Process(
@@ -86,6 +89,8 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
+        self.filenos = _descriptors() - open_before
+        """Of the connection, and those by which `multiprocessing` watches the process, of which it tells only one."""
 
     def close(self, *, kill: bool) -> None:
         """End the process, and wait until it has; nothing of it is left open here."""
@@ -105,13 +110,16 @@ class _Worker:
 class ProcessPool:
     """Runs a function on several ranks at once, each in a process of its own that is used again and again.
 
-    For tests: make one per test session, and use it from one thread. Processes are forked, when they are first needed,
-    from a server process that has imported torch, so a test module must be importable by name. A process in which
-    a call raised, died, hung, or left threads or a process group behind is replaced: the next call finds only clean ones.
+    For tests: make one per test session, and use it from one thread. Processes are forked, when first needed, from a
+    server process that has imported torch, so a test module must be importable by name. A process in which a call
+    raised, died, hung, or left threads or a process group behind is replaced: the next call finds only clean ones.
     """
 
     def __init__(self) -> None:
-        multiprocessing.get_context("forkserver").set_forkserver_preload(list(_PRELOAD))
+        """Starts the server; it and multiprocessing's resource tracker stay for the life of this process."""
+        forkserver.set_forkserver_preload(list(_PRELOAD))
+        forkserver.ensure_running()
+        resource_tracker.ensure_running()
         self._folder = tempfile.TemporaryDirectory(prefix="shardckpt-ranks-")
         self._workers: list[_Worker] = []
         self._numbers = itertools.count()
@@ -146,7 +154,7 @@ class ProcessPool:
         timeout: float = 60.0,
         backend: str | None = "gloo",
     ) -> list[Outcome]:
-        """Like `run`, for tests of failures: how it ended on each rank, when it has on all; no rank's error is raised."""
+        """Like `run`, for tests of failures: how it ended on each rank; no rank's error is raised."""
         with tempfile.TemporaryDirectory(prefix="call_", dir=self._folder.name) as folder:
             messages = [
                 pickle.dumps(Call(fn, args, rank, world_size, Path(folder), backend, timeout))
@@ -156,7 +164,7 @@ class ProcessPool:
             keep: list[_Worker] = []
             try:
                 for worker, message in zip(workers, messages, strict=True):
-                    with suppress(BrokenPipeError):  # it has died since; there will be no answer, which tells
+                    with suppress(ConnectionError):  # it has died since; there will be no answer, which tells
                         worker.connection.send_bytes(message)
                 answers = _collect(workers, deadline=time.monotonic() + timeout + _GRACE_S)
                 pairs = list(zip(workers, answers, strict=True))
@@ -180,8 +188,7 @@ class ProcessPool:
     def filenos(self) -> Iterator[int]:
         """The file descriptors that the pool holds open, for those who count descriptors."""
         for worker in self._workers:
-            yield worker.connection.fileno()
-            yield worker.process.sentinel
+            yield from worker.filenos
 
     def close(self) -> None:
         """End all processes."""
@@ -230,6 +237,13 @@ def _outcome(rank: int, worker: _Worker, answer: Returned | Raised | None) -> Ou
     else:
         error = RankLostError(f"the process ended with status {exitcode}", exitcode=exitcode)
     return Outcome(rank, error=error, trace=faults, output=output)
+
+
+def _descriptors() -> frozenset[int]:
+    """The file descriptors that are open in this process; none where the system does not tell."""
+    folder = Path("/proc/self/fd")
+    names = os.listdir(folder) if folder.is_dir() else []
+    return frozenset(int(name) for name in names if (folder / name).is_symlink())  # not the one that listed them
 
 
 def _tail(file: Path) -> str:

@@ -1,0 +1,63 @@
+"""Fixtures and rules of all tests: nothing is left behind, ranks are processes of a warm pool, some need a machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shardckpt.testing.pool import ProcessPool
+from tests.leaks import held, leaks
+
+_POOLS: pytest.StashKey[list[ProcessPool]] = pytest.StashKey()
+"""The pool of this pytest process, once it is made; its descriptors come and go with its processes."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_POOLS] = []
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    conditions = {
+        "gpu": (torch.cuda.is_available(), "needs a CUDA device"),
+        "root": (os.getuid() == 0, "needs uid 0"),
+    }
+    for item in items:
+        for marker, (fulfilled, reason) in conditions.items():
+            if item.get_closest_marker(marker) is not None and not fulfilled:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail the test if threads, open files, child processes or shared memory outlive it (see `tests/leaks.py`)."""
+    pools = request.config.stash[_POOLS]
+    marker = request.node.get_closest_marker("leaks")
+    allowed = {name: value for name, value in marker.kwargs.items() if name != "why"} if marker else {}
+    before = held(without=[fileno for pool in pools for fileno in pool.filenos()])
+    yield
+    left = leaks(before, without=[fileno for pool in pools for fileno in pool.filenos()], **allowed)
+    if left:
+        pytest.fail("left behind: " + "; ".join(sorted(left)), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessPool]:
+    """A warm pool of rank processes: `ranks.run(4, function_of_a_module, *args)`. Four ranks at most, for two cores."""
+    with ProcessPool() as pool:
+        request.config.stash[_POOLS].append(pool)
+        yield pool
+        request.config.stash[_POOLS].remove(pool)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of the loopback interface on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
