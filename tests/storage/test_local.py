@@ -239,6 +239,20 @@ class TestTransfers:
         assert storage.read("a") == filled(3 * PAGE)
         assert len(refused) == 1
 
+    def test_dontcache_refused_in_two_threads_at_once(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, both = os.pwritev, threading.Barrier(2)
+
+        def pwritev(file: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+            if flags:
+                both.wait(20)
+                raise OSError(errno.EOPNOTSUPP, "unknown flag")
+            return real(file, buffers, offset)
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+        storage = LocalStorage(root, write=WriteMethod("dontcache", threads=2, piece_nbytes=PAGE))
+        storage.put("a", [filled(2 * PAGE)])
+        assert storage.read("a") == filled(2 * PAGE)
+
     def test_direct_where_only_opening_works(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         real = os.pwritev
 

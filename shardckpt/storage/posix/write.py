@@ -147,24 +147,22 @@ class _Buffered:
     def write(self, piece: Piece) -> None:
         offset, buffers = piece.offset, piece.buffers
         while buffers:
+            flags = self._flags  # once: another thread may be refused, and clear them, during our call
             try:
-                done = self._pwritev(buffers, offset)
+                done = _pwritev(self._file, buffers, offset, flags)
             except OSError as error:
-                if not self._flags or error.errno not in _UNSUPPORTED:
+                if not flags or error.errno not in _UNSUPPORTED:
                     raise
                 self._flags = 0  # kernel or file system does not know it
                 continue
+            if done == 0:
+                raise OSError(errno.EIO, "the file system took no bytes and gave no reason")
             offset, buffers = offset + done, skipped(buffers, done)
 
-    def _pwritev(self, buffers: list[memoryview], offset: int) -> int:
-        # Flags are an argument only where there are any: macOS has pwritev without them.
-        done = os.pwritev(self._file, buffers, offset, self._flags) if self._flags else self._plain(buffers, offset)
-        if done == 0:
-            raise OSError(errno.EIO, "the file system took no bytes and gave no reason")
-        return done
 
-    def _plain(self, buffers: list[memoryview], offset: int) -> int:
-        return os.pwritev(self._file, buffers, offset)
+def _pwritev(file: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+    # Flags are an argument only where there are any: macOS has pwritev without them.
+    return os.pwritev(file, buffers, offset, flags) if flags else os.pwritev(file, buffers, offset)
 
 
 class _Direct:
