@@ -288,7 +288,7 @@ class CheckpointManager:
 def coordinates_of(gangs: Gangs) -> Coordinates:
     """Where this rank stands, for the engine."""
     shard = gangs.pp.rank * gangs.tp.size + gangs.tp.rank
-    return Coordinates(gangs.root.rank, gangs.root.size, shard, gangs.pp.size * gangs.tp.size, tuple(gangs.dp_ranks))
+    return Coordinates(gangs.root.rank, gangs.root.size, shard, gangs.pp.size * gangs.tp.size, gangs.dp_ranks)
 
 
 def _storage(root: str | os.PathLike[str] | Storage, options: Mapping[str, object] | None) -> Storage:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from shardckpt.errors import CheckpointError
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.prune import prune
 from shardckpt.run.retention import Policy
@@ -51,10 +51,18 @@ class History:
         with self._lock:
             score = self._due.pop(step, None)
             protected = {**self._protected, step: "the step that was just saved"}
-        try:
-            if score is not None:
+        deleted: list[int] = []
+        if score is not None:
+            with _logging_errors(step):
                 self.write_score(step, score)
-            return [deleted.step for deleted in prune(self._catalog, self._policy, protected=protected)]
-        except CheckpointError as error:
-            _log.error("step %d is committed, but afterwards: %s", step, error)
-            return []
+        with _logging_errors(step):
+            deleted = [gone.step for gone in prune(self._catalog, self._policy, protected=protected)]
+        return deleted
+
+
+@contextmanager
+def _logging_errors(step: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception:  # a policy of the user's may raise anything
+        _log.exception("step %d is committed, but what was to be done after it failed", step)

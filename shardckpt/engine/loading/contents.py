@@ -93,10 +93,10 @@ class Contents:
         return [name for name in names if self._file_crc(name) != self._files[name].crc]
 
     def leaves(self, names: Iterable[str]) -> dict[str, tuple[Path, Any]]:
-        """All leaves of the trees of these files, by flat name."""
+        """All leaves of the trees of these files, by flat name; the first file that has one gives it."""
         found: dict[str, tuple[Path, Any]] = {}
         for name in names:
-            map_leaves(self._trees[name], lambda path, leaf: found.update({join_path(path): (path, leaf)}))
+            map_leaves(self._trees[name], lambda path, leaf: found.setdefault(join_path(path), (path, leaf)))
         return found
 
     def subtree(self, names: Sequence[str], path: Path) -> Any:
@@ -108,7 +108,10 @@ class Contents:
                 node = node.get(key) if isinstance(node, dict) else None
                 if node is None:
                     break
-            merged = _merge(merged, node)
+            if merged is None or node is None:
+                merged = node if merged is None else merged
+            else:
+                merged = _merge(merged, node)
         return merged
 
     def _file_crc(self, name: str) -> int:
@@ -148,12 +151,15 @@ class Contents:
 
 
 def _merge(one: Any, other: Any) -> Any:
-    """Two trees of one nesting whose leaves complete each other."""
-    if one is None or other is None:
-        return one if other is None else other
+    """Two trees of one nesting whose leaves complete each other; where both have one, the first's is taken.
+
+    A None in a list is a place that is filled elsewhere; in a dict it is a value.
+    """
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = dict.fromkeys((*one, *other))
-        return {key: _merge(one.get(key), other.get(key)) for key in keys}
+        both = {key: _merge(one[key], other[key]) for key in one if key in other}
+        return {
+            key: both[key] if key in both else one.get(key, other.get(key)) for key in dict.fromkeys((*one, *other))
+        }
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return [_merge(a, b) for a, b in zip(one, other, strict=True)]
+        return [b if a is None else _merge(a, b) for a, b in zip(one, other, strict=True)]
     return one

@@ -40,7 +40,7 @@ class Sources:
         own = [table for table in manifest.tables if self._same_ranks and at.rank in table.ranks]
         self._tables = own + [table for table in manifest.tables if table not in own]
         self._chunks: dict[tuple[int, tuple[int, ...], int], list[Chunk]] = {}
-        self._plain_files: dict[tuple[int, Home], list[str]] = {}
+        self._trees: dict[int, list[str]] = {}
 
     def tensor(self, name: str) -> TensorEntry | None:
         """The tensor's entry, or None if the step has no such tensor."""
@@ -69,13 +69,13 @@ class Sources:
         found = self._find(name)
         if found is None:
             raise KeyError(name)
-        if found.layout.mesh is None:
+        if found.layout.mesh is None and not found.layout.pieces:
             shape = found.entry.shape
             zeros = (0,) * len(shape)
             return [(self._plain_file(name, found, rule), Box(zeros, shape, zeros))]
         key = (found.entry.layout, found.entry.shape, found.entry.replica)
         if key not in self._chunks:
-            self._chunks[key] = self._sharded(found)
+            self._chunks[key] = self._in_pieces(found.layout) if found.layout.pieces else self._sharded(found)
         return self._chunks[key]
 
     def part_rank(self, keys: Sequence[str], rule: NewWorld) -> int | None:
@@ -87,13 +87,28 @@ class Sources:
         return self._near(self._locate(keys[0])[0])
 
     def trees_of(self, rank: int) -> list[str]:
-        """The files whose trees together hold what that rank held."""
-        present = {file.name for file in self._manifest.files if file.tree is not None}
-        return [name for home in HOMES if (name := self.files_of(rank, home)) in present]
+        """The files whose trees together hold what that rank held, its own first."""
+        if rank not in self._trees:
+            present = {file.name for file in self._manifest.files if file.tree is not None}
+            names = [*(self.files_of(rank, home) for home in HOMES), *self._elsewhere(rank)]
+            self._trees[rank] = [name for name in dict.fromkeys(names) if name in present]
+        return self._trees[rank]
 
     def files_of(self, rank: int, home: Home) -> str:
         """The file of that kind that belongs to a rank of those that saved."""
         return self._folder + home_file(home, rank, self._manifest.shard_of[rank], self._manifest.shards)
+
+    def _elsewhere(self, rank: int) -> Iterator[str]:
+        """For each tensor that this rank held, and of which only others wrote pieces, a file that has one."""
+        writers = {
+            number: {piece.rank: None for piece in layout.pieces}
+            for number, layout in enumerate(self._manifest.layouts)
+            if layout.pieces
+        }
+        held = next((table for table in self._manifest.tables if rank in table.ranks), None)
+        for number in {entry.layout for entry in held.tensors.values()} if held else ():
+            if number in writers and rank not in writers[number]:
+                yield self.files_of(next(iter(writers[number])), "rank")
 
     def _locate(self, key: str) -> tuple[Table, Home]:
         for table in self._tables:
@@ -158,3 +173,7 @@ class Sources:
                 if key not in chunks or near:
                     chunks[key] = (file, box)
         return list(chunks.values())
+
+    def _in_pieces(self, layout: LayoutEntry) -> list[Chunk]:
+        zeros = (0,) * len(layout.pieces[0].offsets)
+        return [(self.files_of(p.rank, layout.home), Box(p.offsets, p.lengths, zeros)) for p in layout.pieces]

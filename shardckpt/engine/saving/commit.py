@@ -92,16 +92,17 @@ def _commit_by_record(storage: Storage, manifest: Manifest) -> None:
         files=tuple(replace(file, name=f"{manifest.attempt}/{file.name}") for file in manifest.files),
     )
     key = f"{step_folder(manifest.step)}/{MANIFEST}"
-    previous = _read_record(storage, key)
     content = encode_manifest(stored)
     try:
+        previous = _read_record(storage, key)
         if previous is None:
             storage.put(key, [content])
         else:
             storage.replace(key, content)
     except OSError as error:
         _settle(storage, key, content, manifest.step, error)
-    if previous is not None:
+        previous = None
+    if isinstance(previous, Manifest):
         with contextlib.suppress(OSError):  # no longer named by any record: leftovers, not checkpoints
             storage.delete_tree(f"{step_folder(manifest.step)}/{previous.attempt}")
 
@@ -121,8 +122,11 @@ def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSErro
         raise error
 
 
-def _read_record(storage: Storage, key: str) -> Manifest | None:
+def _read_record(storage: Storage, key: str) -> Manifest | str | None:
+    """The record that is there, or what is wrong with it; None if there is none."""
     try:
         return decode_manifest(storage.read(key))
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        return str(error)
