@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.prune import prune
@@ -51,18 +50,13 @@ class History:
         with self._lock:
             score = self._due.pop(step, None)
             protected = {**self._protected, step: "the step that was just saved"}
-        deleted: list[int] = []
         if score is not None:
-            with _logging_errors(step):
+            try:
                 self.write_score(step, score)
-        with _logging_errors(step):
-            deleted = [gone.step for gone in prune(self._catalog, self._policy, protected=protected)]
-        return deleted
-
-
-@contextmanager
-def _logging_errors(step: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception:  # a policy of the user's may raise anything
-        _log.exception("step %d is committed, but what was to be done after it failed", step)
+            except Exception:
+                _log.exception("step %d is committed, but its score was not written", step)
+        try:
+            return [gone.step for gone in prune(self._catalog, self._policy, protected=protected)]
+        except Exception:  # a policy of the user's may raise anything
+            _log.exception("step %d is committed, but older steps were not pruned", step)
+            return []
