@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shardckpt.format.index import ITEMSIZE, MAX_DIMS
 from shardckpt.format.layout import LAST_STEP, MANIFEST, check_file_name, is_attempt
-from shardckpt.format.placement import parse_placement
+from shardckpt.format.placement import is_tiling, parse_placement
 
 if TYPE_CHECKING:
     from shardckpt.format.manifest import FileEntry, LayoutEntry, Manifest, MeshEntry, Table
@@ -34,10 +34,11 @@ def check_manifest(manifest: Manifest) -> None:
     _check_files(manifest.files, world)
     for mesh in manifest.meshes:
         _check_mesh(mesh, world)
-    replicas = [_check_layout(layout, manifest.meshes) for layout in manifest.layouts]
+    replicas = [_check_layout(layout, manifest.meshes, world) for layout in manifest.layouts]
     _check_ranks([rank for table in manifest.tables for rank in table.ranks], world, "the tables")
     for table in manifest.tables:
         _check_table(table, manifest.layouts, replicas)
+    _check_pieces(manifest)
 
 
 def _check_files(files: Sequence[FileEntry], world: int) -> None:
@@ -70,8 +71,12 @@ def _check_ranks(ranks: Sequence[int], world: int, where: str) -> None:
         raise ValueError(f"a rank is named twice in {where}, or it is none of {world} ranks")
 
 
-def _check_layout(layout: LayoutEntry, meshes: Sequence[MeshEntry]) -> int:
+def _check_layout(layout: LayoutEntry, meshes: Sequence[MeshEntry], world: int) -> int:
     """How many ranks hold each shard of a tensor of this layout."""
+    if layout.pieces and (layout.mesh is not None or layout.home != "rank"):
+        raise ValueError("pieces lie in the files of ranks, and on no mesh")
+    if not all(0 <= piece.rank < world for piece in layout.pieces):
+        raise ValueError(f"a piece was written by a rank that is none of {world}")
     if layout.mesh is None:
         if layout.placements:
             raise ValueError("placements without a mesh")
@@ -99,6 +104,14 @@ def _check_table(table: Table, layouts: Sequence[LayoutEntry], replicas: Sequenc
     twice = table.tensors.keys() & table.values.keys()
     if twice:
         raise ValueError(f"{min(twice)} is both a tensor and a value")
+
+
+def _check_pieces(manifest: Manifest) -> None:
+    used = {(entry.layout, entry.shape): name for table in manifest.tables for name, entry in table.tensors.items()}
+    for (number, shape), name in used.items():
+        pieces = manifest.layouts[number].pieces
+        if pieces and not is_tiling(shape, pieces):
+            raise ValueError(f"{name}: its pieces do not make up a tensor of shape {list(shape)}")
 
 
 def _least_dims(layout: LayoutEntry) -> int:

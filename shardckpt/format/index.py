@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardckpt.format.checksum import all_from_hex, to_hex
-from shardckpt.format.placement import Box
+from shardckpt.format.placement import Box, Piece
 
 FORMAT = 1
 
@@ -126,6 +126,13 @@ def as_shape(values: Any) -> tuple[int, ...]:
         if type(value) is not int or not 0 <= value < _TOO_LARGE:
             raise ValueError(f"{str(value)[:40]!r} should be a size")
     return tuple(values)
+
+
+def as_pieces(values: Any) -> tuple[Piece, ...]:
+    """A list of [rank, offsets, lengths], from a file; `ValueError` for anything else."""
+    if type(values) is not list:
+        raise ValueError("a list of pieces is needed")
+    return tuple([Piece(as_size(rank), as_shape(offsets), as_shape(lengths)) for rank, offsets, lengths in values])
 
 
 def as_text(value: Any) -> str:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from shardckpt.format.checksum import from_hex, to_hex
 from shardckpt.format.consistency import check_manifest
-from shardckpt.format.index import as_dtype, as_shape, as_size, as_text, load_json
+from shardckpt.format.index import as_dtype, as_pieces, as_shape, as_size, as_text, load_json
 from shardckpt.format.layout import check_file_name
+from shardckpt.format.placement import Piece
 
 FORMAT = 1
 
@@ -56,11 +57,12 @@ class MeshEntry:
 
 @dataclass(frozen=True, slots=True)
 class LayoutEntry:
-    """How tensors lie: in which home and, if sharded, by which placements ("R", "S(0)", "SS(0,2)") on which mesh."""
+    """How tensors lie: in which home and, if sharded, by which placements on which mesh; or else in pieces."""
 
     home: Home
     mesh: int | None = None
     placements: tuple[str, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "parts": manifest.parts,
         "files": [encode_file(file) for file in manifest.files],
         "meshes": [asdict(mesh) | {"ranks": _runs(mesh.ranks)} for mesh in manifest.meshes],
-        "layouts": [asdict(layout) for layout in manifest.layouts],
+        "layouts": [{k: v for k, v in asdict(at).items() if v or k != "pieces"} for at in manifest.layouts],
         "tables": [encode_table(table) for table in manifest.tables],
         "differ": manifest.differ,
         "versions": dict(manifest.versions),
@@ -245,10 +247,10 @@ def _decode_mesh(content: Mapping[str, Any]) -> MeshEntry:
 
 
 def _decode_layout(content: Mapping[str, Any]) -> LayoutEntry:
-    home, mesh = content["home"], content["mesh"]
+    home, mesh, pieces = content["home"], content["mesh"], as_pieces(content.get("pieces", []))
     if home not in HOMES:
         raise ValueError(f"{str(home)[:40]!r} is no kind of file")
-    return LayoutEntry(home, None if mesh is None else as_size(mesh), _texts(content["placements"]))
+    return LayoutEntry(home, None if mesh is None else as_size(mesh), _texts(content["placements"]), pieces)
 
 
 def _as_json_has_it(metadata: Mapping[str, Any]) -> Any:

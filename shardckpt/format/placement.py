@@ -19,9 +19,11 @@ first offset, which is wrong where several separate ranges are left; here a shar
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Interval = tuple[int, int]
 """(start, length) along one dimension."""
@@ -40,6 +42,17 @@ class Box:
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     local: tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A rectangle of the whole tensor (`offsets`, `lengths`, in elements) that `rank` wrote as a record of its own.
+
+    The exception, for tensors of which it is not known how they lie on a mesh (those that come from a DCP planner).
+    """
+
+    rank: int
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,32 @@ def local_shape(boxes: Sequence[Box], ndim: int) -> tuple[int, ...]:
 
 def is_replicated(placements: Sequence[str]) -> bool:
     return all(placement == "R" for placement in placements)
+
+
+def is_tiling(shape: Sequence[int], pieces: Sequence[Piece]) -> bool:
+    """Whether the pieces cover every element of a tensor of this shape exactly once.
+
+    Proof: let c(x) be how many pieces cover x. A piece's corners, added up modulo 2, are what is left of its indicator
+    when differences are taken along every dimension; that is injective, so if all corners together leave those of the
+    whole tensor, c is odd inside of it. With the right sum of volumes, c is 1 everywhere. Dimensions that no piece cuts
+    do not matter. 2^d corners of each piece, d being the dimensions that are cut: more than four are refused.
+    """
+    if not all(_is_inside(piece, shape) for piece in pieces):
+        return False
+    cut = [d for d, size in enumerate(shape) if any(piece.lengths[d] != size for piece in pieces)]
+    if len(cut) > 4 or sum(math.prod(piece.lengths) for piece in pieces) != math.prod(shape):
+        return False
+    odd: set[tuple[int, ...]] = set()
+    for piece in pieces:
+        odd ^= set(itertools.product(*((piece.offsets[d], piece.offsets[d] + piece.lengths[d]) for d in cut)))
+    return odd == set(itertools.product(*((0, shape[d]) for d in cut)))
+
+
+def _is_inside(piece: Piece, shape: Sequence[int]) -> bool:
+    if not len(piece.offsets) == len(piece.lengths) == len(shape):
+        return False
+    sides = zip(piece.offsets, piece.lengths, shape, strict=True)
+    return all(at >= 0 and length > 0 and at + length <= size for at, length, size in sides)
 
 
 def _split(length: int, splits: list[_Split]) -> list[Interval]:

@@ -15,18 +15,18 @@ import logging
 from dataclasses import replace
 
 from shardckpt.errors import CommitUnknownError
-from shardckpt.format.layout import MANIFEST, aside_folder, step_folder
+from shardckpt.format.layout import MANIFEST, step_folder
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
 from shardckpt.storage.base import RenamingStorage, Storage
 
 _log = logging.getLogger(__name__)
 
 
-def attempt_prefix(storage: Storage, step: int, attempt: str) -> str:
-    """Where the files of an attempt go. Pure; every rank computes it."""
+def attempt_prefix(storage: Storage, step: int, attempt: str, *, folder: str | None = None) -> str:
+    """Where the files of an attempt go. Pure; every rank computes it. `folder`: if not that of the step."""
     if isinstance(storage, RenamingStorage):
-        return aside_folder(step, attempt, "tmp")
-    return f"{step_folder(step)}/{attempt}"
+        return _aside(folder or step_folder(step), attempt, "tmp")
+    return f"{folder or step_folder(step)}/{attempt}"
 
 
 def begin_attempt(storage: Storage, prefix: str) -> None:
@@ -35,12 +35,13 @@ def begin_attempt(storage: Storage, prefix: str) -> None:
         storage.make_folder(prefix)
 
 
-def commit_attempt(storage: Storage, prefix: str, manifest: Manifest) -> None:
+def commit_attempt(storage: Storage, prefix: str, manifest: Manifest, *, folder: str | None = None) -> None:
     """Make the attempt the step. Returns only if it is; raises `CommitUnknownError` where that cannot be told."""
+    target = folder or step_folder(manifest.step)
     if isinstance(storage, RenamingStorage):
-        _commit_by_rename(storage, prefix, manifest)
+        _commit_by_rename(storage, prefix, manifest, target)
     else:
-        _commit_by_record(storage, manifest)
+        _commit_by_record(storage, manifest, target)
 
 
 def abandon_attempt(storage: Storage, prefix: str) -> None:
@@ -51,8 +52,7 @@ def abandon_attempt(storage: Storage, prefix: str) -> None:
         _log.warning("could not remove the leftovers of a failed save, %s: %s", prefix, error)
 
 
-def _commit_by_rename(storage: RenamingStorage, prefix: str, manifest: Manifest) -> None:
-    target = step_folder(manifest.step)
+def _commit_by_rename(storage: RenamingStorage, prefix: str, manifest: Manifest, target: str) -> None:
     storage.put(f"{prefix}/{MANIFEST}", [encode_manifest(manifest)])
     for folder in sorted({file.name.rpartition("/")[0] for file in manifest.files} - {""}, reverse=True):
         storage.sync_folder(f"{prefix}/{folder}")
@@ -67,10 +67,15 @@ def _replace_step(storage: RenamingStorage, prefix: str, target: str, manifest: 
     if storage.exchange_folders(prefix, target):
         _remove_replaced(storage, prefix)
         return
-    aside = aside_folder(manifest.step, manifest.attempt, "old")
+    aside = _aside(target, manifest.attempt, "old")
     storage.rename_folder(target, aside)
     storage.rename_folder(prefix, target)
     _remove_replaced(storage, aside)
+
+
+def _aside(folder: str, attempt: str, kind: str) -> str:
+    """The name beside a folder; for `step_N` that of `layout.aside_folder`."""
+    return f"{folder}.{attempt}.{kind}"
 
 
 def _remove_replaced(storage: RenamingStorage, folder: str) -> None:
@@ -86,12 +91,12 @@ def _remove_replaced(storage: RenamingStorage, folder: str) -> None:
         _log.warning("the new step is in force, but the replaced one, %s, could not be removed: %s", folder, error)
 
 
-def _commit_by_record(storage: Storage, manifest: Manifest) -> None:
+def _commit_by_record(storage: Storage, manifest: Manifest, target: str) -> None:
     stored = replace(
         manifest,
         files=tuple(replace(file, name=f"{manifest.attempt}/{file.name}") for file in manifest.files),
     )
-    key = f"{step_folder(manifest.step)}/{MANIFEST}"
+    key = f"{target}/{MANIFEST}"
     content = encode_manifest(stored)
     try:
         previous = _read_record(storage, key)
@@ -104,7 +109,7 @@ def _commit_by_record(storage: Storage, manifest: Manifest) -> None:
         previous = None
     if isinstance(previous, Manifest):
         with contextlib.suppress(OSError):  # no longer named by any record: leftovers, not checkpoints
-            storage.delete_tree(f"{step_folder(manifest.step)}/{previous.attempt}")
+            storage.delete_tree(f"{target}/{previous.attempt}")
 
 
 def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError) -> None:
