@@ -33,7 +33,8 @@ from shardckpt.storage.wrapping import StorageWrapper
 
 PEAK_RATE = 1e-3
 MAX_NORM = 1.0
-SAVE_TIMEOUT = timedelta(seconds=120)
+TIMEOUT = timedelta(seconds=60)
+"""How long ranks wait for each other: in collectives, and in a phase of a save or load."""
 
 
 def main(path: str) -> None:
@@ -62,7 +63,7 @@ def begin() -> torch.device:
     device = torch.device("cuda", rank_here) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     return device
 
 
@@ -75,7 +76,8 @@ def perform(run: Run, job: Job, mesh: DeviceMesh, reporter: Reporter) -> None:
         for step in range(1, job.training.steps + 1):
             tell_step(reporter, run, step, trainer.train_step())
         return
-    with sc.CheckpointManager(place(run, job, reporter), sc.Gangs.from_mesh(mesh)) as checkpoints:
+    root, gangs = place(run, job, reporter), sc.Gangs.from_mesh(mesh)
+    with sc.CheckpointManager(root, gangs, timeout=TIMEOUT) as checkpoints:
         first = 1
         if run.resume:
             first = resume(checkpoints, trainer, reporter) + 1
@@ -85,7 +87,7 @@ def perform(run: Run, job: Job, mesh: DeviceMesh, reporter: Reporter) -> None:
             tell_step(reporter, run, step, trainer.train_step())
             saves.after_step(step, trainer.state)
         saves.wait()
-        committed = list(checkpoints.steps())
+        committed = checkpoints.steps()
     if dist.get_rank() == 0:
         reporter.tell(messages.Finished(run=run.name, committed=committed))
 
@@ -128,12 +130,10 @@ def resume(checkpoints: sc.CheckpointManager, trainer: Trainer, reporter: Report
     elapsed_s = time.perf_counter() - began
     if info is None:
         raise sc.CheckpointNotFoundError("there is no checkpoint to resume from")
+    committed = checkpoints.steps()
     if dist.get_rank() == 0:
-        reporter.tell(
-            Resumed(
-                step=info.step, committed=list(checkpoints.steps()), skipped=list(info.skipped), elapsed_s=elapsed_s
-            )
-        )
+        skipped = list(info.skipped)
+        reporter.tell(Resumed(step=info.step, committed=committed, skipped=skipped, elapsed_s=elapsed_s))
     return info.step
 
 
@@ -259,7 +259,7 @@ class Saves:
     def _report_oldest(self) -> None:
         """Raises if the save has failed."""
         pending = self._pending.pop(0)
-        info, report = pending.result(SAVE_TIMEOUT), pending.report
+        info, report = pending.result(3 * TIMEOUT), pending.report
         self._reporter.tell(
             Saved(
                 run=self._run.name,
