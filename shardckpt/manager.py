@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
+from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.load import Loader
 from shardckpt.engine.loading.fit import LoadPolicy
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import SaveOptions, Saver
-from shardckpt.engine.saving.plan import Coordinates
 from shardckpt.errors import (
     CheckpointDamagedError,
     CheckpointError,
@@ -77,7 +77,7 @@ class CheckpointManager:
         gangs = gangs or Gangs.from_env()
         self._storage = _storage(root, storage_options)
         self._gang = gangs.fork("load").root
-        self._at = coordinates_of(gangs)
+        self._at = Coordinates.of(gangs)
         self._timeout = timeout
         self._overlap = overlap
         self._tolerate = tolerate
@@ -137,7 +137,7 @@ class CheckpointManager:
             raise error
 
     @contextmanager
-    def guard(self) -> Any:
+    def guard(self) -> Iterator[None]:
         """Around anything but `optimizer.step()` that changes parameters (EMA, manual updates): waits for the copy."""
         self._saver.wait_until_staged()
         yield
@@ -283,12 +283,6 @@ class CheckpointManager:
                 message, step=step
             )
         return str(answer[0]), decode_manifest(str(answer[1]).encode())
-
-
-def coordinates_of(gangs: Gangs) -> Coordinates:
-    """Where this rank stands, for the engine."""
-    shard = gangs.pp.rank * gangs.tp.size + gangs.tp.rank
-    return Coordinates(gangs.root.rank, gangs.root.size, shard, gangs.pp.size * gangs.tp.size, gangs.dp_ranks)
 
 
 def _storage(root: str | os.PathLike[str] | Storage, options: Mapping[str, object] | None) -> Storage:

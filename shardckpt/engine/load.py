@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored, overlaps
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
 from shardckpt.engine.loading.sources import Sources
-from shardckpt.engine.saving.plan import Coordinates
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, GangError
 from shardckpt.format.manifest import Manifest
 from shardckpt.format.tree import map_leaves

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
-from shardckpt.engine.saving.plan import Coordinates, SavePlan, plan_save
+from shardckpt.engine.saving.plan import SavePlan, plan_save
 from shardckpt.engine.saving.progress import SaveReport
 from shardckpt.engine.saving.receipts import (
     TableBook,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shardckpt.engine.saving.plan import Coordinates, home_file
+from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.saving.plan import home_file
 from shardckpt.engine.sharding import mesh_coordinate, replica_number
 from shardckpt.format.manifest import HOMES, Home, LayoutEntry, Manifest, Table, TensorEntry
 from shardckpt.format.placement import Box, shard_boxes

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.sharding import Sharding, describe
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE, StoredBox
@@ -25,27 +26,6 @@ from shardckpt.format.manifest import Home, LayoutEntry, MeshEntry, Table, Tenso
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves
 from shardckpt.state import Part, Path, join_path, put_together
-
-
-@dataclass(frozen=True, slots=True)
-class Coordinates:
-    """Where this rank stands: ranks are global; a shard is a model-parallel rank (pipeline x tensor)."""
-
-    rank: int
-    world_size: int
-    shard: int
-    shards: int
-    dp_ranks: tuple[int, ...]
-    """The global ranks that hold the same shard as this one, in order; their first writes what they hold alike."""
-
-    @property
-    def dp_size(self) -> int:
-        return len(self.dp_ranks)
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank is the first of those that hold its shard."""
-        return self.rank == self.dp_ranks[0]
 
 
 @dataclass(frozen=True, slots=True)

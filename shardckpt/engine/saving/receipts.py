@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from shardckpt.engine.saving.plan import Coordinates, SavePlan
+from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.stage import SealedFile
 from shardckpt.engine.saving.write import Receipt
 from shardckpt.format.checksum import crc32, to_hex
