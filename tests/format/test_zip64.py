@@ -101,7 +101,7 @@ def test_crcs_of_many_gib_follow_from_pieces() -> None:
     assert combine(thirds) == (crc_of_zeros(GIB4), GIB4)
 
 
-@pytest.mark.parametrize("count", [0xFFFF - 5, 0xFFFF - 4, 0xFFFF - 3, 70_000])
+@pytest.mark.parametrize("count", [0xFFFF - 5, 0xFFFF - 4, 70_000])
 def test_more_records_than_a_plain_directory_counts(tmp_path: Path, count: int) -> None:
     """Four further records make up the archive: the counts around 65,535 are those of all."""
     path = tmp_path / "many.pt"

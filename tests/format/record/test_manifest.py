@@ -1,0 +1,197 @@
+"""The commit record: what goes in comes out, damage is noticed, it stays small."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardckpt.format.index import ITEMSIZE
+from shardckpt.format.layout import LAST_STEP
+from shardckpt.format.manifest import (
+    HOMES,
+    FileEntry,
+    LayoutEntry,
+    Manifest,
+    MeshEntry,
+    Table,
+    TensorEntry,
+    decode_file,
+    decode_manifest,
+    decode_table,
+    encode_file,
+    encode_manifest,
+    encode_table,
+)
+from tests.format.record.records import DATA, JSON, KEYS, RECORD
+
+SIZES = st.integers(0, (1 << 62) - 1)
+CRCS = st.integers(0, (1 << 32) - 1)
+
+
+@st.composite
+def files(draw: st.DrawFn, world: int) -> tuple[FileEntry, ...]:
+    made = []
+    for name in draw(
+        st.lists(st.from_regex(r"[a-z0-9_.]{0,6}[a-z0-9]/?[a-z]{1,3}", fullmatch=True), unique=True, max_size=5)
+    ):
+        nbytes = draw(SIZES)
+        extents: list[Any] = [None, None]
+        if draw(st.booleans()):
+            at = draw(st.integers(0, nbytes))
+            extents = [(at, draw(st.integers(0, nbytes - at)), draw(CRCS)) for _ in range(2)]
+        kind, writer = draw(st.text(max_size=5)), draw(st.integers(0, world - 1))
+        made.append(FileEntry(f"f/{name}", nbytes, draw(CRCS), kind, writer, *extents))
+    folders = {entry.name.rpartition("/")[0] for entry in made}
+    return tuple(entry for entry in made if entry.name not in folders)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    world = draw(st.integers(1, 24))
+    meshes = tuple(draw(st.lists(meshes_of(world), max_size=3)))
+    layouts = tuple(draw(st.lists(layouts_on(meshes), max_size=4)))
+    groups = draw(st.integers(1, 3))
+    tables = [draw(tables_of(tuple(range(first, world, groups)), meshes, layouts)) for first in range(groups)]
+    return Manifest(
+        step=draw(st.integers(0, LAST_STEP)),
+        attempt=draw(st.from_regex(r"[0-9a-z]{8,64}", fullmatch=True)),
+        created=draw(KEYS),
+        shard_of=tuple(draw(st.lists(st.integers(0, world - 1), min_size=world, max_size=world))),
+        files=draw(files(world)),
+        meshes=meshes,
+        layouts=layouts,
+        tables=tuple(tables),
+        differ=tuple(draw(st.lists(KEYS, unique=True, max_size=3))),
+        mesh_sizes=draw(st.dictionaries(KEYS, SIZES, max_size=3)),
+        versions=draw(st.dictionaries(KEYS, KEYS, max_size=3)),
+        metadata=draw(st.dictionaries(KEYS, JSON, max_size=3)),
+    )
+
+
+@st.composite
+def meshes_of(draw: st.DrawFn, world: int) -> MeshEntry:
+    shape = draw(st.lists(st.integers(1, 4), max_size=3).filter(lambda sizes: math.prod(sizes) <= world))
+    ranks = draw(st.permutations(range(world)))[: math.prod(shape)]
+    dims = draw(st.lists(KEYS, unique=True, min_size=len(shape), max_size=len(shape)))
+    return MeshEntry(tuple(dims), tuple(shape), tuple(ranks))
+
+
+@st.composite
+def layouts_on(draw: st.DrawFn, meshes: tuple[MeshEntry, ...]) -> LayoutEntry:
+    home = draw(st.sampled_from(HOMES))
+    if not meshes or draw(st.booleans()):
+        return LayoutEntry(home)
+    mesh = draw(st.integers(0, len(meshes) - 1))
+    placement = st.sampled_from(["R", "S(0)", "S(1)", "SS(0,2)", "SS(1,16)"])
+    count = len(meshes[mesh].shape)
+    return LayoutEntry(home, mesh, tuple(draw(st.lists(placement, min_size=count, max_size=count))))
+
+
+@st.composite
+def tables_of(draw: st.DrawFn, ranks: tuple[int, ...], meshes: tuple, layouts: tuple) -> Table:
+    names = draw(st.lists(KEYS, unique=True, max_size=8))
+    tensors: dict[str, TensorEntry] = {}
+    for name in names[: len(names) // 2 if layouts else 0]:
+        number = draw(st.integers(0, len(layouts) - 1))
+        layout = layouts[number]
+        shape = tuple(draw(st.lists(st.integers(0, 1 << 20), min_size=2, max_size=3)))
+        sizes = meshes[layout.mesh].shape if layout.mesh is not None else ()
+        replicas = math.prod(n for n, p in zip(sizes, layout.placements, strict=True) if p == "R")
+        dtype = draw(st.sampled_from(sorted(set(ITEMSIZE) - {"complex128"})))
+        tensors[name] = TensorEntry(dtype, shape[:2], number, draw(st.integers(0, replicas - 1)))
+    values = {name: draw(st.sampled_from(HOMES)) for name in names if name not in tensors}
+    return Table(ranks, tensors, values)
+
+
+@given(manifests())
+@settings(max_examples=120, deadline=None)
+def test_a_record_comes_back(manifest: Manifest) -> None:
+    data = encode_manifest(manifest)
+    assert decode_manifest(data) == manifest
+    assert json.loads(data)["world_size"] == manifest.world_size
+    assert encode_manifest(decode_manifest(data)) == data
+
+
+@given(manifests())
+@settings(max_examples=30, deadline=None)
+def test_files_and_tables_travel_as_json(manifest: Manifest) -> None:
+    for file in manifest.files:
+        assert decode_file(json.loads(json.dumps(encode_file(file)))) == file
+    for table in manifest.tables:
+        assert decode_table(json.loads(json.dumps(encode_table(table)))) == table
+
+
+def test_the_example_comes_back() -> None:
+    assert decode_manifest(DATA) == RECORD
+    assert RECORD.parts == ("a", "model", "step")
+    assert (RECORD.shards, RECORD.nbytes, RECORD.world_size) == (2, 9010, 4)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0x80])
+def test_every_flipped_byte_is_noticed(mask: int) -> None:
+    for position in range(len(DATA)):
+        damaged = bytearray(DATA)
+        damaged[position] ^= mask
+        with pytest.raises(ValueError, match="SHA-256"):
+            decode_manifest(bytes(damaged))
+
+
+def test_every_truncation_and_every_surplus_byte_is_noticed() -> None:
+    for length in range(len(DATA)):
+        with pytest.raises(ValueError, match="SHA-256"):
+            decode_manifest(DATA[:length])
+    for damaged in (DATA + b"\n", DATA + b"\0", b" " + DATA, DATA + DATA, DATA.replace(b"\n", b"\r\n"), DATA.rstrip()):
+        with pytest.raises(ValueError, match="SHA-256"):
+            decode_manifest(damaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1},
+        {"attempt": "../x"},
+        {"shard_of": ()},
+        {"shard_of": (0, 1, 0, 4)},
+        {"files": RECORD.files + RECORD.files[:1]},
+        {"files": (replace(RECORD.files[0], name="../x"),)},
+        {"files": (replace(RECORD.files[0], nbytes=4100),)},
+        {"meshes": (replace(RECORD.meshes[0], shape=(2, 3)),)},
+        {"layouts": RECORD.layouts[:2]},
+        {"tables": (RECORD.tables[0], RECORD.tables[0])},
+        {"tables": (replace(RECORD.tables[0], values={"model.w": "rank"}),)},
+        {"metadata": {"loss": float("nan")}},
+        {"metadata": {"loss": object()}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_record_that_could_not_be_read_is_never_written(change: dict) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        encode_manifest(replace(RECORD, **change))
+
+
+def test_a_record_of_4096_ranks_and_1000_tensors_stays_small() -> None:
+    world = 4096
+    extents = ((1 << 30, 200_000, 0xFFFFFFFF), ((1 << 30) + 200_000, 100_000, 0xFFFFFFFF))
+    manifest = replace(
+        RECORD,
+        shard_of=tuple(rank % 8 for rank in range(world)),
+        files=tuple(FileEntry(f"rank_{r}.pt", 1 << 31, r * 7919, "rank", r, *extents) for r in range(world)),
+        meshes=(MeshEntry(("dp", "tp"), (512, 8), tuple(range(world))),),
+        tables=(
+            Table(
+                tuple(range(world)),
+                {f"model.layers.{i}.attention.weight": TensorEntry("bfloat16", (8192, 8192), 1) for i in range(1000)},
+                {"rng": "rank"},
+            ),
+        ),
+    )
+    data = encode_manifest(manifest)
+    assert len(data) < 2 << 20
+    assert decode_manifest(data) == manifest
+    assert data.count(b'"SS(0,2)"') == 1, "placements are said once, not for each tensor or rank"
