@@ -16,9 +16,10 @@ from itertools import chain, islice
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
+from shardckpt.storage.objects.backend import delete_objects, new_instance, protocols, publishes_whole
 from shardckpt.storage.objects.secrecy import Redactor, redact
 from shardckpt.storage.objects.translate import service_codes, translate
-from shardckpt.storage.objects.upload import Upload, pipe_new, pipe_over, publishes_whole, slices, start_upload
+from shardckpt.storage.objects.upload import Upload, pipe_new, pipe_over, slices, start_upload
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
 from shardckpt.storage.transfer.ranges import Run, as_bytes, merge
 
@@ -52,14 +53,16 @@ class FsspecStorage:
 
     def __init__(self, fs: Any, root: str, *, url: str | None = None, transfers: Transfers | None = None) -> None:
         """`fs` is an fsspec `AbstractFileSystem`, best made without listings cache; `url` is for people, if given."""
-        self._make = partial(_new_instance, fs)
+        # Not the file system itself: `close` must be able to let go of it.
+        self._make = partial(new_instance, type(fs), tuple(fs.storage_args), dict(fs.storage_options))
         self._live: tuple[int, Any] | None = (os.getpid(), fs)
+        self._inherited: tuple[int, Any] | None = None
         self._root = fs._strip_protocol(root).rstrip("/")
         shown = url if url is not None else fs.unstrip_protocol(self._root)
         self._redacted = Redactor(url=shown, options=[fs.storage_options, list(fs.storage_args)])
         self._url = self._redacted(redact(shown))
         self._transfers = transfers or Transfers()
-        self._in_memory = "memory" in _protocols(fs)
+        self._in_memory = "memory" in protocols(fs)
         self._remote = bool(fs.async_impl)
         self._whole = publishes_whole(fs)
         self._puts = threading.RLock()
@@ -215,7 +218,7 @@ class FsspecStorage:
         paths = iter([self._path(_checked(check_key(key))) for key in keys])
         while batch := list(islice(paths, _DELETES_PER_CALL)):
             what = f"cannot delete {len(batch)} objects in {self._url}, the first of them {batch[0]!r}"
-            self._call(what, partial(_delete, paths=batch))
+            self._call(what, partial(delete_objects, paths=batch))
 
     def delete_tree(self, prefix: str) -> None:
         folders, keys = [_checked(check_key(check_folder(prefix)))], list[str]()
@@ -243,7 +246,10 @@ class FsspecStorage:
         same time make two clients, and one is dropped.
         """
         live = self._live
-        if live is None or (live[0] != os.getpid() and not self._in_memory):
+        if live is not None and live[0] != os.getpid() and not self._in_memory:
+            # Kept, for giving it back would wait for the event loop that this process does not have.
+            self._inherited, live = live, None
+        if live is None:
             live = self._live = (os.getpid(), self._make())
         return live[1]
 
@@ -287,27 +293,3 @@ def _write(upload: Upload, piece: memoryview, _: Any) -> None:
 
 def _remove_folder(fs: Any, path: str) -> None:
     fs.rmdir(path)
-
-
-def _delete(fs: Any, paths: Sequence[str]) -> None:
-    """Not by `fs.rm`: it takes "*" and "[" in names for patterns. Nor by s3fs's bulk delete: it swallows errors."""
-    if "s3" in _protocols(fs):
-        bucket = fs.split_path(paths[0])[0]
-        objects = [{"Key": fs.split_path(path)[1]} for path in paths]
-        answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
-        for failed in answer.get("Errors", []):
-            kind = PermissionError if failed.get("Code") == "AccessDenied" else OSError
-            raise kind(errno.EACCES, f"{failed.get('Key')}: {failed.get('Code')} {failed.get('Message')}")
-        return
-    for path in paths:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            fs.rm_file(path)
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _new_instance(fs: Any) -> Any:
-    options = {**fs.storage_options, "skip_instance_cache": True}
-    return type(fs)(*fs.storage_args, **options)

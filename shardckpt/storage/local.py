@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -59,36 +59,38 @@ class LocalStorage:
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         what = f"cannot write {key!r} in {self._root}"
         with self._parent(key, what, create=True) as (folder, name):
-            with explained(what):
-                file = os.open(name, _CREATE, 0o666, dir_fd=folder)
-            try:
-                try:
-                    again = partial(_open_again, folder, name, file)
-                    nbytes = write_parts(file, parts, method=self._write, reopen=again, what=what)
-                finally:
-                    with explained(what):
-                        os.close(file)  # NFS tells of a full disk here, too
-                with explained(what):
-                    sync_descriptor(folder)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(name, dir_fd=folder)
-                raise
-        return nbytes
+            return self._write_new((folder, name), parts, what=what, publish=partial(sync_descriptor, folder))
 
     def replace(self, key: str, content: bytes) -> None:
         what = f"cannot replace {key!r} in {self._root}"
-        *above, name = check_key(key).split("/")
-        fresh = f"{name}.{secrets.token_hex(8)}.tmp"
-        self.put("/".join([*above, fresh]), [content])
-        with self._parent(key, what) as (folder, _), explained(what):
-            try:
+        with self._parent(key, what, create=True) as (folder, name):
+            fresh = f"{name}.{secrets.token_hex(8)}.tmp"
+
+            def publish() -> None:
                 os.rename(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(fresh, dir_fd=folder)
-                raise
-            sync_descriptor(folder)
+                sync_descriptor(folder)
+
+            self._write_new((folder, fresh), [content], what=what, publish=publish)
+
+    def _write_new(self, entry: Entry, parts: Iterable[Buffer], *, what: str, publish: Callable[[], None]) -> int:
+        """Write and sync a file that must be new, then `publish` it; if anything fails, the entry is not there."""
+        folder, name = entry
+        with explained(what):
+            file = os.open(name, _CREATE, 0o666, dir_fd=folder)
+        try:
+            try:
+                again = partial(_open_again, folder, name, file)
+                nbytes = write_parts(file, parts, method=self._write, reopen=again, what=what)
+            finally:
+                with explained(what):
+                    os.close(file)  # NFS tells of a full disk here, too
+            with explained(what):
+                publish()
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=folder)
+            raise
+        return nbytes
 
     def read(self, key: str) -> bytes:
         file = self._open_file(key)

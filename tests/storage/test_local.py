@@ -430,3 +430,51 @@ class TestWithoutRenameat2:
         assert storage.exchange_folders("a", "b") is False
         storage.rename_folder("a", "c")
         assert (storage.list("b"), storage.list("c")) == (["g"], ["f"])
+
+
+class TestDurability:
+    """What a power cut must not undo is synced before the call returns: files, and folders whose names changed."""
+
+    @pytest.fixture
+    def synced(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        """Call it to get the paths synced since the last call."""
+        real, paths = os.fsync, []
+
+        def fsync(file: int) -> None:
+            paths.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), root))
+            real(file)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+        def take() -> list[str]:
+            taken = paths.copy()
+            paths.clear()
+            return taken
+
+        return take
+
+    def test_every_change_of_a_folder_is_synced(self, root: Path, synced) -> None:
+        storage = LocalStorage(root)
+        storage.put("a/b/f", [b"1"])
+        assert synced() == ["..", ".", "a", "a/b/f", "a/b"]
+        storage.put("a/b/g", [b"1"])
+        assert synced() == ["a/b/g", "a/b"]
+        storage.make_folder("a/c/d")
+        assert synced() == [".", "a", "a/c"]
+        storage.make_folder("a/c/d", exist_ok=True)  # perhaps made by another rank a moment ago
+        assert synced() == ["a/c"]
+        storage.sync_folder("a/c")
+        assert synced() == ["a/c"]
+        storage.rename_folder("a/b", "b")
+        assert sorted(synced()) == [".", "a"]
+        storage.exchange_folders("b", "a/c")
+        assert sorted(synced()) == [".", "a"]
+        storage.replace("a/c/f", b"22")
+        file, folder = synced()
+        assert file.startswith("a/c/f.")
+        assert folder == "a/c"
+        storage.delete(["a/c/f", "missing/x"])
+        assert synced() == ["a/c"]
+        storage.delete_tree("a")
+        assert synced() == ["."]
+        assert synced() == []

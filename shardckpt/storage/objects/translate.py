@@ -15,6 +15,10 @@ _CODES: dict[str, int] = {
     "PreconditionFailed": errno.EEXIST,  # Ceph and SeaweedFS, which do not name the condition, end as EINVAL in s3fs
     "412": errno.EEXIST,
     "ConditionalRequestConflict": errno.EBUSY,
+    "AccessDenied": errno.EACCES,
+    "SlowDown": errno.EBUSY,
+    "ServiceUnavailable": errno.EBUSY,
+    "InternalError": _REMOTE_IO,
     "429": errno.EBUSY,
     "500": _REMOTE_IO,
     "502": errno.EBUSY,
@@ -74,6 +78,11 @@ def translate(error: Exception, what: str, redacted: Callable[[str], str]) -> Ex
     if number == errno.ECONNRESET:
         return ConnectionError(number, message)
     return OSError(number, message)  # Python picks the class that belongs to the number
+
+
+def number_of_code(code: str) -> int:
+    """The error number for what a service answered for one of many objects."""
+    return _CODES.get(code, errno.EIO)
 
 
 def _number(error: Exception) -> int:

@@ -12,23 +12,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from shardckpt.storage.base import Buffer
+from shardckpt.storage.objects.backend import publishes_whole
 from shardckpt.storage.transfer.ranges import as_bytes
 
 _log = logging.getLogger(__name__)
 _SLICE_NBYTES = 8 << 20
-
-
-def publishes_whole(fs: Any) -> bool:
-    """Whether the back end puts an object in one call that either happens or does not (object stores, memory).
-
-    The others (local, SFTP, SMB, HDFS) inherit fsspec's `pipe_file`, which opens and writes a file in its place.
-    """
-    from fsspec.asyn import AsyncFileSystem
-    from fsspec.spec import AbstractFileSystem
-
-    if isinstance(fs, AsyncFileSystem):
-        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
-    return type(fs).pipe_file is not AbstractFileSystem.pipe_file
 
 
 def pipe_new(fs: Any, path: str, content: bytes) -> None:
