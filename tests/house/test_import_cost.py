@@ -1,0 +1,81 @@
+"""What an import brings along, counted in modules and not in seconds: machines differ, modules do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import shardckpt
+from tests.house.source import ROOT, imports, sources
+
+HEAVY = {"torch", "numpy", "fsspec", "s3fs", "aiohttp", "botocore", "rich", "typer", "multiprocessing", "asyncio"}
+"""From 20 ms (typer) to 2 s (torch)."""
+
+
+def loaded_by(code: str) -> set[str]:
+    """All modules in a fresh interpreter after `code`."""
+    told = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys, json\nprint(json.dumps(list(sys.modules)))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    return set(json.loads(told.stdout.splitlines()[-1]))
+
+
+def test_the_bare_import_brings_nothing_heavy_and_few_modules_in_all() -> None:
+    bare = loaded_by("import shardckpt") - loaded_by("import importlib, typing")
+    assert not bare & HEAVY
+    assert bare <= {name for name in bare if name.startswith("shardckpt")} | {"__future__"}
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import shardckpt.errors", HEAVY),
+        ("import shardckpt.storage", {"torch", "fsspec", "s3fs"}),
+        ("import shardckpt.cli.main", HEAVY - {"rich", "typer"}),
+        ("from shardckpt import CheckpointManager", {"s3fs", "rich", "typer"}),
+        ("import shardckpt.testing.pool", {"s3fs", "rich", "typer", "pytest"}),
+    ],
+)
+def test_an_import_leaves_out_what_it_does_not_need(code: str, absent: set[str]) -> None:
+    assert not loaded_by(code) & absent
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
+    code = f"import runpy, sys\nsys.argv = {['shardckpt', *arguments]}\n"
+    loaded = loaded_by(code + "try: runpy.run_module('shardckpt', run_name='__main__')\nexcept SystemExit: pass")
+    assert not loaded & {"torch", "numpy", "fsspec", "s3fs"}
+
+
+def test_a_heavy_import_is_seen() -> None:
+    assert "asyncio" in loaded_by("import asyncio") & HEAVY
+
+
+def test_the_public_face_is_what_it_declares() -> None:
+    (face,) = [source for source in sources(ROOT, "shardckpt") if source.parts == ("shardckpt",)]
+    declared = {
+        name.split(".")[-1]: name.rpartition(".")[0] for _, name in imports(face) if name.startswith("shardckpt.")
+    }
+    assert declared == {name: f"shardckpt.{home}" for name, home in shardckpt._HOME.items()}
+    assert sorted(shardckpt.__all__) == sorted(declared)
+    for name in shardckpt.__all__:
+        assert getattr(shardckpt, name).__name__ == name
+        assert name in dir(shardckpt)
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert shardckpt.__version__ == version("shardckpt")
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        shardckpt.nonsense  # noqa: B018
