@@ -65,8 +65,8 @@ def _functions(files: Iterable[Source]) -> Iterator[str]:
 
 def _public_names(files: Iterable[Source]) -> set[tuple[str, ...]]:
     """Where the names of the public face are defined: ("gang", "gangs", "Gangs"), ..."""
-    (face,) = [source for source in files if source.parts == ("shardckpt",)] or [None]
-    return {tuple(name.split(".")[1:]) for _, name in imports(face)} if face else set()
+    faces = [source for source in files if source.parts == ("shardckpt",)]
+    return {tuple(name.split(".")[1:]) for face in faces for _, name in imports(face)}
 
 
 def _is_shown(name: str) -> bool:

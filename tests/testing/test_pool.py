@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -115,7 +115,7 @@ def test_without_a_backend_there_is_no_process_group(ranks: ProcessPool) -> None
 
 
 def test_tensors_travel_by_value(ranks: ProcessPool) -> None:
-    value = {"a": torch.arange(5, dtype=torch.bfloat16), "b": [1, "x"]}
+    value: dict[str, Any] = {"a": torch.arange(5, dtype=torch.bfloat16), "b": [1, "x"]}
     for got in ranks.run(2, give_back, value, backend=None):
         assert torch.equal(got["a"], value["a"])
         assert got["b"] == value["b"]
