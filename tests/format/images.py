@@ -94,4 +94,4 @@ def is_same(left: Any, right: Any) -> bool:
         return list(left) == list(right) and all(is_same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(is_same, left, right))
-    return left == right or (left != left and right != right)
+    return bool(left == right or (left != left and right != right))

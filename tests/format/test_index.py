@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -98,6 +98,10 @@ def tensor(column: str, number: int, value: Any) -> Callable[[dict], None]:
     return lambda content: content["tensors"][column].__setitem__(number, value)
 
 
+def each(change: Callable[..., Any], column: str, values: Iterable[Any]) -> list[Callable[[dict], None]]:
+    return [change(column, 0, value) for value in values]
+
+
 def whole(*path: str, value: Any) -> Callable[[dict], None]:
     def change(content: dict) -> None:
         for key in path[:-1]:
@@ -134,10 +138,10 @@ def without(*path: str) -> Callable[[dict], None]:
         *(whole("records", column, value=[]) for column in ("dtype", "shape", "at", "nbytes", "crc32")),
         *(whole("tensors", column, value=[]) for column in ("name", "record", "shape", "offsets", "local")),
         *(whole("tensors", column, value=7) for column in ("name", "record", "shape", "offsets", "local")),
-        *(record("at", 0, value) for value in (-1, 1 << 62, 1 << 63, 10**400, 4096.0, "0", None, True, 8300)),
-        *(record("nbytes", 0, value) for value in (-96, 95, 97, 1 << 63, 96.0, "96", None)),
-        *(record("dtype", 0, value) for value in ("float128", "int32x", "qint8", "", None, 4, ["float32"])),
-        *(record("shape", 0, value) for value in ([4, -6], [-4, -6], [24.0], ["4", 6], None, 24, "46", [4, 7], {})),
+        *each(record, "at", (-1, 1 << 62, 1 << 63, 10**400, 4096.0, "0", None, True, 8300)),
+        *each(record, "nbytes", (-96, 95, 97, 1 << 63, 96.0, "96", None)),
+        *each(record, "dtype", ("float128", "int32x", "qint8", "", None, 4, ["float32"])),
+        *each(record, "shape", ([4, -6], [-4, -6], [24.0], ["4", 6], None, 24, "46", [4, 7], {})),
         record("shape", 0, [1] * (MAX_DIMS - 1) + [4, 6]),
         record("shape", 0, [1 << 61] * 100_000),
         whole("records", "crc32", value="deadbee" + "f" * 16),
@@ -146,8 +150,8 @@ def without(*path: str) -> Callable[[dict], None]:
         whole("records", "crc32", value="dead beef" + "0" * 15),
         whole("records", "crc32", value="\u0660" * 24),
         whole("records", "crc32", value=["00000000"] * 3),
-        *(tensor("record", 0, value) for value in (-1, 3, 1 << 70, 0.0, "0", None, False)),
-        *(tensor("name", 0, value) for value in (None, 3, ["x"], {})),
+        *each(tensor, "record", (-1, 3, 1 << 70, 0.0, "0", None, False)),
+        *each(tensor, "name", (None, 3, ["x"], {})),
         tensor("shape", 0, [8]),
         tensor("shape", 0, [8, 5]),
         tensor("shape", 0, [5, 6]),

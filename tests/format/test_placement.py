@@ -42,7 +42,8 @@ def as_torch(placement: str) -> Any:
 def cut(tensor: torch.Tensor, placement: Any, size: int, index: int) -> torch.Tensor:
     """The share that torch itself cuts."""
     shares, _ = placement._split_tensor(tensor, size, with_padding=False, contiguous=False)
-    return shares[index]
+    share: torch.Tensor = shares[index]
+    return share
 
 
 def left_to_right(
@@ -58,7 +59,8 @@ def by_torch(whole: torch.Tensor, mesh: Sequence[int], placements: Sequence[str]
     """What the rank holds: split in the order that torch finds for a dimension, where it finds none from the left."""
     for dim in range(whole.ndim):
         own = [text if (parse_placement(text) or (None,))[0] == dim else "R" for text in placements]
-        order = DTensorSpec._maybe_convert_StridedShard_to_shard_order(tuple(map(as_torch, own)), MeshShape(mesh))
+        size_of: Any = MeshShape(mesh)
+        order = DTensorSpec._maybe_convert_StridedShard_to_shard_order(tuple(map(as_torch, own)), size_of)
         if order is None:
             whole = left_to_right(whole, mesh, own, at)
         for entry in order or ():
@@ -167,13 +169,13 @@ def fsdp_and_tp_shards(mesh: tuple[int, int], rows: int, columns: int, *, style:
         dist.init_process_group("fake", rank=rank, world_size=math.prod(mesh), store=FakeStore())
         try:
             device_mesh = dist.device_mesh.init_device_mesh("cpu", mesh, mesh_dim_names=("dp", "tp"))
-            model = torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False))
+            linear = torch.nn.Linear(columns, rows, bias=False)
             with torch.no_grad():
-                model[0].weight.copy_(arange((rows, columns)))
-            plan = {"0": ColwiseParallel() if style == "column" else RowwiseParallel()}
-            parallelize_module(model, device_mesh["tp"], plan, src_data_rank=None)
-            fully_shard(model, mesh=device_mesh["dp"])
-            weight = model[0].weight
+                linear.weight.copy_(arange((rows, columns)))
+            split = ColwiseParallel() if style == "column" else RowwiseParallel()
+            parallelize_module(linear, device_mesh["tp"], split, src_data_rank=None)
+            fully_shard(linear, mesh=device_mesh["dp"])
+            weight: Any = linear.weight
             yield divmod(rank, mesh[1]), weight.placements, weight.to_local().detach().clone()
         finally:
             dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -27,6 +27,10 @@ def put(*path: Any, value: Any) -> Callable[[dict], None]:
 
     change.__name__ = f"{path} = {str(value)[:40]}"
     return change
+
+
+def put_each(*path: Any, values: Iterable[Any]) -> list[Callable[[dict], None]]:
+    return [put(*path, value=value) for value in values]
 
 
 def drop(*path: Any) -> Callable[[dict], None]:
@@ -52,8 +56,8 @@ def add(*path: Any, value: Any) -> Callable[[dict], None]:
 
 
 TENSORS = ("tables", 0, "tensors")
-NO_SIZES = (-1, 1 << 62, 1 << 63, 10**300, 1.0, "1", None, True, [1], {})
-OTHER_NAMES = (
+NO_SIZES: tuple[Any, ...] = (-1, 1 << 62, 1 << 63, 10**300, 1.0, "1", None, True, [1], {})
+OTHER_NAMES: tuple[Any, ...] = (
     "../x",
     "/etc/passwd",
     "C:x",
@@ -72,29 +76,30 @@ LIES = [
     *(drop(key) for key in json.loads(DATA) if key != "sha256"),
     *(put(key, value=None) for key in json.loads(DATA) if key != "sha256"),
     *(
-        put(key, value=value)
+        lie
         for key in ("files", "meshes", "layouts", "tables", "differ")
-        for value in (3, "x", [3], [[]])
+        for lie in put_each(key, values=(3, "x", [3], [[]]))
     ),
-    *(put("format", value=value) for value in (0, 2, "1", [])),
-    *(put("step", value=value) for value in (*NO_SIZES, LAST_STEP + 1)),
-    *(put("attempt", value=value) for value in ("", "short", "../../../x", "ABCDEFGHIJ", "0" * 65, 12345678, [])),
+    *put_each("format", values=(0, 2, "1", [])),
+    *put_each("step", values=(*NO_SIZES, LAST_STEP + 1)),
+    *put_each("attempt", values=("", "short", "../../../x", "ABCDEFGHIJ", "0" * 65, 12345678, [])),
     *(put(key, value=3) for key in ("created", "mesh", "versions", "metadata")),
-    *(put("world_size", value=value) for value in (3, 5, "4", -1)),
+    *put_each("world_size", values=(3, 5, "4", -1)),
     put("parts", value=["model"]),
     put("differ", value=["a", "a"]),
-    *(put("files", 0, "name", value=value) for value in OTHER_NAMES),
+    *put_each("files", 0, "name", values=OTHER_NAMES),
     put("files", 0, "name", value="rank_3.pt"),
     put("files", 0, "name", value="cc"),
     put("files", 0, "name", value="cc/tokenizer.json/x"),
-    *(put("files", 0, key, value=value) for key in ("nbytes", "writer") for value in NO_SIZES),
+    *put_each("files", 0, "nbytes", values=NO_SIZES),
+    *put_each("files", 0, "writer", values=NO_SIZES),
     put("files", 0, "writer", value=4),
-    *(put("files", 0, "crc32", value=value) for value in ("", "DEADBEEF", "0xdeadbe", "deadbeef0", 7, None, [])),
+    *put_each("files", 0, "crc32", values=("", "DEADBEEF", "0xdeadbe", "deadbeef0", 7, None, [])),
     put("files", 0, "kind", value=None),
     *(
-        put("files", 0, part, value=value)
+        lie
         for part in ("index", "tree")
-        for value in (3, "abc", [], [0, 1], [0, 1, 2, 3])
+        for lie in put_each("files", 0, part, values=(3, "abc", [], [0, 1], [0, 1, 2, 3]))
     ),
     put("files", 0, "index", value=[8999, 2, "00000000"]),
     put("files", 0, "index", value=[-1, 2, "00000000"]),
@@ -126,7 +131,7 @@ LIES = [
     put("meshes", 0, value={"dims": [], "shape": [0], "ranks": []}),
     put("layouts", 1, "home", value="elsewhere"),
     put("layouts", 1, "home", value=["rank"]),
-    *(put("layouts", 1, "mesh", value=value) for value in (1, -1, 0.0, "0", False, None)),
+    *put_each("layouts", 1, "mesh", values=(1, -1, 0.0, "0", False, None)),
     *(
         put("layouts", 1, "placements", value=value)
         for value in (
@@ -141,20 +146,23 @@ LIES = [
             ["R", "S(0)x"],
         )
     ),
-    *(
-        put("layouts", 1, "placements", 0, value=value)
-        for value in ("S(2)", "S(9999999)", "SS(0,0)", "SS(0)", "SS(0,1000000000)", "SS(2,2)", "S(\u0660)", "SS(0,-2)")
+    *put_each(
+        "layouts",
+        1,
+        "placements",
+        0,
+        values=("S(2)", "S(9999999)", "SS(0,0)", "SS(0)", "SS(0,1000000000)", "SS(2,2)", "S(\u0660)", "SS(0,-2)"),
     ),
     put("layouts", 0, "placements", value=["R"]),
     put(*TENSORS, "name", 0, value="model.n"),
     put(*TENSORS, "name", 0, value="a"),
     put(*TENSORS, "name", 0, value=None),
-    *(put(*TENSORS, "dtype", 0, value=value) for value in ("float128", "qint8", "", None, 4, [])),
-    *(put(*TENSORS, "shape", 0, value=value) for value in ([], [8, -4], [8, 4.0], 32, "84", None, [True, 4])),
+    *put_each(*TENSORS, "dtype", 0, values=("float128", "qint8", "", None, 4, [])),
+    *put_each(*TENSORS, "shape", 0, values=([], [8, -4], [8, 4.0], 32, "84", None, [True, 4])),
     put(*TENSORS, "shape", 0, value=[1 << 61, 1 << 61]),
     put(*TENSORS, "shape", 0, value=[1 << 61] * 100_000),
-    *(put(*TENSORS, "layout", 0, value=value) for value in (3, -1, 1 << 63, "0", None, 0.0)),
-    *(put(*TENSORS, "replica", 0, value=value) for value in (1, -1, "0", None)),
+    *put_each(*TENSORS, "layout", 0, values=(3, -1, 1 << 63, "0", None, 0.0)),
+    *put_each(*TENSORS, "replica", 0, values=(1, -1, "0", None)),
     put("tables", 1, "tensors", "replica", 0, value=2),
     *(drop(*TENSORS, column) for column in ("name", "dtype", "shape", "layout", "replica")),
     *(put(*TENSORS, column, value=[]) for column in ("name", "dtype", "shape", "layout", "replica")),

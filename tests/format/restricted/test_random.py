@@ -33,7 +33,7 @@ def outcome(data: bytes) -> None:
         found = decode_tree(data)
     except ValueError:
         return
-    reader = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
+    reader: Any = restricted.Unpickler(io.BytesIO(data), encoding="utf-8")
     reader.persistent_load = meta_storage
     assert type(reader.load()) is type(found)
 
