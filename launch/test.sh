@@ -41,7 +41,7 @@ PY
 
 part "ruff check" ruff check
 part "ruff format" ruff format --check
-part "mypy" mypy -p shardckpt -p tests
+part "mypy" mypy -p shardckpt -p benchmarks -p tests
 part "shellcheck" shellcheck launch/*.sh .ci/run
 part "pytest" env OMP_NUM_THREADS=1 python -m pytest -n 2 --junitxml="$results/tests.xml" "$@"
 printf '\n'
