@@ -201,7 +201,7 @@ def _launched(environ: Mapping[str, str], timeout: timedelta) -> _Job | None:
 
     def connect(*, is_master: bool = False) -> Any:
         # multi_tenant: `init_process_group` may host its own store in this process on the same port later.
-        return dist.TCPStore(
+        return dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=is_master, timeout=timeout, wait_for_workers=False, multi_tenant=is_master
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -149,6 +150,8 @@ class ProcessGroupGang:
             message = encode(verdict.to_json()).encode()
             self._lost = set(star.tell(message, _MEETING, to=here, timeout_s=deadline.left_s(0)))
             if verdict.absent:
+                with suppress(GangError):  # without the store those who come late wait until their own timeout
+                    self._meeting.announce(verdict, deadline)
                 self._drop_star()
             if verdict.is_over_for(0):
                 return verdict

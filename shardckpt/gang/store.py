@@ -16,6 +16,9 @@ from shardckpt.gang.local import LocalGang
 from shardckpt.gang.wire.mailbox import Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 
+_HERE, _ELSEWHERE = "here", "elsewhere"
+"""Where a meeting that is called for is held. One held elsewhere is over: the call is for those who missed it."""
+
 
 class Deadline:
     """When an operation must have ended on rank 0, and, a little later, on the others."""
@@ -137,13 +140,20 @@ class StoreGang:
             self.mailbox.forget(before=self.mailbox.stage)  # whoever is here has left all earlier conversations
         return verdict
 
+    def announce(self, verdict: Verdict, deadline: Deadline) -> None:
+        """Rank 0: leave word of a meeting that was held elsewhere and failed, for those who come late and look here."""
+        self.mailbox.stage += 1
+        self._put(self._free_call(deadline), [verdict.conversation, verdict.scope, _ELSEWHERE], deadline)
+        self._calls += 1
+        self._put(self.mailbox.key(verdict.conversation, "verdict"), verdict.to_json(), deadline)
+
     def _call(self, own: Arrival, deadline: Deadline) -> Verdict:
         """Rank 0: call, see who comes, judge; call again as long as those who came can wait for the others."""
         strangers: dict[int, Arrival] = {}
         while True:
             self.mailbox.stage += 1
             conversation = uuid.uuid4().hex
-            self._put(self._free_call(deadline), [conversation, own.scope], deadline)
+            self._put(self._free_call(deadline), [conversation, own.scope, _HERE], deadline)
             self._calls += 1
             keys = {rank: self.mailbox.key(conversation, "here", rank) for rank in range(1, self._size)}
             with self._farewell(conversation, own, deadline):
@@ -164,17 +174,18 @@ class StoreGang:
     def _answer(self, own: Arrival, deadline: Deadline) -> Verdict:
         """The others: answer each call in turn, until a verdict is meant for us."""
         while True:
-            conversation, scope = self._hear(self.mailbox.key("call", self._calls), deadline)
+            conversation, scope, where = self._hear(self.mailbox.key("call", self._calls), deadline)
             self._calls += 1
             self.mailbox.stage += 1
-            self._put(self.mailbox.key(conversation, "here", self._rank), own.to_json(), deadline)
+            if where == _HERE:
+                self._put(self.mailbox.key(conversation, "here", self._rank), own.to_json(), deadline)
             verdict = Verdict.from_json(self._hear(self.mailbox.key(conversation, "verdict"), deadline))
             if self._rank in verdict.absent:
                 # This meeting was over before we came. If it was the one we are looking for, say so at once. If we
                 # have been in this scope before, then rank 0 may be about to call for it again.
                 if scope == own.scope and scope not in own.past:
                     return verdict
-            elif verdict.is_over_for(self._rank):
+            elif where == _HERE and verdict.is_over_for(self._rank):
                 return verdict
 
     def _free_call(self, deadline: Deadline) -> str:

@@ -54,7 +54,7 @@ def run_ranks_settled(
     """As `run_ranks`, with the exception of each rank that raised in the place of its result."""
     import torch.distributed as dist
 
-    store: Any = dist.HashStore()
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
     return run_threads(world_size, lambda rank: _with_gangs(act, store, rank, (world_size, tp)), timeout=timeout)
 
 
