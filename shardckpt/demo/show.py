@@ -113,7 +113,7 @@ class Show:
             Run(name="reference"),
             Run(name="interrupted", save_every=self.options.save_every, stall_at=kill_at),
         )
-        title = f"{self.options.mesh}: train; train again with saves, killed in that of step {kill_at}"
+        title = f"{self.options.mesh}: train; train again with saves, kill in the save of step {kill_at}"
         records = self._play(runs, self.options.mesh, act=1, title=title)
         return records["reference"], records["interrupted"]
 
@@ -148,7 +148,7 @@ class Show:
                 screen.show(event)
                 if ready_to_kill(records) and not ranks.killed:
                     ranks.kill()
-                    screen.say(f"killed all {mesh.ranks} ranks with SIGKILL")
+                    screen.say(f"killed every rank ({mesh.ranks}) with SIGKILL")
             screen.say(f"{time.monotonic() - began:.1f} s")
         return records
 
@@ -174,9 +174,9 @@ class PlainScreen:
         elif isinstance(event, Saved) and event.step not in self._saved:
             self._saved.add(event.step)
             self.say(f"saved step {event.step} in {event.total_s:.2f} s, training held up {event.stall_s * 1e3:.0f} ms")
-        elif isinstance(event, Built):
+        elif isinstance(event, Built) and event.run == "reference":
             size = f"{event.parameters / 1e6:.1f} M parameters, {event.text_nbytes / 1e6:.1f} MB of text"
-            self.say(f"{event.run}: {size}, on {event.device}")
+            self.say(f"{size}, on {event.device}")
         elif isinstance(event, Resumed):
             self.say(f"resumed step {event.step} in {event.elapsed_s:.2f} s")
         elif isinstance(event, Writing):

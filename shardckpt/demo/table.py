@@ -159,7 +159,7 @@ def render_kill(results: Results) -> str:
     """What the killed save has left, and why it is not a checkpoint."""
     lines = ["KILLED"]
     if results.leftover is not None:
-        files = ", ".join(f"{name} ({size / 1e6:.1f}\u00a0MB)" for name, size in sorted(results.leftover.files.items()))
+        files = ", ".join(f"{name} ({_size(size)})" for name, size in sorted(results.leftover.files.items()))
         recorded = "has a record" if MANIFEST in results.leftover.files else f"no {MANIFEST}, so not a checkpoint"
         lines.append(f"{results.leftover.folder}: {recorded}")
         lines.extend(_wrapped(f"left there: {files or 'nothing'}"))
@@ -198,6 +198,14 @@ def render_checks(checks: Sequence[Check]) -> str:
 
 def _loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.7f}"
+
+
+def _size(nbytes: int) -> str:
+    """With a space at which no line is broken."""
+    for unit, name in ((1e6, "MB"), (1e3, "kB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.1f}\u00a0{name}"
+    return f"{nbytes}\u00a0bytes"
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
