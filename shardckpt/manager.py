@@ -25,6 +25,7 @@ from shardckpt.errors import (
     GangError,
 )
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
+from shardckpt.gang.announce import announce
 from shardckpt.gang.gangs import Gangs
 from shardckpt.gang.together import together
 from shardckpt.run.catalog import Catalog
@@ -260,8 +261,7 @@ class CheckpointManager:
 
     def _from_rank_0(self, work: Callable[[], Any], phase: str) -> Any:
         """Rank 0 does it; all get its result (JSON), or the same error."""
-        done: Any = self._together(lambda: work() if self._at.rank == 0 else None, phase)
-        return self._gang.broadcast(done, timeout=self._timeout)
+        return announce(self._gang, work, phase=phase, timeout=self._timeout)
 
     def _record(self, step: int) -> tuple[str, Manifest]:
         """Rank 0 reads the record and tells it to all."""

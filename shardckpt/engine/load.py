@@ -22,6 +22,7 @@ from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, GangError
 from shardckpt.format.manifest import Manifest
 from shardckpt.format.tree import map_leaves
+from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
 from shardckpt.state import Part, RngState, join_path, restore
@@ -69,8 +70,7 @@ class Loader:
             return self._fit.problems
 
         gathered: Any = self._together(compare, "compare")
-        problems = None if gathered is None else [problem for own in gathered for problem in own][:1000]
-        told: Any = self._gang.broadcast(problems, timeout=self._timeout)
+        told = self._announce(lambda: [problem for own in gathered for problem in own][:1000], "compare")
         if told:
             raise mismatch_error(told, self._manifest.step)
 
@@ -112,19 +112,16 @@ class Loader:
 
     def _join(self, gathered: list[Any] | None) -> None:
         """Check the records that no rank read whole, from all ranks' sums."""
-        verdict: Any = None
-        if gathered is not None:
-            damaged, unchecked = join_sums(PartialSum.decode(item) for own in gathered for item in own)
+
+        def join() -> list[str]:
+            damaged, unchecked = join_sums(PartialSum.decode(item) for own in gathered or () for item in own)
             if unchecked:
-                _log.info(
-                    "%d bytes of step %d were read in part by this job and could not be checked against a digest",
-                    unchecked,
-                    self._manifest.step,
-                )
-            verdict = damaged
-        verdict = self._gang.broadcast(verdict, timeout=self._timeout)
-        if verdict:
-            raise CheckpointDamagedError(self._damage(verdict), step=self._manifest.step)
+                _log.info("step %d: %d bytes were read in part and not checked", self._manifest.step, unchecked)
+            return damaged
+
+        damaged = self._announce(join, "check")
+        if damaged:
+            raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
 
     def _apply(self, parts: Sequence[Part]) -> None:
         """The state changes here and nowhere else; random streams last."""
@@ -180,6 +177,9 @@ class Loader:
 
     def _together(self, work: Any, phase: str) -> Any:
         return together_gather(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)
+
+    def _announce(self, work: Any, phase: str) -> Any:
+        return announce(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)
 
     def _damage(self, files: Sequence[str]) -> str:
         names = ", ".join(sorted(set(files))[:10])

@@ -13,32 +13,27 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
-from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.plan import SavePlan, plan_save
 from shardckpt.engine.saving.progress import SaveReport
 from shardckpt.engine.saving.receipts import (
     TableBook,
-    compose_manifest,
     describe_own,
-    disagreements,
-    explain,
-    held_of,
     written_for_peers,
 )
 from shardckpt.engine.saving.stage import Stager, Staging
-from shardckpt.engine.saving.write import Receipt, decode_receipt, write_files
+from shardckpt.engine.saving.transaction import Transaction
+from shardckpt.engine.saving.write import Receipt, write_files
 from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError
-from shardckpt.format.layout import new_attempt, step_folder
+from shardckpt.format.layout import step_folder
 from shardckpt.gang.base import Gang
-from shardckpt.gang.together import together, together_gather
 from shardckpt.state import Part
 from shardckpt.storage.base import Storage
 
@@ -159,7 +154,7 @@ class Saver:
             self._stage_later(work)
             info = self._write_and_commit(work)
         except BaseException as error:
-            pending.fail(self._as_save_error(error, pending.step))
+            pending.fail(_as_save_error(error, pending.step))
             return
         pending.report.total_s = time.perf_counter() - work.began
         pending.report.total_nbytes = info.nbytes
@@ -183,35 +178,23 @@ class Saver:
             work.pending.report.stage_s = time.perf_counter() - began
 
     def _write_and_commit(self, work: _Work) -> CheckpointInfo:
-        step, gang, report = work.pending.step, self._gang, work.pending.report
-        gang.enter(work.scope, timeout=self._timeout)
-        attempt = self._begin(step)
-        prefix = attempt_prefix(self._storage, step, attempt)
-
-        def write() -> dict[str, Any]:
-            return self._write(work, prefix).encode()
-
+        step, report = work.pending.step, work.pending.report
+        attempt = Transaction(self._storage, self._gang, self._book, step=step, timeout=self._timeout)
         try:
+            attempt.begin(work.scope)
             with _timed(report, "write_s"):
-                receipts = together_gather(gang, write, phase="write", timeout=self._timeout, step=step)
+                attempt.write(lambda prefix: self._write(work, prefix))
             with _timed(report, "commit_s"):
-                self._check_alike(work, receipts)
-                return self._commit(work, attempt, receipts)
-        except BaseException as error:
-            if self._at.rank == 0 and not _may_be_committed(error):
-                abandon_attempt(self._storage, prefix)
+                attempt.compare(work.alike)
+                assert work.plan is not None
+                committed = attempt.commit(work.plan, work.options.metadata)
+        except BaseException:
+            attempt.abandon()
             raise
-
-    def _begin(self, step: int) -> str:
-        """Rank 0 draws the attempt and makes room for it; all learn its id."""
-        attempt = new_attempt()
-
-        def begin() -> None:
-            if self._at.rank == 0:
-                begin_attempt(self._storage, attempt_prefix(self._storage, step, attempt))
-
-        together(self._gang, begin, phase="begin", timeout=self._timeout, step=step)
-        return str(self._gang.broadcast(attempt, timeout=self._timeout))
+        report.slowest_rank = committed.slowest_rank
+        url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
+        metadata = dict(work.options.metadata)
+        return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)
 
     def _write(self, work: _Work, prefix: str) -> Receipt:
         if work.error is not None:
@@ -226,56 +209,19 @@ class Saver:
         work.alike |= written_for_peers(self._at, work.plan, sealed)
         return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)
 
-    def _check_alike(self, work: _Work, receipts: list[Any] | None) -> None:
-        """Tensors that one rank wrote for all must be the same on all: otherwise there is no commit."""
-        step = work.pending.step
-        found = None if receipts is None else disagreements([decode_receipt(receipt) for receipt in receipts])
-        doubtful = self._gang.broadcast(found, timeout=self._timeout)
-        if not doubtful:
-            return
-        held = self._gang.gather(held_of(doubtful, work.alike), timeout=self._timeout)
-        message = self._gang.broadcast(None if held is None else explain(held), timeout=self._timeout)
-        raise CheckpointSaveError(f"step {step} was not saved: {message}", step=step)
 
-    def _commit(self, work: _Work, attempt: str, receipts: list[Any] | None) -> CheckpointInfo:
-        assert work.plan is not None
-        tables = self._book.exchange(self._gang, work.plan, receipts, timeout=self._timeout)
-        step = work.pending.step
-        summary: dict[str, Any] = {}
-
-        def commit() -> None:
-            if receipts is None:
-                return
-            decoded = [decode_receipt(receipt) for receipt in receipts]
-            created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            manifest = compose_manifest(step, attempt, created, decoded, tables, dict(work.options.metadata))
-            commit_attempt(self._storage, attempt_prefix(self._storage, step, attempt), manifest)
-            slowest = max(decoded, key=lambda receipt: receipt.seconds["write"])
-            summary.update(nbytes=manifest.nbytes, created=created, slowest=slowest.rank)
-
-        together(self._gang, commit, phase="commit", timeout=self._timeout, step=step)
-        said: Any = self._gang.broadcast(summary, timeout=self._timeout)
-        work.pending.report.slowest_rank = said["slowest"]
-        url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
-        return CheckpointInfo(
-            step, url, said["nbytes"], self._at.world_size, said["created"], dict(work.options.metadata)
-        )
-
-    def _as_save_error(self, error: BaseException, step: int) -> CheckpointError:
-        if isinstance(error, CheckpointSaveError):
-            return error
-        kind = CommitUnknownError if _may_be_committed(error) else CheckpointSaveError
-        reason = error.brief if isinstance(error, GangError) else str(error)
-        wrapped = kind(f"step {step} was not saved: {reason}", step=step)
-        wrapped.__cause__ = error
-        return wrapped
-
-
-def _may_be_committed(error: BaseException) -> bool:
-    """Whether the outcome of the commit is unknown: then nothing may be deleted."""
+def _as_save_error(error: BaseException, step: int) -> CheckpointError:
+    """What `result` raises: always of the tree, always with the step and the cause."""
+    if isinstance(error, CheckpointSaveError):
+        return error
+    unknown, reason = isinstance(error, CommitUnknownError), str(error)
     if isinstance(error, GangError):
-        return any(failure.kind == CommitUnknownError.__name__ for failure in error.failures.values())
-    return isinstance(error, CommitUnknownError)
+        unknown = any(failure.kind == CommitUnknownError.__name__ for failure in error.failures.values())
+        reason = error.brief
+    kind, what = (CommitUnknownError, "may or may not be saved") if unknown else (CheckpointSaveError, "was not saved")
+    wrapped = kind(f"step {step} {what}: {reason}", step=step)
+    wrapped.__cause__ = error
+    return wrapped
 
 
 @contextmanager

@@ -53,24 +53,32 @@ def abandon_attempt(storage: Storage, prefix: str) -> None:
 
 
 def _commit_by_rename(storage: RenamingStorage, prefix: str, manifest: Manifest, target: str) -> None:
-    storage.put(f"{prefix}/{MANIFEST}", [encode_manifest(manifest)])
+    content = encode_manifest(manifest)
+    storage.put(f"{prefix}/{MANIFEST}", [content])
     for folder in sorted({file.name.rpartition("/")[0] for file in manifest.files} - {""}, reverse=True):
         storage.sync_folder(f"{prefix}/{folder}")
     storage.sync_folder(prefix)
     try:
-        storage.rename_folder(prefix, target)
-    except FileExistsError:
-        _replace_step(storage, prefix, target, manifest)
-
-
-def _replace_step(storage: RenamingStorage, prefix: str, target: str, manifest: Manifest) -> None:
-    if storage.exchange_folders(prefix, target):
-        _remove_replaced(storage, prefix)
+        replaced = _rename_into_place(storage, prefix, target, manifest.attempt)
+    except OSError as error:
+        _settle(storage, f"{target}/{MANIFEST}", content, manifest.step, error, survives=False)
         return
-    aside = _aside(target, manifest.attempt, "old")
+    if replaced is not None:
+        _remove_replaced(storage, replaced)
+
+
+def _rename_into_place(storage: RenamingStorage, prefix: str, target: str, attempt: str) -> str | None:
+    """Make the attempt's folder the step's; gives the folder of a step that it has replaced."""
+    try:
+        storage.rename_folder(prefix, target)
+        return None
+    except FileExistsError:
+        if storage.exchange_folders(prefix, target):
+            return prefix
+    aside = _aside(target, attempt, "old")
     storage.rename_folder(target, aside)
     storage.rename_folder(prefix, target)
-    _remove_replaced(storage, aside)
+    return aside
 
 
 def _aside(folder: str, attempt: str, kind: str) -> str:
@@ -112,19 +120,28 @@ def _commit_by_record(storage: Storage, manifest: Manifest, target: str) -> None
             storage.delete_tree(f"{target}/{previous.attempt}")
 
 
-def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError) -> None:
-    """After an error of the deciding put: committed, not committed, or unknown. The attempt id is the write id."""
+def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError, *, survives: bool = True) -> None:
+    """After an error of the deciding operation: committed, not committed, or unknown.
+
+    The attempt id in the record is the write id. `survives`: whether a record that can be read is a durable one; a
+    rename that took place, but could not be synced, is in force now and may be gone after a power cut.
+    """
     try:
         found = storage.read(key)
     except FileNotFoundError:
         raise error from None
     except OSError as second:
         raise CommitUnknownError(
-            f"whether {key} was accepted cannot be told ({error}; then {second}); nothing was deleted: look again",
+            f"whether {key} is in force cannot be told ({error}; then {second}); nothing was deleted: look again",
             step=step,
         ) from error
     if found != content:
         raise error
+    if not survives:
+        raise CommitUnknownError(
+            f"{key} is in force, but may not survive a power cut, since its folder could not be synced: {error}",
+            step=step,
+        ) from error
 
 
 def _read_record(storage: Storage, key: str) -> Manifest | str | None:

@@ -26,7 +26,9 @@ from shardckpt.format.manifest import (
     decode_table,
     encode_table,
 )
+from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
+from shardckpt.gang.together import together_gather
 
 Tables = list[tuple[list[MeshEntry], list[LayoutEntry], Table]]
 """Each kind of table, with the meshes and layouts that its numbers refer to; its `ranks` hold it."""
@@ -102,16 +104,21 @@ class TableBook:
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
 
-    def exchange(self, gang: Gang, plan: SavePlan, receipts: list[Any] | None, *, timeout: timedelta) -> Tables:
+    def exchange(
+        self, gang: Gang, plan: SavePlan, receipts: Sequence[Receipt] | None, *, timeout: timedelta, step: int
+    ) -> Tables:
         """Rank 0 asks one rank of each kind that it does not know; gives the tables on rank 0, nothing elsewhere."""
         ranks_of: dict[str, list[int]] = {}
         for receipt in receipts or ():
-            ranks_of.setdefault(receipt["table"], []).append(receipt["rank"])
-        asked = [ranks[0] for digest, ranks in ranks_of.items() if digest not in self._known]
-        wanted: Any = gang.broadcast(asked, timeout=timeout)
-        if wanted:
-            sent = gang.gather(_encode_tables(plan) if gang.rank in wanted else None, timeout=timeout)
-            for content in sent or ():
+            ranks_of.setdefault(receipt.table, []).append(receipt.rank)
+        unknown = [ranks[0] for digest, ranks in ranks_of.items() if digest not in self._known]
+        asked = announce(gang, lambda: unknown, phase="tables", timeout=timeout, step=step)
+        if asked:
+
+            def own() -> Any:
+                return _encode_tables(plan) if gang.rank in asked else None
+
+            for content in together_gather(gang, own, phase="tables", timeout=timeout, step=step) or ():
                 if content is not None:
                     self._known[_digest_of(content)] = content
         self._known = {digest: self._known[digest] for digest in ranks_of}

@@ -1,0 +1,122 @@
+"""One attempt to commit a step, as the ranks go through it together. On the save thread of every rank.
+
+    begin     rank 0 draws an attempt id and makes room for it; all learn the id
+    write     every rank writes its own files; rank 0 gets the receipts
+    compare   what one rank wrote for all must be the same on all
+    commit    rank 0 composes the record of the receipts and puts it in force; all are told
+
+Until the record is in force a failure on any rank means that there is no such step. Afterwards nothing that happens
+to the other ranks takes it back: a rank that does not hear of it raises `CommitUnknownError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.engine.saving.plan import SavePlan
+from shardckpt.engine.saving.receipts import TableBook, compose_manifest, disagreements, explain, held_of
+from shardckpt.engine.saving.write import Receipt, decode_receipt
+from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
+from shardckpt.format.layout import new_attempt
+from shardckpt.gang.announce import announce
+from shardckpt.gang.base import Gang
+from shardckpt.gang.together import together_gather
+from shardckpt.storage.base import Storage
+
+Alike = Mapping[str, Mapping[str, str]]
+"""By file: key to a digest of what this rank holds of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What all ranks know of a step that is in force."""
+
+    nbytes: int
+    created: str
+    slowest_rank: int
+
+
+class Transaction:
+    """One attempt; made anew for each save. Any method may raise; then `abandon` is to be called."""
+
+    def __init__(self, storage: Storage, gang: Gang, book: TableBook, *, step: int, timeout: timedelta) -> None:
+        self._storage = storage
+        self._gang = gang
+        self._book = book
+        self._step = step
+        self._timeout = timeout
+        self._prefix = ""
+        self._attempt = ""
+        self._receipts: list[Receipt] | None = None
+        self._may_be_in_force = False
+
+    def begin(self, scope: str) -> None:
+        """Meet under this name, agree on an attempt id, make room."""
+        self._gang.enter(scope, timeout=self._timeout)
+        self._attempt = str(announce(self._gang, new_attempt, phase="begin", **self._terms))
+        self._prefix = attempt_prefix(self._storage, self._step, self._attempt)
+        announce(self._gang, lambda: begin_attempt(self._storage, self._prefix), phase="begin", **self._terms)
+
+    def write(self, work: Callable[[str], Receipt]) -> None:
+        """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
+        gathered: Any = together_gather(self._gang, lambda: work(self._prefix).encode(), phase="write", **self._terms)
+        if gathered is not None:
+            self._receipts = [decode_receipt(receipt) for receipt in gathered]
+
+    def compare(self, alike: Alike) -> None:
+        """Raise on all ranks, naming keys and ranks, if two of them hold different values of what is stored once."""
+
+        def differing() -> list[str]:
+            return disagreements(self._receipts or ())
+
+        doubtful = announce(self._gang, differing, phase="compare", **self._terms)
+        if not doubtful:
+            return
+        held: Any = together_gather(self._gang, lambda: held_of(doubtful, alike), phase="compare", **self._terms)
+        message = announce(self._gang, lambda: explain(held), phase="compare", **self._terms)
+        raise CheckpointSaveError(f"step {self._step} was not saved: {message}", step=self._step)
+
+    def commit(self, plan: SavePlan, metadata: Mapping[str, Any]) -> Committed:
+        """The record is composed from the receipts and nothing else, and put in force."""
+        tables = self._book.exchange(self._gang, plan, self._receipts, **self._terms)
+
+        def commit() -> list[Any]:
+            receipts = self._receipts or []
+            created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            manifest = compose_manifest(self._step, self._attempt, created, receipts, tables, dict(metadata))
+            slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
+            self._put_in_force(manifest)
+            return [manifest.nbytes, created, slowest.rank]
+
+        try:
+            return Committed(*announce(self._gang, commit, phase="commit", **self._terms))
+        except GangError as error:
+            if error.failures:
+                raise
+            raise CommitUnknownError(
+                f"whether step {self._step} was committed is not known here, since rank 0 did not say: {error.brief}",
+                step=self._step,
+            ) from error
+
+    def abandon(self) -> None:
+        """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""
+        if self._gang.rank == 0 and self._prefix and not self._may_be_in_force:
+            abandon_attempt(self._storage, self._prefix)
+
+    def _put_in_force(self, manifest: Any) -> None:
+        self._may_be_in_force = True
+        try:
+            commit_attempt(self._storage, self._prefix, manifest)
+        except CommitUnknownError:
+            raise
+        except Exception:
+            self._may_be_in_force = False  # the seam has made sure of that
+            raise
+
+    @property
+    def _terms(self) -> dict[str, Any]:
+        return {"timeout": self._timeout, "step": self._step}
