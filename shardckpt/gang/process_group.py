@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ from shardckpt.gang.wire.star import LinkError, Star
 
 _MEETING = 1
 """The stamp of what is said at meetings, where no conversation has begun; operations have larger ones."""
+_LAST_WORD_S = 1.0
+"""How long a rank whose link was closed looks for what rank 0 may have left in the store. It leaves it before it hangs
+up, but for one case: where a rank does not take what it is told in time, gloo closes all links by itself."""
 
 
 class ProcessGroupGang:
@@ -44,7 +48,10 @@ class ProcessGroupGang:
         self._star: Star | None = None
         self._conversation = ""
         self._operation = 0
+        self._listening: set[int] = set()
+        """Rank 0: those who can be told something directly."""
         self._lost: set[int] = set()
+        """Rank 0: those without whom this conversation is over."""
 
     @property
     def name(self) -> str:
@@ -60,7 +67,8 @@ class ProcessGroupGang:
 
     def enter(self, scope: str, *, timeout: timedelta) -> None:
         deadline, arrival = Deadline(timeout), self._history.arrive(scope)
-        self._conversation, self._operation, self._lost = "", 0, set()
+        self._conversation, self._operation = "", 0
+        self._listening, self._lost = set(range(1, self._size)), set()
         self._meeting.mailbox.renew()
         if self._star is not None and not self._star.clean:
             self._drop_star()
@@ -73,6 +81,8 @@ class ProcessGroupGang:
         if not verdict.ok:
             raise verdict.error()
         self._conversation = verdict.conversation
+        if self._lost:
+            self._part({}, deadline)
 
     def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
         deadline, stamp, message = Deadline(timeout), self._next_stamp(), encode(value).encode()
@@ -88,10 +98,11 @@ class ProcessGroupGang:
         values[0] = decode(message)
         if len(values) == self._size:
             return [values[rank] for rank in range(self._size)]
-        waited = f"did not answer within {deadline.waited_s:.3g} s"
+        self._listening = set(heard.messages)
         problems = [(heard.dead, "closed the connection (killed, or gone)"), (heard.astray, "is in another scope")]
         if not heard.dead and not heard.astray:
-            problems = [(tuple(rank for rank in range(self._size) if rank not in values), waited)]
+            missing = tuple(rank for rank in range(self._size) if rank not in values)
+            problems = [(missing, f"did not answer within {deadline.waited_s:.3g} s")]
         self._lost = {rank for ranks, _ in problems for rank in ranks}
         text = "; ".join(f"{ranks_text(ranks)} {what}" for ranks, what in problems if ranks)
         raise GatherError(f"gang {self._name!r}: {text}", absent=sorted(self._lost), values=values)
@@ -191,21 +202,28 @@ class ProcessGroupGang:
             self._drop_star()
 
     def _tell(self, message: bytes, stamp: int, deadline: Deadline) -> None:
-        """Tell all that can be reached; for the others, leave it in the store, and hang up so that they look there."""
+        """Tell those who listen. Whoever cannot be reached finds the message in the store, when it comes to look."""
         if self._star is not None:
-            others = [rank for rank in range(1, self._size) if rank not in self._lost]
-            self._lost |= set(self._star.tell(message, stamp, to=others, timeout_s=deadline.left_s(0)))
-        if self._lost or self._star is None:
-            try:
-                self._meeting.mailbox.put(self._last_word(stamp), message.decode(), timeout_s=deadline.left_s(0))
-            except (SilentError, RuntimeError) as error:
-                raise GangError(
-                    f"gang {self._name!r}: {ranks_text(self._lost)} could not be reached, neither directly nor "
-                    f"through the store: {error}",
-                    absent=sorted(self._lost),
-                ) from error
-            finally:
-                self._drop_star()
+            self._lost |= set(self._star.tell(message, stamp, to=self._listening, timeout_s=deadline.left_s(0)))
+        if self._lost:
+            self._part({self._last_word(stamp): message.decode()}, deadline)
+
+    def _part(self, words: dict[str, Json], deadline: Deadline) -> None:
+        """Rank 0 gives this conversation up: leaves words and the names of the lost in the store, then hangs up.
+
+        In this order, so that those who notice that their link is closed find what they look for.
+        """
+        try:
+            for key, word in {**words, self._lost_key(): sorted(self._lost)}.items():
+                self._meeting.mailbox.put(key, word, timeout_s=deadline.left_s(0))
+        except (SilentError, RuntimeError) as error:
+            raise GangError(
+                f"gang {self._name!r}: {ranks_text(self._lost)} could not be reached, neither directly nor through "
+                f"the store: {error}",
+                absent=sorted(self._lost),
+            ) from error
+        finally:
+            self._drop_star()
 
     def _listen(self, stamp: int, deadline: Deadline) -> bytes:
         problem = "its connection was closed before"
@@ -215,16 +233,29 @@ class ProcessGroupGang:
             except LinkError as error:
                 problem = str(error)
                 self._drop_star()
+        end = time.monotonic() + _LAST_WORD_S
+        while True:
+            word, lost = self._words(self._last_word(stamp)), self._words(self._lost_key())
+            if word is not None:
+                return str(word).encode()
+            if lost is not None:
+                raise GangError(f"gang {self._name!r}: {ranks_text(lost)} was lost before this", absent=lost)
+            if time.monotonic() > end:
+                raise GangError(f"gang {self._name!r}: no word from rank 0 ({problem})", absent=[0])
+            time.sleep(0.02)
+
+    def _words(self, key: str) -> Any:
+        """What rank 0 left in the store before it hung up; None if nothing, or if the store is gone with it."""
         try:
-            last = self._meeting.mailbox.peek(self._last_word(stamp), timeout_s=5.0)
-        except (SilentError, RuntimeError) as error:
-            last, problem = None, f"{problem}; the store: {error}"
-        if last is None:
-            raise GangError(f"gang {self._name!r}: no word from rank 0 ({problem})", absent=[0])
-        return str(last).encode()
+            return self._meeting.mailbox.peek(key, timeout_s=_LAST_WORD_S)
+        except (SilentError, RuntimeError):
+            return None
 
     def _last_word(self, stamp: int) -> str:
         return self._meeting.mailbox.key(self._conversation, "last", stamp)
+
+    def _lost_key(self) -> str:
+        return self._meeting.mailbox.key(self._conversation, "lost")
 
     def _next_stamp(self) -> int:
         """One per operation and conversation, the same on all ranks."""

@@ -15,7 +15,7 @@ from shardckpt.gang.wire.messages import decode, encode, ranks_text
 
 _T = TypeVar("_T")
 
-_FAREWELL = timedelta(seconds=5)
+_FAREWELL = timedelta(seconds=2)
 """How long a rank that is late or interrupted takes to tell the others, and to hear what became of them."""
 _LISTED = 8
 """How many failures the text of an error lists; `GangError.failures` has them all."""
@@ -123,19 +123,19 @@ class _Attempt:
         except GangError as error:
             trouble = str(error)
         except BaseException as error:  # Ctrl-C while waiting for the others
-            self._tell(self._verdict([Failure(0, type(error).__name__, str(error))], (), ""))
+            self._tell(self._verdict([Failure(0, type(error).__name__, str(error))], (), ""), _FAREWELL)
             raise
         if done.interrupted:
             absent = ()  # they were not given the time
         failures = [Failure(*said[rank][0]) for rank in sorted(said) if said[rank][0]]
         verdict = self._verdict(failures, absent, trouble) if failures or absent or trouble else None
-        self._tell(verdict)
+        self._tell(verdict, max(self._left(done), _FAREWELL))
         return [said[rank][1] for rank in sorted(said)], verdict
 
-    def _tell(self, verdict: _Verdict | None) -> None:
+    def _tell(self, verdict: _Verdict | None, timeout: timedelta) -> None:
         message = None if verdict is None else verdict.to_json()
         try:
-            self._gang.broadcast(message, timeout=max(self._left(None), _FAREWELL))
+            self._gang.broadcast(message, timeout=timeout)
         except GangError:
             if verdict is None:
                 raise
@@ -154,9 +154,9 @@ class _Attempt:
             raise GangError(text, absent=error.absent, step=self._step) from (done.error or error)
         return None if verdict is None else _Verdict.from_json(verdict)
 
-    def _left(self, done: _Done[Any] | None) -> timedelta:
+    def _left(self, done: _Done[Any]) -> timedelta:
         """What is left of the timeout; enough to say and hear the last word, even if there is nothing left."""
-        if done is not None and done.interrupted:
+        if done.interrupted:
             return _FAREWELL
         elapsed = timedelta(seconds=time.monotonic() - self._began)
         least = timedelta(0) if self._gang.rank == 0 else min(_FAREWELL, self._timeout)
