@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardckpt.engine.dcp.reader import DcpReader as DcpReader
+    from shardckpt.engine.dcp.writer import DcpWriter as DcpWriter
     from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
     from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
     from shardckpt.engine.pending import PendingSave as PendingSave
@@ -46,6 +48,8 @@ _HOME = {
     "CheckpointNotFoundError": "errors",
     "CheckpointSaveError": "errors",
     "CommitUnknownError": "errors",
+    "DcpReader": "engine.dcp.reader",
+    "DcpWriter": "engine.dcp.writer",
     "Failure": "errors",
     "GangError": "errors",
     "Gangs": "gang.gangs",

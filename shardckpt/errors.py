@@ -52,7 +52,7 @@ class CheckpointDamagedError(CheckpointLoadError):
 class CheckpointMismatchError(CheckpointLoadError):
     """The checkpoint is sound but does not fit the state: `problems` lists every difference."""
 
-    def __init__(self, message: str, *, problems: Sequence[str], step: int | None = None) -> None:
+    def __init__(self, message: str, *, problems: Sequence[str] = (), step: int | None = None) -> None:
         super().__init__(message, step=step)
         self.problems = tuple(problems)
 
