@@ -203,9 +203,7 @@ def _problem(value: Any) -> str:
         if _is_plain(value, 0):
             return ""
         back = decode_tree(encode_tree(value))
-        return (
-            "" if _is_same(value, back) else f"it would come back as {type(back).__module__}.{type(back).__qualname__}"
-        )
+        return "" if _is_same(value, back) else f"it would come back as {_name_of(back)}"
     except RecursionError:
         return f"more than {MAX_LEVELS} containers within each other"
     except Exception as error:  # a value's own `__reduce__`, `__eq__` or `keys` may raise anything

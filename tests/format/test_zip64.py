@@ -6,6 +6,7 @@ import functools
 import mmap
 import os
 import shutil
+import struct
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -57,6 +58,19 @@ def write_sparse(path: Path, sizes: list[int], data: dict[int, bytes], tree: obj
     return layout, crcs
 
 
+def local_sizes(path: Path, header: int) -> tuple[int, ...]:
+    """The sizes in a local header; unpackers of streams read them. 0xFFFFFFFF: see the extra field."""
+    with path.open("rb") as file:
+        file.seek(header)
+        *_, packed, plain, name_nbytes, extra_nbytes = struct.unpack("<4sHHHHHIIIHH", file.read(30))
+        extra = file.read(name_nbytes + extra_nbytes)[name_nbytes:]
+    if 0xFFFFFFFF not in (packed, plain):
+        return packed, plain
+    kind, nbytes, *sizes = struct.unpack_from("<HHQQ", extra)
+    assert (packed, plain, kind, nbytes) == (0xFFFFFFFF, 0xFFFFFFFF, 1, 16)
+    return tuple(sizes)
+
+
 @pytest.fixture
 def sparse(tmp_path: Path) -> Callable[..., tuple[Path, ArchiveLayout, list[int]]]:
     def make(sizes: list[int], data: dict[int, bytes], tree: object) -> tuple[Path, ArchiveLayout, list[int]]:
@@ -87,6 +101,7 @@ def test_a_record_around_4_gib(sparse: Callable, nbytes: int) -> None:
         assert archive.read("archive/data/2") == last
         with archive.open("archive/data/0") as record:
             assert record.read(3) == bytes(3)
+    assert local_sizes(path, layout.slots[0].header) == (nbytes, nbytes)
     loaded = torch.load(path, mmap=True, weights_only=True)
     assert loaded["large"].shape == (nbytes,)
     assert bytes(loaded["large"][-4:].tolist()) == b"\0end"
@@ -113,6 +128,8 @@ def test_more_records_than_a_plain_directory_counts(tmp_path: Path, count: int) 
         assert len(names) == count + 4
         assert names[2:-2] == [f"archive/{slot.name}" for slot in layout.slots]
         assert archive.read(f"archive/data/{count - 1}") == bytes([(count - 1) % 251])
+    end = path.read_bytes()[-98:]
+    assert end.startswith(b"PK\x06\x06") == (count + 4 >= 0xFFFF), "65,535 in the short form means: see the long one"
     loaded = torch.load(path, mmap=True, weights_only=True)
     assert [tensor.item() for tensor in loaded] == [number % 251 for number in wanted]
     unzip = shutil.which("unzip")

@@ -85,6 +85,8 @@ def test_no_call_is_made(tmp_path: Path, protocol: int, wrap: Any) -> None:
         call("torch.storage", "UntypedStorage", number(1 << 40)),
         call("__builtin__", "bytearray", number(1 << 40)),
         call("__builtin__", "complex", text("1"), text("2")),
+        call("__builtin__", "set", text("abc")),
+        call("__builtin__", "set", b"}K\x01K\x02s"),
         call("__builtin__", "set", tensor(1 << 40, (1 << 40,), (1,))),
         call("collections", "OrderedDict", tensor(1 << 40, (1 << 39, 2), (2, 1))),
         call("collections", "OrderedDict", b"](" + tensor(1 << 40, (1 << 40,), (1,)) + b"e"),
