@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
@@ -145,6 +146,23 @@ class StorageContract:
             won = list(pool.map(write, range(8)))
         assert won.count(True) == 1
         assert storage.read("record") == b"from %d" % won.index(True)
+
+    def test_of_two_puts_one_inside_the_other_one_wins(self, storage: Storage) -> None:
+        """Whether the key is taken when a put begins or when it ends."""
+        won = []
+
+        def put(content: bytes, parts: Iterable[Buffer]) -> None:
+            with suppress(FileExistsError):
+                storage.put("record", parts)
+                won.append(content)
+
+        def outer() -> Iterator[bytes]:
+            put(b"inner", [b"inner"])
+            yield b"outer"
+
+        put(b"outer", outer())
+        assert won in ([b"inner"], [b"outer"])
+        assert storage.read("record") == won[0]
 
     @pytest.mark.parametrize("nbytes", [10, 20 << 20], ids=["small", "large"])
     def test_parts_that_fail_leave_nothing(self, storage: Storage, nbytes: int) -> None:

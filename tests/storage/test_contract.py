@@ -121,6 +121,10 @@ class TestRetryingAFlakyStorage(RenamingContract):
         storage.put("b", iter([b"1", b"2"]))
         assert storage.read("b") == b"12"
 
+    def test_of_two_puts_one_inside_the_other_one_wins(self, storage: Storage) -> None:
+        storage.put("the one whose answer is lost", [b""])
+        super().test_of_two_puts_one_inside_the_other_one_wins(storage)
+
 
 class TestWrappedStorage(RenamingContract):
     """All wrappers round each other: told to do nothing, they change nothing."""

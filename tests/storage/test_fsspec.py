@@ -9,10 +9,12 @@ import threading
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from shardckpt.storage import FsspecStorage, Storage, Transfers, is_transient, open_storage
 from shardckpt.storage.objects.translate import translate
+from shardckpt.storage.objects.upload import ObjectUpload
 from shardckpt.testing.storage_suite import filled, ranges
 from tests.storage.s3server import S3Server
 
@@ -166,11 +168,15 @@ class TestOnS3:
         one.put("d/1", [b"1"])
         assert one.list("d") == ["1"]
         other.put("d/2", [b"22"])
-        assert (one.list("d"), one.size("d/2")) == (["1", "2"], 2)
+        assert one.size("d/2") == 2
+        assert one.list("d") == ["1", "2"]
+        other.replace("d/2", b"333")
+        assert one.size("d/2") == 3
+        assert one.list("d") == ["1", "2"]
         other.delete(["d/1"])
-        assert one.list("d") == ["2"]
         with pytest.raises(FileNotFoundError):
             one.size("d/1")
+        assert one.list("d") == ["2"]
 
 
 class TestInPlaceBackEnds:
@@ -226,6 +232,43 @@ def test_a_gated_put_does_not_hold_up_others(memory: FsspecStorage) -> None:
     release.set()
     thread.join(20)
     assert memory.list() == ["quick", "slow"]
+
+
+def test_an_abandoned_upload_is_not_published_by_the_garbage_collector() -> None:
+    """fsspec's own `discard` does nothing (as in adlfs), and its files close, and so publish, when they are dropped."""
+    published = []
+
+    class File(fsspec.spec.AbstractBufferedFile):  # type: ignore[misc]
+        def _upload_chunk(self, final=False):
+            published.append(final)
+            return True
+
+    class Fs(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        def _open(self, path, mode="rb", block_size=None, autocommit=True, cache_options=None, **options):
+            return File(self, path, mode, block_size)
+
+    for end, wanted in ((ObjectUpload.finish, [True]), (ObjectUpload.abandon, [])):
+        published.clear()
+        upload = ObjectUpload(Fs(skip_instance_cache=True), "a", part_nbytes=5 << 20)
+        upload.write(memoryview(b"half"))
+        end(upload)
+        upload._file.close()  # what its __del__ does
+        assert published == wanted
+
+
+def test_putting_into_fsspecs_memory_is_one_at_a_time(memory: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks and writes in two steps, so two threads could both find the key free."""
+    fs, free = memory._client(), []
+
+    def pipe_file(*arguments, **options) -> None:
+        other = threading.Thread(target=lambda: free.append(memory._puts.acquire(blocking=False)))
+        other.start()
+        other.join(20)
+
+    monkeypatch.setattr(type(fs), "pipe_file", pipe_file)
+    memory.put("a", [b"1"])
+    memory.replace("a", b"1")
+    assert free == [False, False]
 
 
 def test_ranges_in_waves(memory: FsspecStorage) -> None:

@@ -173,7 +173,13 @@ class TestFailures:
     @pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
     @pytest.mark.parametrize("write", ["direct", "buffered"])
     @pytest.mark.parametrize("known", [True, False], ids=["known-size", "unknown-size"])
-    def test_a_full_disk(self, tmp_path: Path, write, known: bool) -> None:
+    def test_a_full_disk(self, tmp_path: Path, write, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, written = os.pwritev, []
+
+        def pwritev(*arguments) -> int:
+            written.append(1)
+            return real(*arguments)
+
         mount = tmp_path / "small"
         mount.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mount)], check=True, timeout=20)
@@ -181,9 +187,11 @@ class TestFailures:
             storage = LocalStorage(mount, write=write)
             storage.put("kept", [filled(1000)])
             parts = [aligned(filled(700_000)), aligned(filled(700_000))]
+            monkeypatch.setattr(os, "pwritev", pwritev)
             with pytest.raises(OSError, match=r"cannot write 'a/big' in .*full.*fewer steps") as caught:
                 storage.put("a/big", parts if known else iter(parts))
             assert caught.value.errno == errno.ENOSPC
+            assert bool(written) is not known  # a known size is reserved before the first byte
             assert storage.list("a") == []
             storage.put("a/small", [filled(1000)])  # what the failed file took is free again
             assert storage.read("kept") == filled(1000)
