@@ -15,7 +15,7 @@ import torch.distributed as dist
 from shardckpt.testing.pool import ProcessPool
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def port(ranks: ProcessPool) -> Iterator[int]:
     """Where a TCPStore listens. (The pool comes first: it tells the server of processes what to import.)"""
     context = multiprocessing.get_context("forkserver")
