@@ -175,7 +175,9 @@ class _Job:
             return StoreGang(self.make_store, rank=own, size=len(ranks), nonce=nonce)
         from shardckpt.gang.process_group import ProcessGroupGang
 
-        return ProcessGroupGang(self.make_store, rank=own, size=len(ranks), nonce=nonce)
+        # Gloo heeds this variable only for groups that it chooses the device of.
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+        return ProcessGroupGang(self.make_store, rank=own, size=len(ranks), nonce=nonce, interface=interface)
 
 
 def _initialised() -> _Job | None:

@@ -35,13 +35,21 @@ class ProcessGroupGang:
     failure, since gloo cannot mend a group: the ranks find each other through the store (a `StoreGang` with the same
     `nonce`), whether they know of the failure or only notice that their links are closed. The store is also where
     rank 0 leaves its last word for a rank that it cannot reach any more. `make_store`, `rank`, `size`, `nonce`, `name`
-    are as for `StoreGang`.
+    are as for `StoreGang`; `interface` is the network interface to use, if not the one that this host's name leads to.
     """
 
     def __init__(
-        self, make_store: Callable[[], Store], *, rank: int, size: int, nonce: str, name: str = "root"
+        self,
+        make_store: Callable[[], Store],
+        *,
+        rank: int,
+        size: int,
+        nonce: str,
+        name: str = "root",
+        interface: str = "",
     ) -> None:
         self._make_store = make_store
+        self._interface = interface
         self._name, self._rank, self._size, self._nonce = name, rank, size, nonce
         self._meeting = StoreGang(make_store, rank=rank, size=size, nonce=nonce, name=name)
         self._history = History()
@@ -123,7 +131,9 @@ class ProcessGroupGang:
         if len(ranks) == 1:
             return LocalGang(name)
         own = list(ranks).index(self._rank)
-        return ProcessGroupGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name)
+        return ProcessGroupGang(
+            self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, interface=self._interface
+        )
 
     def close(self) -> None:
         self._conversation = ""
@@ -185,12 +195,16 @@ class ProcessGroupGang:
 
         def make(store: Store) -> Star:
             below: Any = PrefixStore(prefix, store)  # type: ignore[arg-type]
-            return Star.open(below, rank=self._rank, size=self._size, timeout=timeout)
+            return Star.open(below, rank=self._rank, size=self._size, timeout=timeout, interface=self._interface)
 
-        def connect() -> Star:
-            return self._meeting.mailbox.run(make, timeout_s=timeout.total_seconds())
+        def connect() -> None:
+            self._star = self._meeting.mailbox.run(make, timeout_s=timeout.total_seconds())
 
-        self._star = together(self._meeting, connect, phase="connecting", timeout=timeout)
+        try:
+            together(self._meeting, connect, phase="connecting", timeout=timeout)
+        except BaseException:
+            self._drop_star()
+            raise
 
     def _send_up(self, message: bytes, stamp: int, deadline: Deadline) -> None:
         """Give rank 0 a message. If the link is gone, the `broadcast` that follows says so."""

@@ -141,11 +141,9 @@ class _Attempt:
                 raise
 
     def _report(self, done: _Done[Any], value: Json) -> _Verdict | None:
-        """On the others: tell rank 0, hear its verdict. An interrupted rank does not wait for that."""
+        """On the others: tell rank 0, hear its verdict. An interrupted rank listens, too, but not for long."""
         try:
             self._gang.gather([self._failure(done), value], timeout=self._left(done))
-            if done.interrupted:
-                return None
             verdict = self._gang.broadcast(None, timeout=self._left(done))
         except GangError as error:
             if done.interrupted:

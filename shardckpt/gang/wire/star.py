@@ -14,6 +14,7 @@ Facts about gloo that this file relies on (each tried with torch 2.13):
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import time
@@ -64,11 +65,14 @@ class Star:
         self._rank, self._size = group.rank(), group.size()
         self._busy = self._spoiled = False
         self._called: list[Work] = []
+        self._unfinished: list[Work] = []
+        """Kept, with the memory that they write to, until the links are closed."""
 
     @classmethod
-    def open(cls, store: Store, *, rank: int, size: int, timeout: timedelta) -> Star:
+    def open(cls, store: Store, *, rank: int, size: int, timeout: timedelta, interface: str = "") -> Star:
         """Make a group of its own for these ranks and connect the links; all ranks at once, under a new prefix.
 
+        `interface` is the network interface to use; by default the one that this host's name leads to.
         `LinkError` if a rank does not come; the store may block longer than `timeout`.
         """
         gloo: Any = ProcessGroupGloo
@@ -76,11 +80,8 @@ class Star:
         options._timeout = timeout
         options._threads = 1
         try:
-            options._devices = [gloo.create_default_device(lazy_init=True)]
-        except TypeError:  # before torch 2.8: all ranks connect to all
-            options._devices = [gloo.create_default_device()]
-        try:
-            star = cls(ProcessGroupGloo(store, rank, size, options))
+            options._devices = [_device(interface)]
+            star = cls(gloo(store, rank, size, options))
         except RuntimeError as error:
             raise LinkError(str(error)) from None
         try:
@@ -112,6 +113,7 @@ class Star:
                 self._called.clear()
             else:
                 self._spoiled = True
+                self._unfinished += works
                 dead = dead or [rank for rank in self._others() if self._is_closed(rank)]
             return self._opened(frames, stamp, tuple(dead))
 
@@ -168,13 +170,14 @@ class Star:
     def hang_up(self) -> None:
         """Close all links at once, whoever still refers to the group. Idempotent; takes milliseconds."""
         self._spoiled = True
-        self._called.clear()
         for rank in self._others() if self._rank == 0 else (0,):
             try:
                 self._group.recv([torch.zeros(1)], rank, _PROBE).wait(timedelta(milliseconds=1))
             except RuntimeError as error:
                 if "Timed out" in str(error):
-                    return
+                    break
+        self._called.clear()
+        self._unfinished.clear()
 
     def _greet(self, timeout_s: float) -> None:
         """The first exchange connects the links, so that no later operation has to."""
@@ -250,6 +253,16 @@ class Star:
         except RuntimeError as error:
             raise LinkError(str(error)) from None
         self._busy = False
+
+
+def _device(interface: str) -> Any:
+    """A new device, which must serve no other group."""
+    gloo: Any = ProcessGroupGloo
+    make = functools.partial(gloo.create_device, interface=interface) if interface else gloo.create_default_device
+    try:
+        return make(lazy_init=True)
+    except TypeError:  # before torch 2.8: all ranks connect to all
+        return make()
 
 
 def _framed(message: bytes, stamp: int) -> Tensor:
