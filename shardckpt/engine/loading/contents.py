@@ -41,12 +41,13 @@ class Contents:
     def check_sizes(self, names: Iterable[str]) -> None:
         """Raise `CheckpointDamagedError` for a file that is missing or of another size."""
         for name in names:
+            expected = self._entry(name).nbytes
             try:
                 nbytes = self._storage.size(f"{self._folder}/{name}")
             except FileNotFoundError as error:
                 raise self._damaged(name, "is missing") from error
-            if nbytes != self._files[name].nbytes:
-                raise self._damaged(name, f"has {nbytes} bytes, but {self._files[name].nbytes} were written")
+            if nbytes != expected:
+                raise self._damaged(name, f"has {nbytes} bytes, but {expected} were written")
 
     def open(self, names: Iterable[str], trees: Iterable[str]) -> None:
         """Read, check and parse the indexes and trees of these files, all of them at once."""
