@@ -19,6 +19,7 @@ from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored, ov
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
 from shardckpt.engine.loading.sources import Sources
+from shardckpt.engine.patience import within
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, GangError
 from shardckpt.format.manifest import Manifest
 from shardckpt.format.tree import map_leaves
@@ -54,7 +55,7 @@ class Loader:
         differ, `CheckpointDamagedError` where stored bytes are not what was written, `CheckpointLoadError` else."""
         try:
             self._compare(parts, policy)
-            sums = self._together(self._read, "read")
+            sums = self._together(lambda: within(self._timeout, self._read, what="reading"), "read")
             self._join(sums)
             self._together(lambda: self._apply(parts), "apply")
         except GangError as error:
@@ -97,7 +98,8 @@ class Loader:
     def _needs(self) -> list[Any]:
         needs = []
         for position, wanted in enumerate(self._fit.tensors):
-            for (file, box), region, target in overlaps(wanted, self._sources.chunks(wanted.name, wanted.rule)):
+            chunks = self._sources.chunks(wanted.name, wanted.rule, whole=wanted.is_whole)
+            for (file, box), region, target in overlaps(wanted, chunks):
                 needs.append((position, file, box, region, target))
         return needs
 

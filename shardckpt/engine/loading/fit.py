@@ -48,6 +48,11 @@ class WantedTensor:
     local: torch.Tensor | None
     rule: NewWorld
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank wants all of it."""
+        return any(box.lengths == self.shape for box in self.boxes)
+
 
 @dataclass(frozen=True, slots=True)
 class WantedValue:

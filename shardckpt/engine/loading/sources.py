@@ -40,7 +40,7 @@ class Sources:
         self._same_shards = at.shards == manifest.shards
         own = [table for table in manifest.tables if self._same_ranks and at.rank in table.ranks]
         self._tables = own + [table for table in manifest.tables if table not in own]
-        self._chunks: dict[tuple[int, tuple[int, ...], int], list[Chunk]] = {}
+        self._chunks: dict[tuple[int, tuple[int, ...], int, bool], list[Chunk]] = {}
         self._trees: dict[int, list[str]] = {}
 
     def tensor(self, name: str) -> TensorEntry | None:
@@ -65,18 +65,23 @@ class Sources:
         """The keys below a part: the part itself, or what begins with its name and a dot."""
         return [name for name in self.names() if name == prefix or name.startswith(f"{prefix}.")]
 
-    def chunks(self, name: str, rule: NewWorld) -> list[Chunk]:
-        """Files and boxes that together make up the tensor, each box once, near ones preferred."""
+    def chunks(self, name: str, rule: NewWorld, *, whole: bool = True) -> list[Chunk]:
+        """Files and boxes that together make up the tensor, each box once.
+
+        Of copies in several files a rank that reads the tensor `whole` gets the near one. Ranks that read parts of it
+        all get the same one: from parts of different copies no checksum of a record could be put together.
+        """
         found = self._find(name)
         if found is None:
             raise KeyError(name)
         if found.layout.mesh is None and not found.layout.pieces:
             shape = found.entry.shape
             zeros = (0,) * len(shape)
-            return [(self._plain_file(name, found, rule), Box(zeros, shape, zeros))]
-        key = (found.entry.layout, found.entry.shape, found.entry.replica)
+            return [(self._plain_file(name, found, rule, whole=whole), Box(zeros, shape, zeros))]
+        key = (found.entry.layout, found.entry.shape, found.entry.replica, whole)
         if key not in self._chunks:
-            self._chunks[key] = self._in_pieces(found.layout) if found.layout.pieces else self._sharded(found)
+            pieces = found.layout.pieces
+            self._chunks[key] = self._in_pieces(found.layout) if pieces else self._sharded(found, whole=whole)
         return self._chunks[key]
 
     def part_rank(self, keys: Sequence[str], rule: NewWorld) -> int | None:
@@ -151,14 +156,22 @@ class Sources:
             f"new_world={{{key.split('.', 1)[0]!r}: 'own' or 'first'}}"
         )
 
-    def _plain_file(self, name: str, found: _Found, rule: NewWorld) -> str:
+    def _plain_file(self, name: str, found: _Found, rule: NewWorld, *, whole: bool) -> str:
         home = found.layout.home
         if name in self._differ and not self._same_position(home):
             rank = self._by_rule(name, rule, found.table)
             return self.files_of(self._at.rank % self._manifest.world_size if rank is None else rank, home)
+        if not whole and name not in self._differ:
+            return self.files_of(self._first_rank(name, home), home)
         return self.files_of(self._near(found.table), home)
 
-    def _sharded(self, found: _Found) -> list[Chunk]:
+    def _first_rank(self, name: str, home: Home) -> int:
+        """The first of the ranks that held this tensor in such a file: the same for whoever asks."""
+        layouts, tables = self._manifest.layouts, self._manifest.tables
+        holders = [t for t in tables if name in t.tensors and layouts[t.tensors[name].layout].home == home]
+        return min(table.ranks[0] for table in holders)
+
+    def _sharded(self, found: _Found, *, whole: bool) -> list[Chunk]:
         assert found.layout.mesh is not None
         mesh = self._manifest.meshes[found.layout.mesh]
         chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk] = {}
@@ -168,7 +181,7 @@ class Sources:
             if found.layout.home == "rank" and replica != found.entry.replica:
                 continue
             file = self.files_of(rank, found.layout.home)
-            near = self._manifest.shard_of[rank] == self._at.shard
+            near = whole and self._manifest.shard_of[rank] == self._at.shard
             for box in shard_boxes(found.entry.shape, mesh.shape, found.layout.placements, coordinate):
                 key = (box.offsets, box.lengths)
                 if key not in chunks or near:
