@@ -121,7 +121,8 @@ class Arena:
     def _partial_sum(self, item: Fetched, pieces: list[memoryview]) -> PartialSum:
         record, need = item.record, item.need
         total = linear_sum(record.nbytes, item.runs, pieces)
-        return PartialSum(need.file, need.stored.record, need.region, item.runs.total, record.nbytes, record.crc, total)
+        what = (need.file, need.stored.record, need.stored.name, record.shape, need.region)
+        return PartialSum(*what, item.runs.total, record.nbytes, record.crc, total)
 
 
 def overlaps(wanted: WantedTensor, chunks: list[Chunk]) -> list[tuple[Chunk, Region, tuple[int, ...]]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from shardckpt.format.checksum import crc32, crc32_combine
 from shardckpt.format.index import ITEMSIZE, StoredRecord
+from shardckpt.format.placement import Piece, is_tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,10 @@ class PartialSum:
 
     file: str
     record: int
+    tensor: str
+    """The name by which it was read; tied tensors share a record, and may be cut in different ways."""
+    shape: tuple[int, ...]
+    """Of the whole record."""
     region: Region
     nbytes: int
     record_nbytes: int
@@ -96,34 +101,33 @@ class PartialSum:
     total: int
 
     def encode(self) -> list[Any]:
-        region = [list(self.region.start), list(self.region.lengths)]
-        return [self.file, self.record, *region, self.nbytes, self.record_nbytes, self.crc, self.total]
+        places = [list(self.shape), list(self.region.start), list(self.region.lengths)]
+        return [self.file, self.record, self.tensor, *places, self.nbytes, self.record_nbytes, self.crc, self.total]
 
     @classmethod
     def decode(cls, content: Any) -> PartialSum:
-        file, record, start, lengths, *numbers = content
-        return cls(file, record, Region(tuple(start), tuple(lengths)), *numbers)
+        file, record, tensor, shape, start, lengths, *numbers = content
+        return cls(file, record, tensor, tuple(shape), Region(tuple(start), tuple(lengths)), *numbers)
 
 
 def join_sums(sums: Iterable[PartialSum]) -> tuple[list[str], int]:
     """(files with a record whose bytes are not what was written, bytes that could not be checked).
 
     Pieces that several ranks read are taken once; they must agree. A record of which the job together did not read
-    every byte exactly once cannot be checked: its bytes are counted.
+    every byte exactly once, by one name, cannot be checked: its bytes are counted.
     """
-    by_record: dict[tuple[str, int], dict[Region, PartialSum]] = {}
+    by_record: dict[tuple[str, int, str], dict[Region, PartialSum]] = {}
     damaged: set[str] = set()
     for item in sums:
-        pieces = by_record.setdefault((item.file, item.record), {})
+        pieces = by_record.setdefault((item.file, item.record, item.tensor), {})
         known = pieces.setdefault(item.region, item)
         if known.total != item.total:
             damaged.add(item.file)
     unchecked = 0
-    for (file, _), pieces in by_record.items():
+    for (file, _, _), pieces in by_record.items():
         some = next(iter(pieces.values()))
-        covered = sum(piece.nbytes for piece in pieces.values())
-        if covered != some.record_nbytes:
-            unchecked += covered
+        if not is_tiling(some.shape, [Piece(0, region.start, region.lengths) for region in pieces]):
+            unchecked += sum(piece.nbytes for piece in pieces.values())
             continue
         joined = functools.reduce(lambda total, piece: total ^ piece.total, pieces.values(), 0)
         if joined != some.crc ^ zero_crc(some.record_nbytes):
