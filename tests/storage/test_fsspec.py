@@ -260,8 +260,13 @@ def test_putting_into_fsspecs_memory_is_one_at_a_time(memory: FsspecStorage, mon
     """It looks and writes in two steps, so two threads could both find the key free."""
     fs, free = memory._client(), []
 
+    def look() -> None:
+        free.append(memory._puts.acquire(blocking=False))
+        if free[-1]:
+            memory._puts.release()
+
     def pipe_file(*arguments, **options) -> None:
-        other = threading.Thread(target=lambda: free.append(memory._puts.acquire(blocking=False)))
+        other = threading.Thread(target=look)
         other.start()
         other.join(20)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardckpt.storage import MemoryStorage, Read
+from shardckpt.storage.transfer import several
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
 from shardckpt.storage.transfer.ranges import merge
 from shardckpt.storage.transfer.several import for_each
@@ -130,6 +133,69 @@ class TestForEach:
             for_each(items(), work, threads=2)
         assert not under_way
         assert ended
+
+    def test_what_waits_is_dropped_when_the_iterator_fails(self) -> None:
+        begun: list[int] = []
+        both, release = threading.Barrier(3), threading.Event()
+
+        def items():
+            yield from range(4)  # two are being worked on, two wait
+            both.wait(20)
+            timer.start()
+            raise ZeroDivisionError
+
+        def work(item: int) -> None:
+            begun.append(item)
+            both.wait(20)
+            assert release.wait(20)
+
+        timer = threading.Thread(target=lambda: dropped.wait(20) and release.set())
+        dropped = threading.Event()
+        real = several._Crew.drop_waiting
+
+        class Crew(several._Crew):
+            def drop_waiting(self) -> None:
+                real(self)
+                dropped.set()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(several, "_Crew", Crew)
+            with pytest.raises(ZeroDivisionError):
+                for_each(items(), work, threads=2)
+        timer.join(20)
+        assert sorted(begun) == [0, 1]
+
+    @pytest.mark.parametrize("allowed", [0, 1])
+    def test_where_no_thread_can_be_started_fewer_do(self, allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, started = threading.Thread.start, []
+
+        def start(thread: threading.Thread) -> None:
+            if len(started) >= allowed:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+            real(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        seen: list[int] = []
+        for_each(range(50), seen.append, threads=3)
+        assert seen == list(range(50))
+
+    def test_it_works_while_the_interpreter_shuts_down(self) -> None:
+        """The save thread may still be writing when the main thread has ended."""
+        program = """
+import threading
+from shardckpt.storage.transfer.several import for_each
+
+def save():
+    threading.main_thread().join()
+    done = []
+    for_each(range(100), done.append, threads=3)
+    print(sorted(done) == list(range(100)))
+
+threading.Thread(target=save).start()
+"""
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert run.stdout.strip() == "True"
 
 
 class TestFingerprint:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
-from typing import TypeVar
+from contextlib import suppress
+from itertools import chain, count, islice
+from queue import Queue
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -15,8 +16,11 @@ def for_each(items: Iterable[T], work: Callable[[T], None], *, threads: int) -> 
     """Call `work` on every item; the first failure in item order ends it and is raised, and no thread is left behind.
 
     Items are pulled by the caller's thread alone, in order, at most `2 * threads` ahead of the work: an iterator that
-    fills its buffers as it goes needs no lock and no unbounded memory. Threads are made per call and not kept: starting
-    one costs 50 us against milliseconds of I/O, and a pool that is kept breaks after a fork and must be closed.
+    fills its buffers as it goes needs no lock and no unbounded memory.
+
+    Plain threads, made per call: starting one costs 50 us against milliseconds of I/O. A `ThreadPoolExecutor` takes no
+    work any more once the main thread has ended, which is when the save thread may still be writing the last
+    checkpoint; and a pool that is kept breaks after a fork and must be closed.
     """
     remaining = iter(items)
     first = list(islice(remaining, 2))
@@ -24,16 +28,63 @@ def for_each(items: Iterable[T], work: Callable[[T], None], *, threads: int) -> 
         for item in chain(first, remaining):
             work(item)
         return
-    pending: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="shardckpt-io") as pool:
-        try:
-            for item in chain(first, remaining):
-                if len(pending) >= 2 * threads:
-                    pending.popleft().result()
-                pending.append(pool.submit(work, item))
-            while pending:
-                pending.popleft().result()
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            raise  # leaving the block waits for the calls that are under way: their memory is the caller's
+    crew = _Crew(work, threads)
+    try:
+        for item in chain(first, remaining):
+            if crew.failed:
+                break
+            crew.give(item)
+    except BaseException:
+        crew.drop_waiting()
+        raise
+    finally:
+        crew.join()  # the memory that the work reads and fills is the caller's
+    crew.raise_first()
+
+
+class _Crew(Generic[T]):
+    """Threads that do the work in the order in which it is given, until one fails."""
+
+    def __init__(self, work: Callable[[T], None], threads: int) -> None:
+        self._work = work
+        self._waiting: Queue[tuple[int, T] | None] = Queue(maxsize=threads)
+        self._numbers = count()
+        self._failures: dict[int, BaseException] = {}
+        self.failed = False
+        self._threads: list[threading.Thread] = []
+        # Python 3.12 makes no new thread while it shuts down, and a process may be allowed no more of them.
+        with suppress(RuntimeError):
+            for number in range(threads):
+                thread = threading.Thread(target=self._run, name=f"shardckpt-io-{number}")
+                thread.start()
+                self._threads.append(thread)
+
+    def give(self, item: T) -> None:
+        """Waits while as many items wait as there are threads. Without any thread, does the work itself."""
+        if self._threads:
+            self._waiting.put((next(self._numbers), item))
+        else:
+            self._work(item)
+
+    def drop_waiting(self) -> None:
+        self.failed = True
+
+    def join(self) -> None:
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def raise_first(self) -> None:
+        if self._failures:
+            raise self._failures[min(self._failures)]
+
+    def _run(self) -> None:
+        while (given := self._waiting.get()) is not None:
+            number, item = given
+            if not self.failed:
+                try:
+                    self._work(item)
+                except BaseException as error:
+                    self._failures[number] = error
+                    self.failed = True
