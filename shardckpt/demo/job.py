@@ -56,13 +56,13 @@ def main(path: str) -> None:
 
 def begin() -> torch.device:
     """Join the ranks and make what they compute repeatable. NCCL if there is a GPU for each of them, gloo if not."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # on the CPU, all that it takes: every sum then has one order
     rank_here, ranks_here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here
     device = torch.device("cuda", rank_here) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(True)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     return device
 

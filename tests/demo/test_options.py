@@ -13,7 +13,7 @@ def test_no_arguments_are_needed():
 
 @pytest.mark.parametrize(
     ("steps", "every", "kill_at"),
-    [(24, 4, 16), (6, 2, 4), (100, 10, 60), (5, 2, 4), (7, 3, 6)],
+    [(18, 3, 12), (24, 4, 16), (6, 2, 4), (100, 10, 60), (5, 2, 4), (7, 3, 6)],
 )
 def test_the_default_kill_is_in_a_save_that_is_not_the_first_and_before_the_end(steps, every, kill_at):
     options = parse_options(["--steps", str(steps), "--save-every", str(every)])
@@ -37,8 +37,8 @@ def test_meshes_are_data_by_tensor_parallel():
         (["--mesh", "3x1"], "--batch 8 cannot be divided among dp 3"),
         (["--others", "1x3"], "8 heads, which cannot be divided among tp 3"),
         (["--kill-at", "5"], "the kill at step 5 must be in a save"),
-        (["--kill-at", "4"], "not the first one"),
-        (["--kill-at", "24"], "before the last step (24)"),
+        (["--kill-at", "3"], "not the first one"),
+        (["--kill-at", "18"], "before the last step (18)"),
         (["--steps", "3"], "more --steps"),
         (["--text", "no/such/file"], "there is no such file"),
         (["--size", "huge"], "invalid choice: 'huge'"),
