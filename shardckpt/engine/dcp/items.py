@@ -121,20 +121,22 @@ class _Draft:
         self.leaves[name] = leaf
 
     def add_value(self, item: WriteItem) -> None:
-        name, stream = item.index.fqn, self.planner.resolve_data(item)
-        if not isinstance(stream, io.BytesIO):
-            raise InvalidStateError(f"{name}: the planner gives {type(stream).__name__} where it planned a value")
+        """Planners hand in what `torch.save` wrote; what `weights_only` makes of it is stored."""
+        name = item.index.fqn
         try:
+            stream = self.planner.resolve_data(item)
+            if not isinstance(stream, io.BytesIO):
+                raise UnsafeValueError(f"the planner gives {type(stream).__name__} where it planned a value")
             stream.seek(0)
             value = torch.load(stream, map_location="cpu", weights_only=True)
-            check_value(value)
             _check_undivided(value)
+            check_value(value)
         except UnsafeValueError as error:
             raise InvalidStateError(f"{name}: {error}") from error
-        except Exception as error:  # torch lets errors of any kind escape
+        except Exception as error:  # of any kind: torch lets them escape
             raise InvalidStateError(
                 f"{name} cannot be stored, because loading it back would need to run code "
-                f"({str(error).strip().splitlines()[0]}); store numbers, strings, tensors, lists, tuples and dicts"
+                f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); store numbers, strings, tensors, lists, tuples and dicts"
             ) from error
         self.leaves[name] = value
 

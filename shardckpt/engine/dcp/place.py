@@ -93,6 +93,8 @@ def find_record(storage: Storage, folder: str) -> tuple[str, Manifest]:
 def _split(url: str | os.PathLike[str]) -> tuple[str, str]:
     text = os.fspath(url)
     scheme, mark, path = text.partition("://")
+    if not text:
+        return "", ""
     if not isinstance(url, str) or not mark:
         return os.path.split(os.path.abspath(os.path.expanduser(text)))
     root, slash, folder = path.rstrip("/").rpartition("/")
