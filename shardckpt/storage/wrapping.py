@@ -101,4 +101,5 @@ class _Renames(StorageWrapper):
 
 
 def _renaming(cls: type[StorageWrapper]) -> type[StorageWrapper]:
-    return type(cls.__name__, (cls, _Renames), {"__doc__": cls.__doc__, "__module__": cls.__module__})
+    bases = (_Renames,) if cls is StorageWrapper else (cls, _Renames)
+    return type(cls.__name__, bases, {"__doc__": cls.__doc__, "__module__": cls.__module__})

@@ -136,7 +136,10 @@ class TestWrappedStorage(RenamingContract):
         return RecordingStorage(CountingStorage(storage))
 
 
-@pytest.mark.parametrize("wrap", [FailingStorage, GatedStorage, TornStorage, RecordingStorage, CountingStorage])
+WRAPPERS = [StorageWrapper, FailingStorage, GatedStorage, TornStorage, RecordingStorage, CountingStorage]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrappers_rename_exactly_if_the_inner_storage_does(wrap: type[StorageWrapper]) -> None:
     assert isinstance(wrap(MemoryStorage()), RenamingStorage)
     assert isinstance(wrap(wrap(MemoryStorage())), RenamingStorage)

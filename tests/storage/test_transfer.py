@@ -167,7 +167,8 @@ class TestForEach:
 
     @pytest.mark.parametrize("allowed", [0, 1])
     def test_where_no_thread_can_be_started_fewer_do(self, allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        real, started = threading.Thread.start, []
+        started: list[threading.Thread] = []
+        real = threading.Thread.start
 
         def start(thread: threading.Thread) -> None:
             if len(started) >= allowed:
