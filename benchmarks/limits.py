@@ -1,0 +1,155 @@
+"""What this machine is, and what it can do at most: the measure that every engine is held against.
+
+One process, plain system calls, nothing of shardckpt; the bytes are random and lie in memory that has been touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engines import sync
+
+_PIECE = 16 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+LIMITS = ("write buffered", "write direct", "read warm", "read cold", "read cold direct", "copy", "copy 2 threads",
+          "first touch")  # fmt: skip
+"""What `measure_limits` measures, in bytes per second. "copy" is into memory that is warm, "first touch" into fresh."""
+
+
+def measure_limits(folder: Path, nbytes: int) -> dict[str, float]:
+    """Bytes per second by name, each measured once with that many bytes; the folder must exist."""
+    nbytes = max(_PIECE, nbytes // _PIECE * _PIECE)
+    source, target = (mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2))
+    _randomise(source)
+    fresh = _seconds(lambda: _copy(source, target, threads=1))
+    seconds = {
+        "first touch": fresh,
+        "copy": _seconds(lambda: _copy(source, target, threads=1)),
+        "copy 2 threads": _seconds(lambda: _copy(source, target, threads=2)),
+    }
+    path = folder / "limit"
+    for name, flags in (("write buffered", 0), ("write direct", _DIRECT)):
+        seconds[name] = _seconds(lambda flags=flags: _write(path, source, flags))  # type: ignore[misc]
+        if name == "write buffered":
+            seconds |= _measure_reads(path, target)
+        path.unlink()
+        sync(folder)
+    return {name: nbytes / seconds[name] for name in LIMITS}
+
+
+def _measure_reads(path: Path, target: mmap.mmap) -> dict[str, float]:
+    warm = _seconds(lambda: _read(path, target, threads=2))
+    forget(path)
+    cold = _seconds(lambda: _read(path, target, threads=1))
+    forget(path)
+    direct = _seconds(lambda: _read(path, target, threads=4, flags=_DIRECT))
+    return {"read warm": warm, "read cold": cold, "read cold direct": direct}
+
+
+def forget(path: Path) -> None:
+    """Drop a synced file from the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def machine_facts(root: Path) -> dict[str, Any]:
+    """What a reader must know to compare: none of it names the machine."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "processor": _first("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "kernel": platform.release(),
+        "file system": _file_system(root),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _write(path: Path, source: mmap.mmap, flags: int) -> None:
+    """Preallocated, pieces of 16 MiB, on four threads past the page cache or two through it; synced with its folder."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o644)
+    try:
+        os.posix_fallocate(file, 0, len(source))
+        _each_piece(source, lambda at, piece: os.pwrite(file, piece, at), threads=4 if flags else 2)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    sync(path.parent)
+
+
+def _read(path: Path, target: mmap.mmap, *, threads: int, flags: int = 0) -> None:
+    file = os.open(path, os.O_RDONLY | flags)
+    try:
+        _each_piece(target, lambda at, piece: os.preadv(file, [piece], at), threads=threads)
+    finally:
+        os.close(file)
+
+
+def _copy(source: mmap.mmap, target: mmap.mmap, *, threads: int) -> None:
+    """By memcpy, which is what torch does for a contiguous tensor."""
+    start, end = (ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in (source, target))
+
+    def copy(at: int, piece: memoryview) -> int:
+        ctypes.memmove(end + at, start + at, len(piece))  # lets other threads run meanwhile
+        return len(piece)
+
+    _each_piece(source, copy, threads=threads)
+
+
+def _each_piece(memory: mmap.mmap, work: Callable[[int, memoryview], int], *, threads: int) -> None:
+    view = memoryview(memory)
+
+    def one(at: int) -> None:
+        done = work(at, view[at : at + _PIECE])
+        if done != len(view[at : at + _PIECE]):
+            raise OSError(f"only {done} bytes of a piece were transferred; is the disk full?")
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, range(0, len(view), _PIECE)))
+
+
+def _randomise(memory: mmap.mmap) -> None:
+    noise = random.Random(1).randbytes(_PIECE)
+    for at in range(0, len(memory), _PIECE):
+        memory[at : at + _PIECE] = noise
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _first(path: str, field: str) -> str | None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
+
+
+def _file_system(root: Path) -> str:
+    """The type of the mount that the root lies on, the one with the longest path above it."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    above = [(len(point), kind) for point, kind in mounts if root.is_relative_to(point)]
+    return max(above, default=(0, "unknown"))[1]
