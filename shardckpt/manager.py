@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.load import Loader
 from shardckpt.engine.loading.fit import LoadPolicy
+from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import SaveOptions, Saver
 from shardckpt.errors import (
@@ -77,6 +78,7 @@ class CheckpointManager:
     ) -> None:
         gangs = gangs or Gangs.from_env()
         self._storage = _storage(root, storage_options)
+        self._owns_storage = isinstance(root, (str, os.PathLike))
         self._gang = gangs.fork("load").root
         self._at = Coordinates.of(gangs)
         self._timeout = timeout
@@ -219,7 +221,8 @@ class CheckpointManager:
             self._saver.close()
             self._save_gang.close()
             self._gang.close()
-            self._storage.close()
+            if self._owns_storage:
+                self._storage.close()
 
     def _account_for_last(self) -> None:
         """The failure of the last save: logged, until too many in a row have failed."""
@@ -261,7 +264,11 @@ class CheckpointManager:
 
     def _from_rank_0(self, work: Callable[[], Any], phase: str) -> Any:
         """Rank 0 does it; all get its result (JSON), or the same error."""
-        return announce(self._gang, work, phase=phase, timeout=self._timeout)
+
+        def bounded() -> Any:
+            return within(self._timeout, work, what=phase)
+
+        return announce(self._gang, bounded, phase=phase, timeout=self._timeout)
 
     def _record(self, step: int) -> tuple[str, Manifest]:
         """Rank 0 reads the record and tells it to all."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.plan import SavePlan, plan_save
@@ -204,7 +205,15 @@ class Saver:
         sealed = work.staging.seal()
         began = time.perf_counter()
         work.pending.report.nbytes = sum(file.entry.nbytes for file in sealed)
-        files = write_files(self._storage, prefix, sealed, work.pending.progress)
+        progress = work.pending.progress
+        try:
+            files = within(
+                self._timeout, lambda: write_files(self._storage, prefix, sealed, progress), what="writing the files"
+            )
+        except TimeoutError:
+            progress.cancel()  # at its next part, if it ever comes to it
+            self._stager.forsake()
+            raise
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
         work.alike |= written_for_peers(self._at, work.plan, sealed)
         return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)

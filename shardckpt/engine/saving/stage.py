@@ -68,6 +68,10 @@ class Stager:
             stages.append(stage)
         return Staging(stages, plan, self._pool, rank)
 
+    def forsake(self) -> None:
+        """Have new images next time: a writer that may still wake up holds on to these."""
+        self._slots = {}
+
     def close(self) -> None:
         self._pool.shutdown(wait=True)
         self._slots.clear()

@@ -11,11 +11,13 @@ to the other ranks takes it back: a rank that does not hear of it raises `Commit
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from shardckpt.engine.patience import within
 from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.receipts import TableBook, compose_manifest, disagreements, explain, held_of
@@ -59,7 +61,7 @@ class Transaction:
         self._gang.enter(scope, timeout=self._timeout)
         self._attempt = str(announce(self._gang, new_attempt, phase="begin", **self._terms))
         self._prefix = attempt_prefix(self._storage, self._step, self._attempt)
-        announce(self._gang, lambda: begin_attempt(self._storage, self._prefix), phase="begin", **self._terms)
+        announce(self._gang, self._make_room, phase="begin", **self._terms)
 
     def write(self, work: Callable[[str], Receipt]) -> None:
         """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
@@ -105,14 +107,24 @@ class Transaction:
     def abandon(self) -> None:
         """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""
         if self._gang.rank == 0 and self._prefix and not self._may_be_in_force:
-            abandon_attempt(self._storage, self._prefix)
+            with contextlib.suppress(TimeoutError):
+                within(self._timeout, lambda: abandon_attempt(self._storage, self._prefix), what="removing the attempt")
+
+    def _make_room(self) -> None:
+        within(self._timeout, lambda: begin_attempt(self._storage, self._prefix), what="making room for the attempt")
 
     def _put_in_force(self, manifest: Any) -> None:
         self._may_be_in_force = True
         try:
-            commit_attempt(self._storage, self._prefix, manifest)
+            within(
+                self._timeout,
+                lambda: commit_attempt(self._storage, self._prefix, manifest),
+                what="putting the record in force",
+            )
         except CommitUnknownError:
             raise
+        except TimeoutError as error:
+            raise CommitUnknownError(str(error), step=self._step) from error
         except Exception:
             self._may_be_in_force = False  # the seam has made sure of that
             raise

@@ -1,0 +1,157 @@
+"""Each phase of a save x each rank x {raises, hangs}: no record, no hang, every rank raised, the next save succeeds."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shardckpt as sc
+from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.testing.faults import FailingStorage, GatedStorage, on
+from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, Outcome, make_place, run_row
+
+
+def check(
+    outcomes: list[Outcome], blamed: int, *, steps: list[int] | None = None, deadline: timedelta = PATIENT
+) -> None:
+    limit_s = 1.5 * deadline.total_seconds() + 2.0  # one phase that overruns, the grace of those that wait for its end
+    for rank, outcome in enumerate(outcomes):
+        assert isinstance(outcome.error, sc.CheckpointError), f"rank {rank} saw {outcome.error!r}"
+        assert outcome.seconds < limit_s, f"rank {rank} took {outcome.seconds:.1f} s"
+        if rank != blamed:
+            assert f"rank {blamed}" in str(outcome.error), f"rank {rank}: {outcome.error}"
+            assert isinstance(outcome.error, sc.CheckpointSaveError)
+            assert outcome.error.step == 2
+        assert outcome.after == {"steps": [1], 1: True, 2: True, 3: True}
+
+
+def leftovers(place: Storage) -> list[str]:
+    return [name for name in place.list() if name.endswith((".tmp/", ".old/"))]
+
+
+class Unwilling:
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("no state today")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("what", ["state_dict", "plan"])
+def test_the_state_of_one_rank_is_bad(tmp_path: Path, place: str, rank: int, what: str) -> None:
+    def spoil(state: dict[str, Any], own: int) -> None:
+        if own == rank:
+            state["bad"] = Unwilling() if what == "state_dict" else (lambda: 0)
+
+    where = make_place(place, tmp_path)
+    outcomes = run_row(where, lambda manager, own: None, spoil=spoil)
+    for outcome in outcomes:  # the retry of step 2 and step 3 went through
+        assert outcome.after == {"steps": [1], 1: True, 2: True, 3: True}
+    wrong = RuntimeError if what == "state_dict" else sc.InvalidStateError
+    assert isinstance(outcomes[rank].error, wrong)
+    for own, outcome in enumerate(outcomes):
+        if own != rank:
+            assert isinstance(outcome.error, sc.CheckpointSaveError)
+            assert f"rank {rank}" in str(outcome.error)
+    assert leftovers(where) == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_one_rank_cannot_write(tmp_path: Path, place: str, rank: int) -> None:
+    armed = threading.Event()
+
+    def view(own: int, storage: Storage) -> Storage:
+        if own != rank:
+            return storage
+        full = OSError(errno.ENOSPC, "no space left")
+        when = on("put", key=f"rank_{rank}.pt")
+        return FailingStorage(storage, lambda op: armed.is_set() and when(op), error=lambda: full)
+
+    where = make_place(place, tmp_path)
+    check(run_row(where, lambda manager, own: armed.set(), view=view), rank)
+    assert leftovers(where) == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_one_rank_hangs_in_its_write_and_wakes_up_late(tmp_path: Path, place: str, rank: int) -> None:
+    """The writer wakes up after everybody has given up, while the retry is under way: it harms nothing."""
+    armed = threading.Event()
+    gates: list[GatedStorage] = []
+
+    def view(own: int, storage: Storage) -> Storage:
+        if own != rank:
+            return storage
+        when = on("put", key=f"rank_{rank}.pt")
+
+        def once(operation: Any) -> bool:
+            if armed.is_set() and when(operation):
+                armed.clear()
+                return True
+            return False
+
+        gates.append(GatedStorage(storage, once))
+        return gates[0]
+
+    def let_go(own: int) -> None:
+        if own == rank:
+            gates[0].open_gate()
+
+    where = make_place(place, tmp_path)
+
+    def arm(manager: sc.CheckpointManager, own: int) -> None:
+        if own == rank:
+            armed.set()
+
+    check(run_row(where, arm, view=view, before_retry=let_go, deadline=SHORT), rank, deadline=SHORT)
+
+
+ON_RANK_0 = [(place, phase) for place in ("memory", "local") for phase in ("make room", "record", "sync", "rename")]
+ON_RANK_0 += [("objects", "record")]  # an object store has no folders
+
+
+@pytest.mark.parametrize(("place", "phase"), ON_RANK_0)
+def test_rank_0_fails_alone(tmp_path: Path, place: str, phase: str) -> None:
+    when = {
+        "make room": on("make_folder"),
+        "record": on("put", key="manifest.json"),
+        "sync": on("sync_folder"),
+        "rename": on("rename_folder"),
+    }[phase]
+    where = make_place(place, tmp_path)
+    armed = threading.Event()
+
+    def view(own: int, storage: Storage) -> Storage:
+        if own:
+            return storage
+        broken = OSError(errno.EIO, "input/output error")
+        return FailingStorage(storage, lambda op: armed.is_set() and when(op), error=lambda: broken)
+
+    check(run_row(where, lambda manager, own: armed.set(), view=view), 0)
+    assert leftovers(where) == []
+
+
+def test_rank_0_cannot_tell_whether_the_rename_is_durable(tmp_path: Path) -> None:
+    """The folder was renamed, but syncing its parent failed: unknown, nothing is deleted, and the step counts."""
+    where = make_place("memory", tmp_path)
+    assert isinstance(where, RenamingStorage)
+    real, armed = where.rename_folder, threading.Event()
+
+    def rename_then_fail(source: str, target: str) -> None:
+        real(source, target)
+        if armed.is_set():
+            armed.clear()
+            raise OSError(errno.EIO, "the folder could not be synced")
+
+    where.rename_folder = rename_then_fail  # type: ignore[method-assign]
+    outcomes = run_row(where, lambda manager, own: armed.set() if own == 0 else None)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, sc.CommitUnknownError)
+        assert outcome.after == {"steps": [1, 2], 1: True, 2: True, 3: True}
