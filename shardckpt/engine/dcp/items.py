@@ -134,9 +134,10 @@ class _Draft:
         except UnsafeValueError as error:
             raise InvalidStateError(f"{name}: {error}") from error
         except Exception as error:  # of any kind: torch lets them escape
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InvalidStateError(
-                f"{name} cannot be stored, because loading it back would need to run code "
-                f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); store numbers, strings, tensors, lists, tuples and dicts"
+                f"{name} cannot be stored, because loading it back would need to run code ({reason}); "
+                "store numbers, strings, tensors, lists, tuples and dicts"
             ) from error
         self.leaves[name] = value
 
