@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.load import Loader
@@ -23,6 +24,7 @@ from shardckpt.errors import (
     CheckpointError,
     CheckpointLoadError,
     CheckpointNotFoundError,
+    CheckpointSaveError,
     GangError,
 )
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
@@ -37,7 +39,6 @@ from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 class CheckpointManager:
@@ -181,12 +182,8 @@ class CheckpointManager:
         self._enter(f"load/{step}")
         folder, manifest = self._record(step)
         loader = Loader(self._storage, self._gang, self._at, folder=folder, manifest=manifest, timeout=self._timeout)
-        try:
-            parts = self._reader.take_apart(state, for_loading=True)
-        except Exception as error:
-            self._together(_raiser(error), "take the state apart", step)
-            raise
-        self._together(lambda: None, "take the state apart", step)
+        take_apart = partial(self._reader.take_apart, state, for_loading=True)
+        parts = together(self._gang, take_apart, phase="take the state apart", timeout=self._timeout, step=step)
         loader.load(parts, policy or LoadPolicy())
         url = f"{self._storage.url.rstrip('/')}/{folder}"
         return CheckpointInfo(
@@ -254,21 +251,17 @@ class CheckpointManager:
         self._tries[verb] += 1
         self._gang.enter(f"{verb}/{self._tries[verb]}", timeout=self._timeout)
 
-    def _together(self, work: Callable[[], _T], phase: str, step: int | None = None) -> _T:
-        try:
-            return together(self._gang, work, phase=phase, timeout=self._timeout, step=step)
-        except GangError as error:
-            if error.__cause__ is not None and isinstance(error.__cause__, CheckpointError):
-                raise error.__cause__ from error
-            raise
-
     def _from_rank_0(self, work: Callable[[], Any], phase: str) -> Any:
         """Rank 0 does it; all get its result (JSON), or the same error."""
-
-        def bounded() -> Any:
-            return within(self._timeout, work, what=phase)
-
-        return announce(self._gang, bounded, phase=phase, timeout=self._timeout)
+        bounded = partial(within, self._timeout, work, what=phase)
+        try:
+            return announce(self._gang, bounded, phase=phase, timeout=self._timeout)
+        except GangError as error:
+            failure = error.failures.get(0)
+            kind = _TOLD.get(failure.kind) if failure else None
+            if failure is None or kind is None:
+                raise
+            raise kind(failure.message) from error
 
     def _record(self, step: int) -> tuple[str, Manifest]:
         """Rank 0 reads the record and tells it to all."""
@@ -277,29 +270,22 @@ class CheckpointManager:
             folder, manifest = self._catalog.record(step)
             return [folder, encode_manifest(manifest).decode()]
 
-        def told() -> list[str] | str:
-            try:
-                return read()
-            except (CheckpointNotFoundError, CheckpointDamagedError) as error:
-                return f"{type(error).__name__}: {error}"
+        try:
+            folder, record = self._from_rank_0(read, "read the record")
+        except CheckpointError as error:
+            error.step = step
+            raise
+        return str(folder), decode_manifest(str(record).encode())
 
-        answer: Any = self._from_rank_0(told, "read the record")
-        if isinstance(answer, str):
-            kind, _, message = answer.partition(": ")
-            raise (CheckpointNotFoundError if kind == "CheckpointNotFoundError" else CheckpointDamagedError)(
-                message, step=step
-            )
-        return str(answer[0]), decode_manifest(str(answer[1]).encode())
+
+_TOLD: dict[str, type[CheckpointError]] = {
+    kind.__name__: kind
+    for kind in (CheckpointNotFoundError, CheckpointDamagedError, CheckpointLoadError, CheckpointSaveError)
+}
+"""Errors of rank 0 that are of the same kind on every rank."""
 
 
 def _storage(root: str | os.PathLike[str] | Storage, options: Mapping[str, object] | None) -> Storage:
     if isinstance(root, (str, os.PathLike)):
         return open_storage(root, storage_options=options)
     return root
-
-
-def _raiser(error: BaseException) -> Callable[[], None]:
-    def work() -> None:
-        raise error
-
-    return work
