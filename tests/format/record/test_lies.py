@@ -154,6 +154,25 @@ LIES = [
         values=("S(2)", "S(9999999)", "SS(0,0)", "SS(0)", "SS(0,1000000000)", "SS(2,2)", "S(\u0660)", "SS(0,-2)"),
     ),
     put("layouts", 0, "placements", value=["R"]),
+    put("layouts", 1, "pieces", value=[[0, [0, 0], [8, 4]]]),
+    *(
+        put("layouts", 1, value={"home": "rank", "mesh": None, "placements": [], "pieces": pieces})
+        for pieces in (
+            [[0, [0, 0], [4, 4]]],
+            [[0, [0, 0], [4, 4]], [1, [4, 0], [5, 4]]],
+            [[0, [0, 0], [8, 4]], [1, [0, 0], [8, 4]]],
+            [[0, [0, 0], [5, 4]], [1, [3, 0], [3, 4]]],
+            [[4, [0, 0], [8, 4]]],
+            [[0, [0], [8]]],
+            [[0, [-4, 0], [8, 4]]],
+            [[0, [0, 0], [8, 4.0]]],
+            [[0, [0, 0]]],
+            [3],
+            "x",
+            {"0": 1},
+        )
+    ),
+    put("layouts", 0, "pieces", value=[[0, [], []]]),
     put(*TENSORS, "name", 0, value="model.n"),
     put(*TENSORS, "name", 0, value="a"),
     put(*TENSORS, "name", 0, value=None),

@@ -28,6 +28,7 @@ from shardckpt.format.manifest import (
     encode_manifest,
     encode_table,
 )
+from shardckpt.format.placement import Piece
 from tests.format.record.records import DATA, JSON, KEYS, RECORD
 
 SIZES = st.integers(0, (1 << 62) - 1)
@@ -131,6 +132,13 @@ def test_the_example_comes_back() -> None:
     assert decode_manifest(DATA) == RECORD
     assert RECORD.parts == ("a", "model", "step")
     assert (RECORD.shards, RECORD.nbytes, RECORD.world_size) == (2, 9010, 4)
+
+
+def test_pieces_come_back() -> None:
+    pieces = (Piece(3, (0, 0), (5, 4)), Piece(1, (5, 0), (3, 1)), Piece(1, (5, 1), (3, 3)))
+    layouts = (RECORD.layouts[0], LayoutEntry("rank", pieces=pieces), RECORD.layouts[2])
+    record = replace(RECORD, layouts=layouts)
+    assert decode_manifest(encode_manifest(record)) == record
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x20, 0x80])
