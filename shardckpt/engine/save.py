@@ -6,6 +6,7 @@ save thread has a gang of its own; the training's process groups are never used.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -32,7 +33,7 @@ from shardckpt.engine.saving.receipts import (
 from shardckpt.engine.saving.stage import Stager, Staging
 from shardckpt.engine.saving.transaction import Transaction
 from shardckpt.engine.saving.write import Receipt, write_files
-from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError
+from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError, InvalidStateError
 from shardckpt.format.layout import step_folder
 from shardckpt.gang.base import Gang
 from shardckpt.state import Part
@@ -140,6 +141,7 @@ class Saver:
 
     def _stage_now(self, work: _Work, parts: Sequence[Part]) -> None:
         options = work.options
+        check_metadata(options.metadata)
         work.plan = plan_save(parts, self._at, model_key=options.model_key, replicated=options.replicated)
         work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
         work.pending.report.nbytes = work.staging.nbytes
@@ -217,6 +219,14 @@ class Saver:
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
         work.alike |= written_for_peers(self._at, work.plan, sealed)
         return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """`InvalidStateError` for what the record could not hold."""
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidStateError(f"metadata must be JSON (strings, finite numbers, lists, dicts): {error}") from error
 
 
 def _as_save_error(error: BaseException, step: int) -> CheckpointError:

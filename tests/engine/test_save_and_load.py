@@ -200,3 +200,21 @@ def test_pending_save_tells_what_it_cost(tmp_path: Path) -> None:
     assert report.write_s > 0
     assert report.commit_s > 0
     assert report.rate > 0
+
+
+def test_a_conjugate_is_not_taken_for_its_original(tmp_path: Path) -> None:
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    other = {"z": {"z": torch.zeros(2, dtype=z.dtype), "conj": torch.zeros(2, dtype=z.dtype)}}
+    with sc.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, {"z": {"z": z, "conj": z.conj()}}).result()
+        checkpoints.load(1, other)
+    assert other["z"]["z"].tolist() == [1 + 2j, 3 - 4j]
+    assert other["z"]["conj"].tolist() == [1 - 2j, 3 + 4j]
+
+
+def test_metadata_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:
+    with sc.CheckpointManager(tmp_path) as checkpoints:
+        for metadata in ({"x": float("nan")}, {"x": object()}):
+            with pytest.raises(sc.InvalidStateError, match="metadata"):
+                checkpoints.save(1, {"a": 1}, metadata=metadata)
+        assert checkpoints.steps() == []

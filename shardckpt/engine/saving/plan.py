@@ -114,7 +114,10 @@ class _Planner:
             else:
                 self._add_value(part, path, name, value)
 
-        map_leaves(part.tree, visit, part.path)
+        try:
+            map_leaves(part.tree, visit, part.path)
+        except UnsafeValueError as error:
+            raise InvalidStateError(f"{part.key}: {error}") from error
 
     def finish(self, tree: Any) -> SavePlan:
         files = tuple(self._finish_file(home, draft, tree) for home, draft in self._drafts.items() if draft.leaves)
@@ -197,6 +200,11 @@ class _Planner:
         number = _record_number(draft, local, dtype)
         zeros = (0,) * len(shape)
         boxes = sharding.boxes(shape) if sharding is not None else (Box(zeros, shape, zeros),)
+        if sum(math.prod(box.lengths) for box in boxes) != local.numel():
+            raise InvalidStateError(
+                f"{name} cannot be stored: its local tensor of shape {list(local.shape)} is not what its placements say "
+                "this rank holds; make it with distribute_tensor, or with from_local and its true shape and stride"
+            )
         draft.boxes += [StoredBox(name, number, shape, box) for box in boxes]
         draft.leaves[path] = TensorRef(number, local.dtype, tuple(local.shape))
 
@@ -241,7 +249,15 @@ def check_tensor(name: str, tensor: torch.Tensor) -> str:
 def _record_number(draft: _Draft, local: torch.Tensor, dtype: str) -> int:
     """The record of this tensor: that of an earlier one with the very same memory (tied), else a new one."""
     nbytes = local.numel() * ITEMSIZE[dtype]
-    memory = (local.device, local.data_ptr(), dtype, tuple(local.shape), local.stride())
+    memory = (
+        local.device,
+        local.data_ptr(),
+        dtype,
+        tuple(local.shape),
+        local.stride(),
+        local.is_conj(),
+        local.is_neg(),
+    )
     number = draft.known.get(memory) if nbytes else None
     if number is None:
         number = draft.known[memory] = len(draft.records)

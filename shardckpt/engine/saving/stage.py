@@ -206,7 +206,7 @@ def _digest(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> str:
 
 
 def _crc_of(tensor: torch.Tensor) -> int:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
     return crc32(flat.numpy().data) if flat.numel() else 0
 
 
