@@ -202,8 +202,8 @@ class _Planner:
         boxes = sharding.boxes(shape) if sharding is not None else (Box(zeros, shape, zeros),)
         if sum(math.prod(box.lengths) for box in boxes) != local.numel():
             raise InvalidStateError(
-                f"{name} cannot be stored: its local tensor of shape {list(local.shape)} is not what its placements say "
-                "this rank holds; make it with distribute_tensor, or with from_local and its true shape and stride"
+                f"{name} cannot be stored: its local tensor of shape {list(local.shape)} is not what its placements "
+                "say this rank holds; make it with distribute_tensor, or with from_local and its true shape and stride"
             )
         draft.boxes += [StoredBox(name, number, shape, box) for box in boxes]
         draft.leaves[path] = TensorRef(number, local.dtype, tuple(local.shape))
