@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a small transformer on Shakespeare's plays with FSDP2 and tensor parallelism, kill all of "
         "its ranks in the middle of a save, resume it on the same and on other meshes, and compare the losses. "
         "Exits with 0 if the same mesh gave the same bits and the others agree within the tolerance.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     add = parser.add_argument
     add("--mesh", type=_mesh, default="2x2", metavar="DPxTP", help="mesh to train on: data x tensor parallel")
@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         help="lose this after each resume: to see that the comparison notices",
     )
     return parser
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults, except where the help tells them in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default in (None, False)
+        return action.help if told else super()._get_help_string(action)
 
 
 def _mesh(text: str) -> Mesh:

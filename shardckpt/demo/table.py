@@ -99,11 +99,11 @@ def _resumed_well(results: Results, record: Record) -> Iterator[Check]:
     elif same_mesh:
         same = [step for step in steps if _same_bits(record.losses[step], results.reference.losses.get(step))]
         seen = f"{len(same)} of {len(steps)} losses are bit-identical"
-        yield Check(len(same) == len(steps), f"{record.mesh}: resumed = uninterrupted", seen)
+        yield Check(len(same) == len(steps), f"{record.mesh}: losses equal the uninterrupted run's", seen)
     else:
         difference = largest_difference(record.losses, results.reference.losses)
         seen = f"largest difference {difference:.1e}"
-        yield Check(difference <= results.tolerance, f"{record.mesh}: resumed = within {results.tolerance:g}", seen)
+        yield Check(difference <= results.tolerance, f"{record.mesh}: losses agree within {results.tolerance:g}", seen)
 
 
 def _resumed_the_right_step(results: Results, record: Record) -> Check:

@@ -95,9 +95,9 @@ def a_later_save_is_missing(results: Results) -> None:
 @pytest.mark.parametrize(
     ("tamper", "claim"),
     [
-        (one_bit_off, "dp 2 x tp 2: resumed = uninterrupted"),
-        (beyond_tolerance, "dp 1 x tp 2: resumed = within 0.0001"),
-        (not_a_number, "dp 1 x tp 2: resumed = within 0.0001"),
+        (one_bit_off, "dp 2 x tp 2: losses equal the uninterrupted run's"),
+        (beyond_tolerance, "dp 1 x tp 2: losses agree within 0.0001"),
+        (not_a_number, "dp 1 x tp 2: losses agree within 0.0001"),
         (a_step_is_missing, "dp 2 x tp 2: trained to the end"),
         (started_afresh, "dp 2 x tp 2: resumes step 12; 16 is not there"),
         (resumed_the_killed_step, "dp 1 x tp 2: resumes step 12; 16 is not there"),
