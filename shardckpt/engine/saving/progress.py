@@ -39,7 +39,7 @@ class Progress:
 
     @property
     def written(self) -> int:
-        """Bytes of this rank that have been handed to the storage."""
+        """Bytes of this rank's files that are durable, file by file."""
         return self._written
 
     def add(self, nbytes: int) -> None:
@@ -47,10 +47,10 @@ class Progress:
             self._written += nbytes
 
     def cancel(self) -> None:
-        """Ask the save to stop at the next part."""
+        """Ask the save to stop before its next file."""
         self._cancelled.set()
 
     def check(self) -> None:
-        """Raise `InterruptedError` if the save was cancelled. Called by writers between parts."""
+        """Raise `InterruptedError` if the save was cancelled. Called by writers between files."""
         if self._cancelled.is_set():
             raise InterruptedError("the save was cancelled")

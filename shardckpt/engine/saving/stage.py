@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from shardckpt.engine.saving.plan import FilePlan, PlannedRecord, SavePlan
 from shardckpt.format.archive import (
     LARGE,
     ArchiveLayout,
+    Slot,
     Tail,
     file_crc,
     lay_out,
@@ -29,6 +29,7 @@ from shardckpt.format.checksum import crc32, to_hex
 from shardckpt.format.index import StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry, Home
 from shardckpt.format.tree import encode_tree
+from shardckpt.storage.transfer.several import for_each
 
 _SLICE = 32 << 20
 """Bytes copied in one call: small enough to share a large tensor between threads, large enough not to show."""
@@ -52,7 +53,7 @@ class Stager:
 
     def __init__(self, *, threads: int = 2) -> None:
         self._slots: dict[Home, _FileStage] = {}
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shardckpt-copy")
+        self._threads = threads
 
     @property
     def nbytes(self) -> int:
@@ -66,25 +67,25 @@ class Stager:
             stage = self._slots.setdefault(file.home, _FileStage())
             stage.lay_out(file)
             stages.append(stage)
-        return Staging(stages, plan, self._pool, rank)
+        return Staging(stages, plan, rank=rank, threads=self._threads)
 
     def forsake(self) -> None:
         """Have new images next time: a writer that may still wake up holds on to these."""
         self._slots = {}
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
-        self._slots.clear()
+        """Give the memory back."""
+        self._slots = {}
 
 
 class Staging:
     """One save's way into the images."""
 
-    def __init__(self, stages: list[_FileStage], plan: SavePlan, pool: ThreadPoolExecutor, rank: int) -> None:
+    def __init__(self, stages: list[_FileStage], plan: SavePlan, *, rank: int, threads: int) -> None:
         self._stages = stages
         self._plan = plan
-        self._pool = pool
         self._rank = rank
+        self._threads = threads
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +97,7 @@ class Staging:
         jobs: list[Callable[[], None]] = []
         for stage in self._stages:
             jobs += stage.copy_jobs(wanted)
-        _run_all(self._pool, jobs)
+        for_each(jobs, lambda job: job(), threads=self._threads)
 
     def sum_alike(self) -> dict[str, dict[str, str]]:
         """By file, what this rank holds of the tensors that another rank writes for it (see `SavePlan.alike`)."""
@@ -107,7 +108,7 @@ class Staging:
 
     def seal(self) -> list[SealedFile]:
         """Checksums, indexes and directories: the files are complete. After all copies."""
-        return [stage.seal(self._pool, self._rank) for stage in self._stages]
+        return [stage.seal(self._rank, threads=self._threads) for stage in self._stages]
 
 
 class _FileStage:
@@ -155,13 +156,13 @@ class _FileStage:
         if small_targets:
             yield lambda: _copy_small(small_targets, small_sources)
 
-    def seal(self, pool: ThreadPoolExecutor, rank: int) -> SealedFile:
+    def seal(self, rank: int, *, threads: int) -> SealedFile:
         assert self._file is not None
         view, layout, file = self.image.view, self._layout, self._file
         if self._headers_due:
             write_headers(layout, view)
             self._headers_due = False
-        crcs = _crcs(pool, layout, view)
+        crcs = _crcs(layout, view, threads)
         write_crcs(layout, view, crcs)
         tail = self._tail(crcs)
         nbytes = layout.tail + len(tail.content)
@@ -186,10 +187,14 @@ class _FileStage:
         return make_tail(self._layout, crcs, encode_index(records, self._file.boxes), encode_tree(self._file.tree))
 
 
-def _crcs(pool: ThreadPoolExecutor, layout: ArchiveLayout, view: memoryview) -> list[int]:
-    large = [slot for slot in layout.slots if slot.nbytes >= LARGE]
-    sums = dict(zip((s.data for s in large), pool.map(lambda s: crc32(view[s.data : s.end]), large), strict=True))
-    return [sums[s.data] if s.nbytes >= LARGE else crc32(view[s.data : s.end]) for s in layout.slots]
+def _crcs(layout: ArchiveLayout, view: memoryview, threads: int) -> list[int]:
+    sums: dict[str, int] = {}
+
+    def sum_up(slot: Slot) -> None:
+        sums[slot.name] = crc32(view[slot.data : slot.end])
+
+    for_each([slot for slot in layout.slots if slot.nbytes >= LARGE], sum_up, threads=threads)
+    return [sums[s.name] if s.nbytes >= LARGE else crc32(view[s.data : s.end]) for s in layout.slots]
 
 
 def _plain_digests(file: FilePlan, crcs: Sequence[int]) -> dict[str, str]:
@@ -239,11 +244,3 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     if "bits" in name or "float4" in name:
         return tensor.contiguous().view(torch.uint8)
     return tensor
-
-
-def _run_all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], None]]) -> None:
-    """Run the jobs on the pool and wait for all of them, also when one fails."""
-    futures = [pool.submit(job) for job in jobs]
-    errors = [error for future in futures if (error := future.exception()) is not None]
-    if errors:
-        raise errors[0]

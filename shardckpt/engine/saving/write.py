@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,6 @@ from shardckpt.engine.saving.progress import Progress
 from shardckpt.engine.saving.stage import SealedFile
 from shardckpt.format.manifest import FileEntry, decode_file, encode_file
 from shardckpt.storage.base import Storage
-
-_PART = 64 << 20
-"""Bytes handed to the storage at a time; a cancelled save stops within one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +49,7 @@ def write_files(
 ) -> tuple[FileEntry, ...]:
     """Put this rank's files below `prefix`, each durable when it returns. Called on the save thread of every rank."""
     for file in sealed:
-        storage.put(f"{prefix}/{file.entry.name}", list(_pieces(file.parts, progress)))
+        progress.check()
+        storage.put(f"{prefix}/{file.entry.name}", file.parts)
+        progress.add(file.entry.nbytes)
     return tuple(file.entry for file in sealed)
-
-
-def _pieces(parts: Sequence[memoryview], progress: Progress) -> Iterator[memoryview]:
-    for part in parts:
-        for start in range(0, len(part), _PART):
-            progress.check()
-            piece = part[start : start + _PART]
-            yield piece
-            progress.add(len(piece))
