@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import shardckpt as sc
 from shardckpt.storage import LocalStorage
@@ -273,6 +274,21 @@ def save_and_load_any(rank: int, world: int, folder: Path, root: Path) -> None:
 
 def test_odd_placements(ranks: ProcessPool, tmp_path: Path) -> None:
     ranks.run(4, save_and_load_any, tmp_path)
+
+
+def load_interleaved(rank: int, world: int, folder: Path, root: Path) -> None:
+    """Rank 0 holds rows 0, 1, 4, 5; DCP takes them for rows 0 to 3."""
+    mesh = init_device_mesh("cpu", (2,))
+    placement = _StridedShard(0, split_factor=2)
+    target = DTensor.from_local(torch.zeros(4, 3), mesh, [placement], shape=torch.Size((8, 3)), stride=(3, 1))
+    with pytest.raises(CheckpointException, match=r"w: DCP does not understand its placement \['SS\(0,2\)'\]"):
+        dcp.load({"w": target}, storage_reader=sc.DcpReader(root / "step_1"))
+    assert not target.to_local().any()
+
+
+def test_a_placement_that_dcp_misreads_is_refused(ranks: ProcessPool, tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(8, 3)}, storage_writer=sc.DcpWriter(tmp_path / "step_1"))
+    ranks.run(2, load_interleaved, tmp_path)
 
 
 def save_pipeline(rank: int, world: int, folder: Path, root: Path) -> None:

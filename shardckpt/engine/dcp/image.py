@@ -2,6 +2,9 @@
 
 DCP saves while nothing changes the tensors: `dcp.save` holds the training up, `dcp.async_save` works on a copy. So
 large ones in host memory are written from where they are, and only headers and small ones are put together here.
+
+2026-11, 1 GB in 100 tensors, one process, three alternating rounds on a busy machine, seconds until durable: 1.1 to
+2.2 so; with a fresh staging image 4.3 to 5.3, most of it first touch of its pages; DCP's `FileSystemWriter` 3.1 to 4.2.
 """
 
 from __future__ import annotations

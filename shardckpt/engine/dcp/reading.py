@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored
 from shardckpt.engine.loading.integrity import Region, join_sums
 from shardckpt.engine.loading.sources import BelongsToRankError, Chunk, Sources
+from shardckpt.engine.sharding import describe
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointLoadError, CheckpointMismatchError
 from shardckpt.format.manifest import Manifest
 from shardckpt.storage import Storage
@@ -49,6 +52,7 @@ class Reading:
         values = [item for item in items if item.type == LoadItemType.BYTE_IO]
         try:
             with self._told_as_load_errors():
+                _check_placements(getattr(planner, "state_dict", None))
                 self._check_fit(tensors)
                 fetched = self._fetch(tensors, values)
                 streams = [self._stream(item.storage_index.fqn) for item in values]
@@ -171,3 +175,23 @@ class Reading:
             raise self._damaged(str(error)) from error
         except (OSError, ValueError) as error:
             raise CheckpointLoadError(f"{self.url} was not loaded: {error}", step=self._manifest.step) from error
+
+
+def _check_placements(state: Any) -> None:
+    """Refuse DTensors that DCP takes for another part of the whole: it would load the wrong rows, and say nothing.
+
+    2026-11, torch 2.13: where a `_StridedShard` leaves several separate ranges, DCP sees one of their joint size.
+    """
+    for name, tensor in state.items() if isinstance(state, Mapping) else ():
+        if not isinstance(tensor, DTensor) or tensor.device_mesh.get_coordinate() is None:
+            continue
+        sharding = describe(name, tensor)
+        assert sharding is not None
+        held = [
+            ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.lengths)) for b in sharding.boxes(tensor.shape)
+        ]
+        if held != [chunk for chunk in tensor.__create_chunk_list__() if all(chunk.sizes)]:
+            raise CheckpointLoadError(
+                f"{name}: DCP does not understand its placement {list(sharding.placements)} of shape "
+                f"{list(tensor.shape)}, and would load the wrong part; redistribute it, or use CheckpointManager.load"
+            )
