@@ -127,7 +127,8 @@ class _Fitter:
             if isinstance(leaf, torch.Tensor):
                 self._want_tensor(name, leaf)
             elif self._sources.value_home(name) is not None:
-                self._fit.values.append(WantedValue(name, path, self._rule))
+                if self._rank_of([name]) is not None:
+                    self._fit.values.append(WantedValue(name, path, self._rule))
             else:
                 self._missing(name, "is a tensor" if self._sources.tensor(name) else "")
         if self._policy.unexpected == "error":
@@ -151,16 +152,24 @@ class _Fitter:
 
     def _take_tree(self) -> None:
         """The part's values come from one rank of those that saved, with the nesting they had there."""
+        self._fit.trees[self._part.key] = self._rank_of(self._saved)
+
+    def _rank_of(self, keys: Sequence[str]) -> int | None:
+        """The rank whose values these are for this rank; None if there is none, or if the rule does not say."""
+        alike = self._part.kind == "stateful"  # a pipeline stage has parameters of its own
         try:
-            self._fit.trees[self._part.key] = self._sources.part_rank(self._saved, self._rule)
+            return self._sources.part_rank(keys, self._rule, alike=alike)
         except BelongsToRankError as error:
             self._problem(f"per rank: {error}")
+            return None
 
     def _take_everything(self) -> None:
         """An object with `load_state_dict` says itself what it understands: it gets what was saved, as it was."""
         self._take_tree()
-        if self._fit.trees.get(self._part.key) is None:
+        rank = self._fit.trees[self._part.key]
+        if rank is None:
             return
+        held = self._sources.held_by(rank)
         present: dict[str, torch.Tensor] = {}
 
         def note(path: Path, leaf: object) -> None:
@@ -168,8 +177,8 @@ class _Fitter:
                 present[join_path(path)] = leaf
 
         map_leaves(self._part.tree, note, self._part.path)
-        for name in self._saved:
-            entry = self._sources.tensor(name)
+        for name in (saved for saved in self._saved if saved in held):
+            entry = self._sources.tensor(name, self._rule)
             if name in present:
                 self._want_tensor(name, present[name])
             elif entry is not None:
@@ -177,9 +186,11 @@ class _Fitter:
                 self._fit.tensors.append(WantedTensor(name, entry.dtype, entry.shape, boxes, None, self._rule))
 
     def _want_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        entry = self._sources.tensor(name)
+        entry = self._sources.tensor(name, self._rule)
         if entry is None:
             self._missing(name, "is a Python value" if self._sources.value_home(name) else "")
+            return
+        if self._rank_of([name]) is None:
             return
         dtype, shape = check_tensor(name, tensor), tuple(tensor.shape)
         if shape != entry.shape:

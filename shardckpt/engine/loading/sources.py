@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardckpt.engine.coordinates import Coordinates
@@ -43,9 +43,9 @@ class Sources:
         self._chunks: dict[tuple[int, tuple[int, ...], int, bool], list[Chunk]] = {}
         self._trees: dict[int, list[str]] = {}
 
-    def tensor(self, name: str) -> TensorEntry | None:
-        """The tensor's entry, or None if the step has no such tensor."""
-        found = self._find(name)
+    def tensor(self, name: str, rule: NewWorld = "first") -> TensorEntry | None:
+        """The tensor's entry, or None if the step has no such tensor. The rule matters if ranks held different ones."""
+        found = self._find(name, rule)
         return found.entry if found else None
 
     def value_home(self, key: str) -> Home | None:
@@ -65,13 +65,18 @@ class Sources:
         """The keys below a part: the part itself, or what begins with its name and a dot."""
         return [name for name in self.names() if name == prefix or name.startswith(f"{prefix}.")]
 
+    def held_by(self, rank: int) -> frozenset[str]:
+        """The keys that this rank of those that saved had in its state."""
+        tables = [table for table in self._tables if rank in table.ranks]
+        return frozenset(key for table in tables for key in (*table.tensors, *table.values))
+
     def chunks(self, name: str, rule: NewWorld, *, whole: bool = True) -> list[Chunk]:
         """Files and boxes that together make up the tensor, each box once.
 
         Of copies in several files a rank that reads the tensor `whole` gets the near one. Ranks that read parts of it
         all get the same one: from parts of different copies no checksum of a record could be put together.
         """
-        found = self._find(name)
+        found = self._find(name, rule)
         if found is None:
             raise KeyError(name)
         if found.layout.mesh is None and not found.layout.pieces:
@@ -84,12 +89,18 @@ class Sources:
             self._chunks[key] = self._in_pieces(found.layout) if pieces else self._sharded(found, whole=whole)
         return self._chunks[key]
 
-    def part_rank(self, keys: Sequence[str], rule: NewWorld) -> int | None:
-        """The rank (of those that saved) whose values a whole part takes; None: keep what is there now."""
+    def part_rank(self, keys: Sequence[str], rule: NewWorld, *, alike: bool = False) -> int | None:
+        """The rank (of those that saved) whose values a whole part takes; None: keep what is there now.
+
+        Keys belong to their ranks if they differ between ranks, or, in a part that is taken as one (`alike`), if not
+        all ranks that have some of the part have them.
+        """
+        having = self._having(keys) if alike else ()
         for key in keys:
-            table, home = self._locate(key)
-            if key in self._differ and not self._same_position(home):
-                return self._by_rule(key, rule, table)
+            _, home = self._locate(key)
+            differs = key in self._differ or (alike and home == "rank" and self._having([key]) != having)
+            if differs and not self._same_position(home):
+                return self._by_rule(keys, rule, key)
         return self._near(self._locate(keys[0])[0])
 
     def trees_of(self, rank: int) -> list[str]:
@@ -124,12 +135,25 @@ class Sources:
                 return table, self._manifest.layouts[table.tensors[key].layout].home
         raise KeyError(key)
 
-    def _find(self, name: str) -> _Found | None:
-        for table in self._tables:
-            entry = table.tensors.get(name)
-            if entry is not None:
-                return _Found(entry, self._manifest.layouts[entry.layout], table)
+    def _find(self, name: str, rule: NewWorld) -> _Found | None:
+        tables = [table for table in self._tables if name in table.tensors]
+        if name in self._differ and len(tables) > 1 and rule != "fail":  # of other dtypes or shapes
+            home = self._manifest.layouts[tables[0].tensors[name].layout].home
+            rank = None if self._same_position(home) else self._by_rule([name], rule, name)
+            tables.sort(key=lambda table: rank not in table.ranks)
+        for table in tables:
+            entry = table.tensors[name]
+            return _Found(entry, self._manifest.layouts[entry.layout], table)
         return None
+
+    def _having(self, keys: Iterable[str]) -> tuple[int, ...]:
+        """The numbers of the tables that have any of these keys."""
+        named = enumerate(self._tables)
+        return tuple(i for i, table in named if any(key in table.tensors or key in table.values for key in keys))
+
+    def _holders(self, keys: Iterable[str]) -> frozenset[int]:
+        """The ranks that had any of these keys in their state."""
+        return frozenset(rank for number in self._having(keys) for rank in self._tables[number].ranks)
 
     def _near(self, table: Table) -> int:
         """This rank's counterpart among those that saved: the same number, else one of the same shard, else any."""
@@ -144,23 +168,28 @@ class Sources:
     def _same_position(self, home: Home) -> bool:
         return self._same_ranks and self._same_shards if home == "rank" else self._same_shards
 
-    def _by_rule(self, key: str, rule: NewWorld, table: Table) -> int | None:
-        if rule == "first":
-            return table.ranks[0]
-        if rule == "own":
-            return self._at.rank if self._at.rank in table.ranks else None
+    def _by_rule(self, keys: Sequence[str], rule: NewWorld, example: str) -> int | None:
+        """The rank that has these keys, of which `example` is not alike on all that saved."""
         manifest = self._manifest
-        raise BelongsToRankError(
-            f"{key} was saved with a different value by each of {manifest.world_size} ranks ({manifest.shards} model "
-            f"shards), and this job has {self._at.world_size} ({self._at.shards}); say what a rank gets: "
-            f"new_world={{{key.split('.', 1)[0]!r}: 'own' or 'first'}}"
-        )
+        if rule == "fail":
+            count = len(self._holders([example]))
+            how = "with a different value by each" if count == manifest.world_size else f"by only {count}"
+            raise BelongsToRankError(
+                f"{example} was saved {how} of {manifest.world_size} ranks ({manifest.shards} model "
+                f"shards), and this job has {self._at.world_size} ({self._at.shards}); say what a rank gets: "
+                f"new_world={{{example.split('.', 1)[0]!r}: 'own' or 'first'}}"
+            )
+        holders = self._holders(keys)
+        if rule == "first":
+            return min(holders)
+        return self._at.rank if self._at.rank in holders else None
 
     def _plain_file(self, name: str, found: _Found, rule: NewWorld, *, whole: bool) -> str:
         home = found.layout.home
         if name in self._differ and not self._same_position(home):
-            rank = self._by_rule(name, rule, found.table)
-            return self.files_of(self._at.rank % self._manifest.world_size if rank is None else rank, home)
+            rank = self._by_rule([name], rule, name)
+            assert rank is not None, f"{name} is not for this rank"
+            return self.files_of(rank, home)
         if not whole and name not in self._differ:
             return self.files_of(self._first_rank(name, home), home)
         return self.files_of(self._near(found.table), home)
