@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks.engines import ENGINES, AsyncEngine, Engine
-from benchmarks.limits import forget, measure_limits
+from benchmarks.limits import forget, measure_limits, remember
 from benchmarks.states import Shape, State, make
 
 Measure: TypeAlias = Literal["limits", "save", "load", "cold", "stall", "own"]
@@ -106,7 +106,7 @@ def _save(task: Task, state: State, engine: Engine) -> Values:
 
 def _load(task: Task, state: State, engine: Engine) -> Values:
     """One load into a state that holds something else, the first of this process, of files that lie in memory."""
-    return _loaded(task, state, engine, _read)
+    return _loaded(task, state, engine, remember)
 
 
 def _cold(task: Task, state: State, engine: Engine) -> Values:
@@ -129,10 +129,11 @@ def _loaded(task: Task, state: State, engine: Engine, prepare: Callable[[Path], 
 def _stall(task: Task, state: State, engine: Engine) -> Values:
     """Saves while training goes on: what blocks it, and what it loses until the save is over."""
     asynchronous = cast(AsyncEngine, engine)
+    _forget_peak()
     plain = [_timed(lambda: _train(state)) for _ in range(3)][1:]
     blocked, waited, several = [], [], []
     expected: dict[str, int] = {}
-    with _memory() as memory:
+    with _memory(before=_status("self", "VmHWM")) as memory:
         for step in range(task.saves):
             expected = state.digests() if step == task.saves - 1 else {}
             _together()
@@ -221,28 +222,25 @@ def _files(engine: Engine, step: int) -> list[Path]:
     return sorted(path for path in engine.folder(step).rglob("*") if path.is_file())
 
 
-def _read(path: Path) -> None:
-    """Have a file in the page cache."""
-    window = bytearray(8 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(window):
-            pass
-
-
 @contextmanager
-def _memory() -> Iterator[dict[str, int]]:
-    """`peak`: the most bytes that this process and its children held beyond what it held before.
+def _memory(before: int | None = None) -> Iterator[dict[str, int]]:
+    """`peak`: the most bytes that this process and its children held beyond what it held before (or `before`).
 
     What a child shares with others or maps from files is left out, so that a copy in shared memory counts once.
     """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: man 5 proc
-    before = _status("self", "VmRSS")
+    if before is None:
+        _forget_peak()
+        before = _status("self", "VmRSS")
     found: dict[str, int] = {}
     yield found
     own = [str(child) for child in _children()]
     beside = sum(_status(child, "VmHWM") - _status(child, "RssShmem") - _status(child, "RssFile") for child in own)
     found["peak"] = _status("self", "VmHWM") - before + beside
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: man 5 proc
 
 
 def _status(process: str, field: str) -> int:

@@ -10,6 +10,7 @@ import mmap
 import os
 import platform
 import random
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+import shardckpt as sc
 from benchmarks.engines import sync
 
 _PIECE = 16 << 20
@@ -68,6 +70,14 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
+def remember(path: Path) -> None:
+    """Have a file in the page cache."""
+    window = bytearray(8 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(window):
+            pass
+
+
 def machine_facts(root: Path) -> dict[str, Any]:
     """What a reader must know to compare: none of it names the machine."""
     return {
@@ -79,6 +89,7 @@ def machine_facts(root: Path) -> dict[str, Any]:
         "file system": _file_system(root),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "shardckpt": _revision(),
     }
 
 
@@ -135,6 +146,14 @@ def _seconds(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def _revision() -> str:
+    """The commit of the source tree that is measured, or the version if it is none."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or str(sc.__version__)
 
 
 def _first(path: str, field: str) -> str | None:

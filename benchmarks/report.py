@@ -88,7 +88,8 @@ def _heading(results: Results) -> str:
     )
     return (
         f"{facts['date']}, {facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB, kernel "
-        f"{facts['kernel']}, {facts['file system']}, Python {facts['python']}, torch {facts['torch']}{noise}\n\n"
+        f"{facts['kernel']}, {facts['file system']}, Python {facts['python']}, torch "
+        f"{facts['torch']}, shardckpt {facts['shardckpt']}{noise}\n\n"
         f"    {results.command}"
     )
 

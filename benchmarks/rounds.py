@@ -256,12 +256,12 @@ class _Clock:
 
 
 def wait_until_quiet(patience_s: float) -> None:
-    """Return when other programs use less than a fifth of one core for two seconds, or patience is at an end."""
+    """Return when other programs use less than a third of one core for two seconds, or patience is at an end."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         clock = _Clock()
         time.sleep(2)
-        if clock.others < 0.2:
+        if clock.others < 0.33:
             return
 
 
