@@ -91,6 +91,8 @@ def full(tree: Any) -> Any:
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
     if isinstance(one, dict):
         return [d for key in one | other for d in differences(one.get(key), other.get(key), f"{path}.{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{path}.{i}")]
     if isinstance(one, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [f"{path}: {one} != {other}"]
     return [] if one == other else [f"{path}: {one} != {other}"]
@@ -199,6 +201,45 @@ def test_each_file_is_complete_in_what_its_rank_holds(ranks: ProcessPool, tmp_pa
     places = [tree["list"][0] for tree in trees]
     assert sorted(place is None for place in places) == [False, True], "one has the tensor, the other its place"
     assert [tree["list"][1]["mine"] for tree in trees] == [0, 1]
+
+
+class Meter:
+    """Something with `state_dict` that takes what it gets: it must get all of it."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.content
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.content = state
+
+
+def meters(rank: int) -> dict[str, Any]:
+    """Tensors of many sizes, which DCP gives to one rank or the other, beside values of each rank's own."""
+    content: dict[str, Any] = {f"t{size}": torch.full((size,), float(size)) for size in (1, 2, 30, 4, 50, 6)}
+    return {**content, "rank": rank, "none": None if rank else 5, "rows": [torch.ones(2), {"r": rank}, torch.ones(9)]}
+
+
+def save_meter(rank: int, world: int, folder: Path, root: Path) -> None:
+    dcp.save({"meter": Meter(meters(rank))}, storage_writer=sc.DcpWriter(root / "step_1"))
+
+
+def load_meter(rank: int, world: int, folder: Path, root: Path, rule: str) -> Any:
+    meter = Meter({})
+    with sc.CheckpointManager(root, sc.Gangs.from_env()) as checkpoints:
+        checkpoints.load(1, {"meter": meter}, policy=sc.LoadPolicy(new_world={"meter": rule}))
+    return meter.content
+
+
+def test_an_object_gets_all_of_its_state_wherever_dcp_put_it(ranks: ProcessPool, tmp_path: Path) -> None:
+    ranks.run(2, save_meter, tmp_path)
+    trees = [torch.load(tmp_path / "step_1" / f"rank_{rank}.pt", weights_only=True)["meter"] for rank in range(2)]
+    assert all(0 < sum(key.startswith("t") for key in tree) < 6 for tree in trees), "some here, some there"
+    for rank, loaded in enumerate(ranks.run(2, load_meter, tmp_path, "fail")):
+        assert differences(meters(rank), loaded) == []
+    assert differences(meters(0), ranks.run(1, load_meter, tmp_path, "first")[0]) == []
 
 
 def save_differing(rank: int, world: int, folder: Path, root: Path, **options: Any) -> None:
