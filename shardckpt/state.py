@@ -80,10 +80,12 @@ class StateReader:
             module = _owner_of(owner, modules)
             if module is None:
                 return Part(path, "stateful", owner, owner.state_dict())
-            if for_loading and not owner.state:
+            was_empty = not owner.state
+            if for_loading and was_empty:
                 torch_state.get_optimizer_state_dict(module, owner)  # takes a zero step, which makes the state
             names = self._names_of(module).parameters
-            return Part(path, "optimizer", OptimizerOf(owner, module), _optimizer_tree(owner, names))
+            made = OptimizerOf(owner, module, names, was_empty)
+            return Part(path, "optimizer", made, _optimizer_tree(owner, names))
         if isinstance(owner, Stateful) and not isinstance(owner, type):
             return Part(path, "stateful", owner, owner.state_dict())
         return Part(path, "leaf", holder, owner)
@@ -145,16 +147,12 @@ def put_together(parts: list[Part]) -> dict[str, Any]:
 
 
 def restore(part: Part, loaded: Any) -> None:
-    """Give a part its loaded content; tensors of modules and optimizers have been filled in place before.
+    """Give a part, which is no optimizer, its loaded content; tensors of modules have been filled in place before.
 
     Called on the caller's thread of every rank, parts in the order of the state, `RngState` last.
     """
     if part.kind == "module":
         _restore_extra_state(part.owner, loaded)
-    elif part.kind == "optimizer":
-        module = part.owner.module
-        names = {_plain_name(module, raw): parameter for raw, parameter in module.named_parameters()}
-        _restore_optimizer(part.owner.optimizer, names, loaded)
     elif part.kind == "stateful":
         part.owner.load_state_dict(loaded)
     else:
@@ -167,6 +165,10 @@ class OptimizerOf:
 
     optimizer: torch.optim.Optimizer
     module: torch.nn.Module
+    names: Mapping[int, str]
+    """What torch calls each parameter of the module, by its id."""
+    was_empty: bool
+    """It had no state when it was taken apart."""
 
 
 class RngState:
@@ -260,30 +262,6 @@ def _restore_extra_state(module: torch.nn.Module, loaded: Mapping[str, Any]) -> 
     extra = {key: value for key, value in loaded.items() if not isinstance(value, torch.Tensor)}
     if extra:
         torch_state.set_model_state_dict(module, extra, options=torch_state.StateDictOptions(strict=False))
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
-    """Groups by parameter name, and the state that is not tensors; the tensors are in place already.
-
-    2026-11: not `set_optimizer_state_dict`: it ends in `Optimizer.load_state_dict`, which casts a float32 moment of
-    a bfloat16 parameter to bfloat16 without a word.
-    """
-    if not loaded.get("state"):
-        optimizer.state.clear()
-    for name, values in loaded.get("state", {}).items():
-        for key, value in values.items():
-            if not isinstance(value, torch.Tensor) and name in names:
-                optimizer.state[names[name]][key] = value
-    saved = {tuple(sorted(group["params"])): group for group in loaded.get("param_groups", [])}
-    plain = {id(parameter): name for name, parameter in names.items()}
-    for group in optimizer.param_groups:
-        key = tuple(sorted(plain[id(p)] for p in group["params"]))
-        if key not in saved:
-            raise InvalidStateError(
-                f"the checkpoint has no optimizer group of the {len(key)} parameters {', '.join(key[:3])}...: "
-                f"group the parameters as they were when it was saved"
-            )
-        group.update({key: value for key, value in saved[key].items() if key != "params"})
 
 
 def _restore_leaf(part: Part, loaded: Any) -> None:

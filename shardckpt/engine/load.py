@@ -18,6 +18,13 @@ from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored, overlaps
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
+from shardckpt.engine.loading.optimizers import (
+    SavedOptimizer,
+    forget_made_up_state,
+    match_groups,
+    read_saved,
+    restore_optimizer,
+)
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.engine.patience import within
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, GangError
@@ -55,11 +62,14 @@ class Loader:
         differ, `CheckpointDamagedError` where stored bytes are not what was written, `CheckpointLoadError` else."""
         try:
             self._compare(parts, policy)
-            sums = self._together(lambda: within(self._timeout, self._read, what="reading"), "read")
+            sums = self._together(lambda: within(self._timeout, lambda: self._read(parts), what="reading"), "read")
             self._join(sums)
             self._together(lambda: self._apply(parts), "apply")
-        except GangError as error:
-            raise self._as_load_error(error) from error
+        except BaseException as error:
+            forget_made_up_state(parts)
+            if isinstance(error, GangError):
+                raise self._as_load_error(error) from error
+            raise
         finally:
             self._arena.image.release()
 
@@ -75,7 +85,7 @@ class Loader:
         if told:
             raise mismatch_error(told, self._manifest.step)
 
-    def _read(self) -> list[Any]:
+    def _read(self, parts: Sequence[Part]) -> list[Any]:
         """All bytes that this rank needs, checked as far as it can alone; gives the sums of what it read in part."""
         needs = self._needs()
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
@@ -93,6 +103,11 @@ class Loader:
         damaged += self._contents.damaged_frames(frames)
         if damaged:
             raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
+        for part in parts:
+            if part.kind == "optimizer" and self._fit.trees.get(part.key):
+                match_groups(
+                    part, self._saved_optimizer(part)
+                )  # what does not fit must be known before anything changes
         return [item.encode() for item in partial]
 
     def _needs(self) -> list[Any]:
@@ -105,7 +120,7 @@ class Loader:
 
     def _tree_ranks(self) -> set[int]:
         """The ranks (of those that saved) whose Python values this rank takes."""
-        ranks = {rank for rank in self._fit.trees.values() if rank is not None}
+        ranks = {rank for those in self._fit.trees.values() for rank in those}
         for value in self._fit.values:
             rank = self._sources.part_rank([value.key], value.rule)
             if rank is not None:
@@ -159,8 +174,10 @@ class Loader:
             loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
             restore(part, loaded)
             return
-        rank = self._fit.trees.get(part.key)
-        if rank is None:
+        ranks = self._fit.trees.get(part.key)
+        if ranks is None:  # the checkpoint has no such part, and the policy is to keep it
+            return
+        if not ranks:
             _log.warning(
                 "%s was saved for each of %d ranks; rank %d keeps what it has",
                 part.key,
@@ -168,9 +185,16 @@ class Loader:
                 self._at.rank,
             )
             return
+        if part.kind == "optimizer":
+            restore_optimizer(part, self._saved_optimizer(part), self._fit.stateless[part.key])
+            return
         held = {wanted.name: wanted.local for wanted in self._fit.tensors if wanted.local is not None}
-        tree = self._contents.subtree(self._sources.trees_of(rank), part.path)
+        tree = self._contents.subtree(self._sources.trees_of(ranks[0]), part.path)
         restore(part, map_leaves(tree, lambda path, leaf: self._leaf(join_path(path), leaf, made, held), part.path))
+
+    def _saved_optimizer(self, part: Part) -> SavedOptimizer:
+        ranks = self._fit.trees[part.key]
+        return read_saved(self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
 
     def _leaf(self, name: str, leaf: Any, made: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> Any:
         if not isinstance(leaf, torch.Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,8 +70,10 @@ class Fit:
 
     tensors: list[WantedTensor] = field(default_factory=list)
     values: list[WantedValue] = field(default_factory=list)
-    trees: dict[str, int | None] = field(default_factory=dict)
-    """By part: the rank (of those that saved) whose nested values it takes; None: the part is left as it is."""
+    trees: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By part: the ranks (of those that saved) whose nested values it takes; none: the part is left as it is."""
+    stateless: dict[str, set[str]] = field(default_factory=dict)
+    """By optimizer: the parameters for which the checkpoint has no state."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -138,21 +141,23 @@ class _Fitter:
     def _optimizer_leaves(self, leaves: dict[str, tuple[Path, object]]) -> tuple[dict[str, Any], set[str]]:
         """The tensors that must fit, and all names that are expected.
 
-        Hyperparameters are taken as they were saved, whatever there were; a checkpoint taken before the first step
-        has no state, and none is asked for.
+        Hyperparameters are taken as they were saved, whatever there were. A parameter that had no state (before the
+        first step, or because it was not used) is not asked for any; it will have none again.
         """
-        key = self._part.key
-        self._take_tree()
-        expected = {name for name in self._saved if not name.startswith(f"{key}.state.")} | set(leaves)
+        prefix = f"{self._part.key}.state."
+        try:
+            self._fit.trees[self._part.key] = self._sources.optimizer_ranks(self._saved, self._rule)
+        except BelongsToRankError as error:
+            self._problem(f"per rank: {error}")
+        saved = sorted(name for name in self._saved if name.startswith(prefix))
+        stateless = {name for name in self._part.tree["state"] if not _is_any_below(f"{prefix}{name}.", saved)}
+        self._fit.stateless[self._part.key] = stateless
+        empty = tuple(f"{prefix}{name}." for name in stateless)
+        expected = {name for name in self._saved if not name.startswith(prefix)} | set(leaves)
         tensors = {name: found for name, found in leaves.items() if isinstance(found[1], torch.Tensor)}
-        if self._sources.value_home(f"{key}.state") is not None:
-            tensors = {name: found for name, found in tensors.items() if not name.startswith(f"{key}.state.")}
+        tensors = {name: found for name, found in tensors.items() if not name.startswith(empty)}
         expected |= {name for name in self._saved if self._sources.value_home(name) is not None}
         return tensors, expected
-
-    def _take_tree(self) -> None:
-        """The part's values come from one rank of those that saved, with the nesting they had there."""
-        self._fit.trees[self._part.key] = self._rank_of(self._saved)
 
     def _rank_of(self, keys: Sequence[str]) -> int | None:
         """The rank whose values these are for this rank; None if there is none, or if the rule does not say."""
@@ -165,10 +170,11 @@ class _Fitter:
 
     def _take_everything(self) -> None:
         """An object with `load_state_dict` says itself what it understands: it gets what was saved, as it was."""
-        self._take_tree()
-        rank = self._fit.trees[self._part.key]
+        rank = self._rank_of(self._saved)
         if rank is None:
+            self._fit.trees[self._part.key] = ()
             return
+        self._fit.trees[self._part.key] = (rank,)
         held = self._sources.held_by(rank)
         present: dict[str, torch.Tensor] = {}
 
@@ -236,6 +242,12 @@ def _near(name: str, known: Iterable[str]) -> str:
     candidates = [other for other in known if other.count(".") == depth][:2000]
     close = difflib.get_close_matches(name, candidates, n=1)
     return f" (nearest: {close[0]})" if close else ""
+
+
+def _is_any_below(prefix: str, ordered: Sequence[str]) -> bool:
+    """Whether any of the names, which are in order, begins so."""
+    place = bisect.bisect_left(ordered, prefix)
+    return place < len(ordered) and ordered[place].startswith(prefix)
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[Box, ...]:

@@ -103,6 +103,20 @@ class Sources:
                 return self._by_rule(keys, rule, key)
         return self._near(self._locate(keys[0])[0])
 
+    def optimizer_ranks(self, keys: Sequence[str], rule: NewWorld) -> tuple[int, ...]:
+        """The ranks (of those that saved) that together know all groups of an optimizer; none: keep what is there now.
+
+        Pipeline stages have groups of their own parameters; these go by name, so that they may be put together.
+        """
+        lists = {key for key in keys if key.endswith(".params")}
+        rank = self.part_rank([key for key in keys if key not in lists] or keys, rule)
+        if rank is None:
+            return ()
+        if rule != "fail" or self._same_position("rank") or self._differ.isdisjoint(lists):
+            return (rank,)
+        others = [self._near(self._tables[number]) for number in self._having(keys)]
+        return tuple(dict.fromkeys((rank, *others)))
+
     def trees_of(self, rank: int) -> list[str]:
         """The files whose trees together hold what that rank held, its own first."""
         if rank not in self._trees:
