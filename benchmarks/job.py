@@ -118,7 +118,8 @@ def _loaded(task: Task, state: State, engine: Engine, prepare: Callable[[Path], 
     expected = state.digests()
     state.fill(1)
     step = task.saves - 1
-    for file in _files(engine, step) if _rank() == 0 else ():
+    files = _files(engine, step)
+    for file in files if _rank() == 0 else ():
         prepare(file)
     with _memory() as memory:
         seconds = _timed(lambda: engine.load(step))

@@ -26,6 +26,8 @@ from benchmarks.limits import machine_facts
 from benchmarks.states import Shape
 
 FORMAT = 1
+_DEADLINE_S = 900.0
+"""For one job: whatever hangs must not hang the others."""
 _Turn: TypeAlias = tuple[int, str, str, int, Shape]
 MEASURES: tuple[Measure, ...] = ("limits", "save", "load", "cold", "stall", "own")
 """In this order: "load" and "cold" read what "save" has left."""
@@ -216,8 +218,13 @@ def run_job(task: Task, ranks: int, folder: Path) -> dict[str, Any]:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
         )
+        status: int | str
         try:
-            status = process.wait()
+            status = process.wait(_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+            status = f"none within {_DEADLINE_S:.0f} s"
         except BaseException:
             process.terminate()  # torchrun then ends its ranks; killed, it would leave them behind
             process.wait()
