@@ -75,7 +75,7 @@ def test_tensor_parallel_ranks_are_neighbours() -> None:
 
 
 def test_ranks_are_numbered_dp_then_pp_then_tp() -> None:
-    store = dist.HashStore()
+    store: Any = dist.HashStore()
 
     def act(gangs: Gangs) -> Any:
         root = StoreGang(lambda: store, rank=gangs.root.rank, size=8, nonce="cube")
