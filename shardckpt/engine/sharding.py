@@ -80,31 +80,33 @@ def _varying_dims(mesh: MeshEntry, ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dim for dim in range(len(mesh.shape)) if len({c[dim] for c in coordinates}) > 1)
 
 
-@functools.lru_cache(maxsize=256)
 def _over_root(mesh: Any, placements: tuple[str, ...]) -> Sharding:
     """The sharding over the root mesh, where there is one: sub-meshes of different ranks then have one description.
 
-    A tensor on the "tp" dimension of a (dp, tp) mesh is replicated over "dp". A flattened dimension is no
-    dimension of the root; such a mesh is taken as it is.
+    A tensor on the "tp" dimension of a (dp, tp) mesh is replicated over "dp". Only along "pp" there are no copies:
+    other stages have other tensors. A flattened dimension is no dimension of the root; such a mesh is taken as it is.
     """
-    entry = _mesh_entry(mesh)
-    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
-    names = root.mesh_dim_names or ()
-    if root != mesh and mesh.mesh_dim_names and set(mesh.mesh_dim_names) <= set(names):
-        given = dict(zip(mesh.mesh_dim_names, placements, strict=True))
-        order = [name for name in names if name in given]
-        if order == list(mesh.mesh_dim_names):
-            entry, placements = _mesh_entry(root), tuple(given.get(name, "R") for name in names)
-            mesh = root
-    coordinate = mesh.get_coordinate()
+    whole = _root_of(mesh)
+    coordinate = whole.get_coordinate()
     if coordinate is None:
         raise InvalidStateError("a DTensor whose mesh does not contain this rank cannot be stored by it")
-    return Sharding(entry, placements, tuple(coordinate))
+    return _described(mesh, whole, placements, tuple(coordinate))
 
 
-def _mesh_entry(mesh: Any) -> MeshEntry:
-    names = tuple(mesh.mesh_dim_names or (f"dim{i}" for i in range(mesh.ndim)))
-    return MeshEntry(names, tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+def _root_of(mesh: Any) -> Any:
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    given, names = mesh.mesh_dim_names or (), root.mesh_dim_names or ()
+    return root if given and tuple(name for name in names if name in given) == tuple(given) else mesh
+
+
+@functools.lru_cache(maxsize=256)  # where this rank stands is no part of a mesh's hash, and may change in a process
+def _described(mesh: Any, whole: Any, placements: tuple[str, ...], coordinate: tuple[int, ...]) -> Sharding:
+    names = tuple(whole.mesh_dim_names or (f"dim{i}" for i in range(whole.ndim)))
+    given = dict(zip(mesh.mesh_dim_names or names, placements, strict=True))
+    kept = [i for i, name in enumerate(names) if name in given or name != "pp"]
+    grid = whole.mesh[tuple(slice(None) if i in kept else at for i, at in enumerate(coordinate))]
+    entry = MeshEntry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
+    return Sharding(entry, tuple(given.get(names[i], "R") for i in kept), tuple(coordinate[i] for i in kept))
 
 
 def _placement(name: str, placement: Any) -> str:
