@@ -16,7 +16,7 @@ import torch
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored, overlaps
-from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error
+from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
@@ -76,12 +76,17 @@ class Loader:
     def _compare(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Every difference of every rank, in one error on all ranks."""
 
-        def compare() -> list[str]:
+        def compare() -> list[Any]:
             self._fit = fit_state(parts, self._sources, policy)
-            return self._fit.problems
+            return [self._fit.problems, self._fit.claims]
 
         gathered: Any = self._together(compare, "compare")
-        told = self._announce(lambda: [problem for own in gathered for problem in own][:1000], "compare")
+
+        def join() -> list[str]:
+            problems = [problem for own, _ in gathered for problem in own]
+            return (problems + unexpected_keys(self._sources, self._fit, [claims for _, claims in gathered]))[:1000]
+
+        told = self._announce(join, "compare")
         if told:
             raise mismatch_error(told, self._manifest.step)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+from shardckpt.engine.loading.claims import by_part, claim, unclaimed
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources
 from shardckpt.engine.saving.plan import check_tensor
 from shardckpt.engine.sharding import describe
@@ -75,6 +76,10 @@ class Fit:
     stateless: dict[str, set[str]] = field(default_factory=dict)
     """By optimizer: the parameters for which the checkpoint has no state."""
     problems: list[str] = field(default_factory=list)
+    claims: dict[str, str] = field(default_factory=dict)
+    """By part: which of its saved keys this rank has a place for (see `claims`)."""
+    names: list[str] = field(default_factory=list)
+    """All keys of this rank's state."""
 
 
 def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fit:
@@ -83,10 +88,21 @@ def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fi
     for part in parts:
         _Fitter(part, sources, policy, fit).run()
     if policy.unexpected == "error":
-        claimed = [part.key for part in parts]
+        own = {part.key for part in parts}
         for top in dict.fromkeys(str(part.path[0]) for part in parts if len(part.path) > 1):
-            fit.problems += [_unexpected(name, claimed) for name in _unclaimed(sources.under(top), claimed)]
+            saved = sources.under(top)
+            fit.claims[top] = claim(saved, {name for name in saved if _belongs_to_part(name, own)})
+        fit.names += own
     return fit
+
+
+def unexpected_keys(sources: Sources, fit: Fit, claims: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0."""
+    return [
+        f"unexpected: {name} is in the checkpoint but not in the state{_near(name, fit.names)}"
+        for part, those in by_part(claims).items()
+        for name in unclaimed(sources.under(part), those)
+    ]
 
 
 def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
@@ -135,8 +151,8 @@ class _Fitter:
             else:
                 self._missing(name, "is a tensor" if self._sources.tensor(name) else "")
         if self._policy.unexpected == "error":
-            for name in (saved for saved in self._saved if saved not in names):
-                self._problem(_unexpected(name, names))
+            self._fit.claims[self._part.key] = claim(self._saved, names)
+            self._fit.names += names
 
     def _optimizer_leaves(self, leaves: dict[str, tuple[Path, object]]) -> tuple[dict[str, Any], set[str]]:
         """The tensors that must fit, and all names that are expected.
@@ -223,17 +239,10 @@ class _Fitter:
         self._fit.problems.append(text)
 
 
-def _unclaimed(names: Iterable[str], claimed: Iterable[str]) -> Iterable[str]:
-    """The keys that belong to no part: neither a part themselves nor below one."""
-    parts = set(claimed)
-    for name in names:
-        pieces = name.split(".")
-        if not any(".".join(pieces[: i + 1]) in parts for i in range(len(pieces))):
-            yield name
-
-
-def _unexpected(name: str, known: Iterable[str]) -> str:
-    return f"unexpected: {name} is in the checkpoint but not in the state{_near(name, known)}"
+def _belongs_to_part(name: str, parts: Collection[str]) -> bool:
+    """Whether the key is that of a part, or below one."""
+    pieces = name.split(".")
+    return any(".".join(pieces[: i + 1]) in parts for i in range(len(pieces)))
 
 
 def _near(name: str, known: Iterable[str]) -> str:
