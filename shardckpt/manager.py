@@ -40,6 +40,9 @@ from shardckpt.storage.open import open_storage
 
 _log = logging.getLogger(__name__)
 
+_GRACE = timedelta(hours=1)
+"""How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
+
 
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run.
@@ -86,10 +89,11 @@ class CheckpointManager:
         self._overlap = overlap
         self._tolerate = tolerate
         self._failed_in_a_row = 0
+        self._accounted_for: PendingSave | None = None
         self._tries: Counter[str] = Counter()
         self._reader = StateReader()
         self._catalog = Catalog(self._storage)
-        self._history = History(self._catalog, keep or KeepAll())
+        self._history = History(self._catalog, keep or KeepAll(), grace=max(2 * timeout, _GRACE))
         self._save_gang = gangs.fork("save").root
         self._saver = Saver(self._storage, self._save_gang, self._at, timeout=timeout, on_commit=self._after_commit)
 
@@ -222,25 +226,30 @@ class CheckpointManager:
                 self._storage.close()
 
     def _account_for_last(self) -> None:
-        """The failure of the last save: logged, until too many in a row have failed."""
+        """The failure of the last save, once: logged, until too many in a row have failed. Then it is raised, also where
+        somebody has looked at it: ranks that did not raise would go on to save alone."""
         self._saver.drain()
         last = self._saver.last
-        if last is None or not last.failed():
-            self._failed_in_a_row = 0
+        if last is None or last is self._accounted_for:
             return
-        self._failed_in_a_row += 1
-        error = last.unseen_error()
+        self._accounted_for = last
+        error = last.failure()
+        self._failed_in_a_row = self._failed_in_a_row + 1 if error is not None else 0
         if error is None:
             return
+        unseen = last.unseen_error() is not None
         if self._failed_in_a_row > self._tolerate:
             raise error
-        _log.error("%s (failure %d in a row; training goes on, the next save is tried)", error, self._failed_in_a_row)
+        if unseen:
+            _log.error("%s (failure %d in a row; training goes on, the next is tried)", error, self._failed_in_a_row)
 
     def _after_commit(self, info: CheckpointInfo, pending: PendingSave) -> None:
         """On the save thread of every rank; rank 0 logs, notes the score and prunes."""
         if self._at.rank == 0:
             report = pending.report
-            deleted = self._history.committed(info.step)
+            # The next save is staged on this thread, and the optimizer waits for that.
+            work = partial(self._history.committed, info.step)
+            deleted = within(self._timeout, work, what="pruning")
             _log.info(
                 "step %d committed: %.2f GB in %.2f s (%.2f GB/s), training held for %.3f s%s",
                 info.step, info.nbytes / 1e9, report.total_s, report.rate / 1e9, report.stall_s,

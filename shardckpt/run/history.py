@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 from shardckpt.run.catalog import Catalog
+from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import prune
 from shardckpt.run.retention import Policy
 from shardckpt.run.scores import encode_score, write_score
@@ -17,8 +19,9 @@ _log = logging.getLogger(__name__)
 class History:
     """One per manager. `committed` runs on the save thread of rank 0, all else on the training's thread."""
 
-    def __init__(self, catalog: Catalog, policy: Policy) -> None:
+    def __init__(self, catalog: Catalog, policy: Policy, *, grace: timedelta) -> None:
         self._catalog = catalog
+        self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
         self._due: dict[int, float] = {}
         self._protected: dict[int, str] = {}
@@ -55,6 +58,10 @@ class History:
                 self.write_score(step, score)
             except Exception:
                 _log.exception("step %d is committed, but its score was not written", step)
+        try:
+            self._leftovers.tidy()
+        except Exception:
+            _log.exception("step %d is committed, but the leftovers of other saves were not looked at", step)
         try:
             return [gone.step for gone in prune(self._catalog, self._policy, protected=protected)]
         except Exception:  # a policy of the user's may raise anything
