@@ -52,9 +52,10 @@ class PendingSave:
         """Whether it is over: committed or failed."""
         return self._future.done()
 
-    def failed(self) -> bool:
-        """Whether it is over without a commit."""
-        return self._future.done() and self._future.exception() is not None
+    def failure(self) -> CheckpointError | None:
+        """The error of a save that is over without a commit, whether or not anybody has looked at it; else None."""
+        error = self._future.exception() if self._future.done() else None
+        return error if isinstance(error, CheckpointError) or error is None else _as_save_error(error, self.step)
 
     def result(self, timeout: timedelta | None = None) -> CheckpointInfo:
         """Wait for the commit. Raises `CheckpointSaveError` if there was none, `TimeoutError` if it is not over yet."""
@@ -77,8 +78,7 @@ class PendingSave:
         if self._seen or not self._future.done():
             return None
         self._seen = True
-        error = self._future.exception()
-        return error if isinstance(error, CheckpointError) or error is None else _as_save_error(error, self.step)
+        return self.failure()
 
     @contextmanager
     def stalling(self) -> Iterator[None]:

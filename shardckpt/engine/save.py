@@ -95,6 +95,7 @@ class Saver:
         self._book = TableBook()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardckpt-save")
         self._last: PendingSave | None = None
+        self._closed = False
 
     @property
     def last(self) -> PendingSave | None:
@@ -106,6 +107,8 @@ class Saver:
 
         An error of this rank's state is raised here at once, and on the other ranks by their `PendingSave`.
         """
+        if self._closed:
+            raise CheckpointSaveError(f"step {step} was not saved: the manager is closed already", step=step)
         pending = PendingSave(step)
         work = _Work(pending, options, f"save/{step}/{self._tries[step]}", time.perf_counter())
         with pending.stalling():
@@ -117,10 +120,11 @@ class Saver:
                 self._stage_now(work, take_parts())
             except BaseException as error:
                 work.error = error
+            here = work.error  # what the save thread runs into from now on comes up in the `PendingSave`
             self._thread.submit(self._run, work)
-        if work.error is not None:
+        if here is not None:
             pending.mark_seen()
-            raise work.error
+            raise here
         return pending
 
     def drain(self) -> None:
@@ -135,6 +139,7 @@ class Saver:
 
     def close(self) -> None:
         """Let the save under way end, then give everything back. Raises nothing."""
+        self._closed = True
         self._thread.shutdown(wait=True)
         self._hooks.remove()
         self._stager.close()
