@@ -226,8 +226,8 @@ class CheckpointManager:
                 self._storage.close()
 
     def _account_for_last(self) -> None:
-        """The failure of the last save, once: logged, until too many in a row have failed. Then it is raised, even where
-        somebody has looked at it: ranks that did not raise would go on to save alone."""
+        """The failure of the last save, once: logged, until too many in a row have failed. Then it is raised, whoever
+        has looked at it: ranks that did not raise would go on to save alone."""
         self._saver.drain()
         last = self._saver.last
         if last is None or last is self._accounted_for:
