@@ -48,7 +48,8 @@ class Tensor:
         """Random bits: among floats also NaNs and zeros of both signs, which must come back as they were."""
         seed = hashlib.sha256(repr((self.name, self.shape, self.dtype)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "big"))
-        raw = torch.randint(0, 256, (self.nbytes,), generator=generator, dtype=torch.uint8)
+        words = torch.randint(-(1 << 63), (1 << 63) - 1, (self.nbytes // 8 + 1,), generator=generator)
+        raw = words.view(torch.uint8)[: self.nbytes].clone()
         return (raw % 2 if self.dtype == torch.bool else raw).view(self.dtype).reshape(self.shape)
 
     def blank(self) -> torch.Tensor:

@@ -67,6 +67,23 @@ def test_copies_that_differ_are_never_lost(ranks, tmp_path, layout):
         assert f"ranks {other} and {LAST}" in message
 
 
+def save_more(rank: int, world_size: int, folder: Path, root: Path) -> str:
+    """A model that has one more buffer on the last rank, which would have nobody to write it."""
+    job = Job(Layout(world_size, 1, "copies"), seed=0)
+    if rank == world_size - 1:
+        job.model.register_buffer("more", torch.ones(2))
+    with checkpoints(root, job.mesh) as manager:
+        with pytest.raises(sc.CheckpointSaveError) as caught:
+            manager.save(1, job.state()).result()
+        assert manager.steps() == []
+    return str(caught.value)
+
+
+def test_keys_that_only_one_of_the_copies_has(ranks, tmp_path):
+    for message in ranks.run(2, save_more, tmp_path):
+        assert "they do not hold the same keys" in message
+
+
 def save_own(rank: int, world_size: int, folder: Path, root: Path, layout: Layout) -> list[list[float]]:
     """Plain tensors that differ, under a key that is not declared: of each rank its own, back on the same ranks."""
     cache, deep = torch.full((3,), float(rank)), {"a": [torch.full((rank,), 1.0)], "alike": torch.ones(2)}
