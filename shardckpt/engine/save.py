@@ -67,7 +67,7 @@ class _Work:
     staging: Staging | None = None
     later: Callable[[torch.Tensor], bool] = lambda _: False
     alike: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By file: digests of what this rank holds of the tensors that one rank writes for all."""
+    """By group: digests of what this rank holds of the tensors that one rank writes for several."""
     error: BaseException | None = None
     """What went wrong before the save thread took over; the other ranks are told."""
 
@@ -153,6 +153,7 @@ class Saver:
         memory = memory_of_optimizers(parts) if options.overlap else frozenset()
         work.later = lambda tensor: tensor.data_ptr() in memory
         work.staging.copy(lambda tensor: not work.later(tensor))
+        work.alike = work.staging.sum_alike(lambda tensor: not work.later(tensor))
         self._hooks.install(parts, work.pending)
 
     def _run(self, work: _Work) -> None:
@@ -178,7 +179,8 @@ class Saver:
         try:
             if work.error is None and work.staging is not None:
                 work.staging.copy(work.later)
-                work.alike = work.staging.sum_alike()
+                for group, digests in work.staging.sum_alike(work.later).items():
+                    work.alike[group] |= digests
         except BaseException as error:
             work.error = error
         finally:
@@ -222,7 +224,7 @@ class Saver:
             self._stager.forsake()
             raise
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
-        work.alike |= written_for_peers(self._at, work.plan, sealed)
+        work.alike |= written_for_peers(work.plan, sealed)
         return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)
 
 

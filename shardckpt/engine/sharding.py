@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from shardckpt.errors import InvalidStateError
+from shardckpt.format.index import ITEMSIZE
 from shardckpt.format.manifest import MeshEntry
 from shardckpt.format.placement import Box, shard_boxes
 
@@ -21,6 +22,8 @@ class Sharding:
     mesh: MeshEntry
     placements: tuple[str, ...]
     coordinate: tuple[int, ...]
+    assumed: bool = False
+    """Whether it is taken to be replicated along a dimension of the mesh that the tensor itself knows nothing of."""
 
     def boxes(self, shape: tuple[int, ...]) -> tuple[Box, ...]:
         """What this rank holds of a tensor of this (global) shape."""
@@ -36,6 +39,16 @@ class Sharding:
         """The number of this rank among those that hold the same shard: 0 .. replicas - 1."""
         return replica_number(self.mesh.shape, self.placements, self.coordinate)
 
+    def writer(self, replica: int) -> int:
+        """The global rank that holds the same shard as this rank and is the replica of that number."""
+        coordinate = list(self.coordinate)
+        for dim in reversed([dim for dim, placement in enumerate(self.placements) if placement == "R"]):
+            replica, coordinate[dim] = divmod(replica, self.mesh.shape[dim])
+        position = 0
+        for size, index in zip(self.mesh.shape, coordinate, strict=True):
+            position = position * size + index
+        return self.mesh.ranks[position]
+
     def is_alike_on(self, ranks: tuple[int, ...]) -> bool:
         """Whether these global ranks hold the same shard as each other. Ranks outside the mesh hold copies of it."""
         varying = _varying_dims(self.mesh, ranks)
@@ -48,6 +61,24 @@ def describe(name: str, tensor: torch.Tensor) -> Sharding | None:
         return None
     placements = tuple(_placement(name, placement) for placement in tensor.placements)
     return _over_root(tensor.device_mesh, placements)
+
+
+def check_tensor(name: str, tensor: torch.Tensor) -> str:
+    """The dtype's name of a tensor that can be stored; else `InvalidStateError` naming the key."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, DTensor) or isinstance(tensor, torch.nn.Buffer)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    problem = ""
+    if not plain and not isinstance(tensor, torch.nn.Parameter):
+        problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}; store the plain tensors it is made of"
+    elif tensor.layout != torch.strided or tensor.is_nested:
+        problem = f"has layout {tensor.layout}; store its dense form or its indices and values"
+    elif tensor.is_meta:
+        problem = "is on the meta device and has no data; materialise the model first"
+    elif dtype not in ITEMSIZE:
+        problem = f"has dtype {dtype}, which has no plain bytes; store its dequantised form"
+    if problem:
+        raise InvalidStateError(f"{name} cannot be stored: it {problem}")
+    return dtype
 
 
 def replica_count(mesh_shape: tuple[int, ...], placements: tuple[str, ...]) -> int:
@@ -106,7 +137,8 @@ def _described(mesh: Any, whole: Any, placements: tuple[str, ...], coordinate: t
     kept = [i for i, name in enumerate(names) if name in given or name != "pp"]
     grid = whole.mesh[tuple(slice(None) if i in kept else at for i, at in enumerate(coordinate))]
     entry = MeshEntry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
-    return Sharding(entry, tuple(given.get(names[i], "R") for i in kept), tuple(coordinate[i] for i in kept))
+    assumed = any(names[i] not in given and whole.shape[i] > 1 for i in kept)
+    return Sharding(entry, tuple(given.get(names[i], "R") for i in kept), tuple(coordinate[i] for i in kept), assumed)
 
 
 def _placement(name: str, placement: Any) -> str:

@@ -12,8 +12,7 @@ import torch
 
 from shardckpt.engine.loading.claims import by_part, claim, unclaimed
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources
-from shardckpt.engine.saving.plan import check_tensor
-from shardckpt.engine.sharding import describe
+from shardckpt.engine.sharding import check_tensor, describe
 from shardckpt.errors import CheckpointMismatchError
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves

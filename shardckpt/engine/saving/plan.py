@@ -11,14 +11,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.sharding import Sharding, describe
+from shardckpt.engine.sharding import Sharding, check_tensor, describe
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE, StoredBox
 from shardckpt.format.layout import model_file, rank_file, replicated_file
@@ -54,8 +54,9 @@ class FilePlan:
 class SavePlan:
     """What this rank writes, what it holds (`table`, with its `meshes` and `layouts`), and what it leaves to others.
 
-    `alike` are the tensors of this rank that are taken to be the same on all ranks of its shard, by file name:
-    the ranks that do not write them still sum them up, so that a difference is found and never lost.
+    `alike` are the tensors of this rank that are taken to be the same as what another rank writes, in groups that all
+    their holders have alike; `copied` names those that this rank writes for others. All holders sum them up, so that a
+    difference is found and never lost.
     """
 
     files: tuple[FilePlan, ...]
@@ -64,6 +65,7 @@ class SavePlan:
     table: Table
     values: Mapping[str, Any]
     alike: Mapping[str, tuple[tuple[str, torch.Tensor], ...]]
+    copied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def plan_save(
@@ -103,6 +105,7 @@ class _Planner:
         self._drafts: dict[Home, _Draft] = {}
         self._load: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         self._alike: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        self._copied: dict[str, list[str]] = {}
 
     def add(self, part: Part) -> None:
         def visit(path: Path, value: Any) -> None:
@@ -123,7 +126,8 @@ class _Planner:
         files = tuple(self._finish_file(home, draft, tree) for home, draft in self._drafts.items() if draft.leaves)
         table = Table((self._at.rank,), self._tensors, self._values)
         alike = {name: tuple(tensors) for name, tensors in self._alike.items()}
-        return SavePlan(files, tuple(self._meshes), tuple(self._layouts), table, self._value_of, alike)
+        copied = {group: tuple(names) for group, names in self._copied.items()}
+        return SavePlan(files, tuple(self._meshes), tuple(self._layouts), table, self._value_of, alike, copied)
 
     def _add_tensor(self, part: Part, path: Path, name: str, tensor: torch.Tensor) -> None:
         dtype = check_tensor(name, tensor)
@@ -140,8 +144,26 @@ class _Planner:
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if mine:
             self._store(home, path, name, (tensor, local, dtype), sharding)
-        elif alike and sharding is None:
-            self._alike.setdefault(self._file_name(home), []).append((name, local.detach()))
+        self._note_copies(name, local, sharding, (home, replica), mine=mine)
+
+    def _note_copies(
+        self, name: str, local: torch.Tensor, sharding: Sharding | None, where: tuple[Home, int], *, mine: bool
+    ) -> None:
+        """Which copies are only taken to be alike, and so are compared: by the file that holds them, and the layout."""
+        home, replica = where
+        if sharding is None:
+            if home == "rank" or self._at.dp_size == 1:
+                return
+            group = self._file_name(home)
+        elif sharding.assumed and sharding.replicas > 1:
+            writer = rank_file(sharding.writer(replica)) if home == "rank" else self._file_name(home)
+            group = f"{writer} {sharding.mesh.dims} {sharding.placements}"
+        else:
+            return
+        if mine:
+            self._copied.setdefault(group, []).append(name)
+        else:
+            self._alike.setdefault(group, []).append((name, local.detach()))
 
     def _add_value(self, part: Part, path: Path, name: str, value: Any) -> None:
         try:
@@ -226,24 +248,6 @@ def home_file(home: Home, rank: int, shard: int, shards: int) -> str:
     if home == "rank":
         return rank_file(rank)
     return model_file(shard, shards) if home == "model" else replicated_file(shard, shards)
-
-
-def check_tensor(name: str, tensor: torch.Tensor) -> str:
-    """The dtype's name of a tensor that can be stored; else `InvalidStateError` naming the key."""
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, DTensor) or isinstance(tensor, torch.nn.Buffer)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    problem = ""
-    if not plain and not isinstance(tensor, torch.nn.Parameter):
-        problem = f"is a {type(tensor).__module__}.{type(tensor).__qualname__}; store the plain tensors it is made of"
-    elif tensor.layout != torch.strided or tensor.is_nested:
-        problem = f"has layout {tensor.layout}; store its dense form or its indices and values"
-    elif tensor.is_meta:
-        problem = "is on the meta device and has no data; materialise the model first"
-    elif dtype not in ITEMSIZE:
-        problem = f"has dtype {dtype}, which has no plain bytes; store its dequantised form"
-    if problem:
-        raise InvalidStateError(f"{name} cannot be stored: it {problem}")
-    return dtype
 
 
 def _record_number(draft: _Draft, local: torch.Tensor, dtype: str) -> int:

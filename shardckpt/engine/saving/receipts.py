@@ -52,11 +52,10 @@ def describe_own(
     return Receipt(at.rank, at.shard, files, digests, own_alike, _table_digest(plan), seconds)
 
 
-def written_for_peers(at: Coordinates, plan: SavePlan, sealed: Sequence[SealedFile]) -> dict[str, dict[str, str]]:
-    """By file: digests of the unsharded tensors that this rank wrote for all ranks of its shard."""
-    if at.dp_size == 1:
-        return {}
-    return {file.entry.name: _plain_tensors(plan, file) for file in sealed if file.entry.kind != "rank"}
+def written_for_peers(plan: SavePlan, sealed: Sequence[SealedFile]) -> dict[str, dict[str, str]]:
+    """By group: digests of the tensors that this rank wrote for others too (see `SavePlan.copied`)."""
+    digests = {name: text for file in sealed for name, text in file.digests.items()}
+    return {group: {name: digests[name] for name in names} for group, names in plan.copied.items()}
 
 
 def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
@@ -133,17 +132,21 @@ def held_of(files: Any, alike: Mapping[str, Mapping[str, str]]) -> Any:
 def explain(held: Sequence[Any]) -> str:
     """Which keys differ between which ranks, and what to do."""
     seen: dict[tuple[str, str], dict[str, list[int]]] = {}
-    for rank, files in enumerate(held):
-        for file, keys in files.items():
+    for rank, groups in enumerate(held):
+        for group, keys in groups.items():
             for key, digest in keys.items():
-                seen.setdefault((file, key), {}).setdefault(digest, []).append(rank)
-    differing = {key: sorted(ranks[0] for ranks in by.values()) for (_, key), by in seen.items() if len(by) > 1}
+                seen.setdefault((group, key), {}).setdefault(digest, []).append(rank)
+    differing: dict[str, list[int]] = {}
+    for (_, key), ranks_by_digest in sorted(seen.items()):
+        if len(ranks_by_digest) > 1:
+            differing.setdefault(key, sorted(ranks[0] for ranks in ranks_by_digest.values()))
     lines = [f"{key} (for example ranks {ranks[0]} and {ranks[1]})" for key, ranks in sorted(differing.items())]
     what = "; ".join(lines[:10]) + (f"; and {len(lines) - 10} more" if len(lines) > 10 else "")
     return (
-        "data-parallel ranks hold different values of tensors that belong to a model or an optimizer and are not "
-        f"sharded: {what or 'they do not hold the same keys'}. Only one of them would have been kept. Bring the ranks "
-        "into step, make them DTensors, or save them as plain entries of the state, which are kept per rank"
+        "ranks hold different values of tensors that are stored once for them, because they belong to a model or an "
+        f"optimizer and are not sharded between these ranks: {what or 'they do not hold the same keys'}. Only one of "
+        "them would have been kept. Bring the ranks into step, make them DTensors over a mesh of all these ranks, or "
+        "save them as plain entries of the state, which are kept per rank"
     )
 
 

@@ -45,7 +45,7 @@ class SealedFile:
     entry: FileEntry
     parts: tuple[memoryview, ...]
     digests: dict[str, str]
-    """For each tensor without a sharding: what it is, as text, to be compared with other ranks' copies."""
+    """For each tensor what is stored of it here, as text, to be compared with other ranks' copies."""
 
 
 class Stager:
@@ -99,11 +99,15 @@ class Staging:
             jobs += stage.copy_jobs(wanted)
         for_each(jobs, lambda job: job(), threads=self._threads)
 
-    def sum_alike(self) -> dict[str, dict[str, str]]:
-        """By file, what this rank holds of the tensors that another rank writes for it (see `SavePlan.alike`)."""
+    def sum_alike(self, wanted: Callable[[torch.Tensor], bool]) -> dict[str, dict[str, str]]:
+        """By group, what this rank holds of the wanted tensors that another rank writes (see `SavePlan.alike`)."""
         return {
-            file: {name: _digest(tensor.dtype, tuple(tensor.shape), _crc_of(tensor)) for name, tensor in tensors}
-            for file, tensors in self._plan.alike.items()
+            group: {
+                name: _digest(tensor.dtype, tuple(tensor.shape), _crc_of(tensor))
+                for name, tensor in tensors
+                if wanted(tensor)
+            }
+            for group, tensors in self._plan.alike.items()
         }
 
     def seal(self) -> list[SealedFile]:
@@ -168,7 +172,7 @@ class _FileStage:
         nbytes = layout.tail + len(tail.content)
         crc = file_crc(layout, view, crcs, tail)
         entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
-        return SealedFile(entry, self._with_tail(tail.content), _plain_digests(file, crcs))
+        return SealedFile(entry, self._with_tail(tail.content), _digests(file, crcs))
 
     def _with_tail(self, tail: bytes) -> tuple[memoryview, ...]:
         """The image with its tail behind it; a tail that is larger than any that was thought of stays by itself."""
@@ -197,12 +201,11 @@ def _crcs(layout: ArchiveLayout, view: memoryview, threads: int) -> list[int]:
     return [sums[s.name] if s.nbytes >= LARGE else crc32(view[s.data : s.end]) for s in layout.slots]
 
 
-def _plain_digests(file: FilePlan, crcs: Sequence[int]) -> dict[str, str]:
+def _digests(file: FilePlan, crcs: Sequence[int]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for stored in file.boxes:
         record: PlannedRecord = file.records[stored.record]
-        if stored.shape == record.shape:
-            digests[stored.name] = _digest(record.tensor.dtype, record.shape, crcs[stored.record])
+        digests[stored.name] = _digest(record.tensor.dtype, record.shape, crcs[stored.record])
     return digests
 
 
