@@ -80,6 +80,19 @@ def test_every_element_comes_from_where_it_lies(journey):
         assert filled.shape == expected.shape or not expected.numel()
 
 
+@pytest.mark.parametrize("sizes", [(4, 2), (3, 3), (2, 4), (2, 2, 3), (3, 1, 2), (4, 2, 2)], ids=str)
+@pytest.mark.parametrize("from_the_right", [True, False], ids=["fsdp after tp", "left to right"])
+def test_one_dimension_cut_by_all_of_a_mesh(sizes, from_the_right):
+    """Where it does not divide evenly, in what order it was cut decides who has which row, and who has none."""
+    split = Split((0,) * len(sizes), from_the_right=from_the_right)
+    for rows in range(40):
+        whole = torch.arange(rows)
+        for coordinate in coordinates(sizes):
+            boxes = boxes_of((rows,), sizes, split, coordinate)
+            held = [row for box in boxes for row in range(box.offsets[0], box.offsets[0] + box.lengths[0])]
+            assert held == split.local(whole, sizes, coordinate).tolist()
+
+
 def ask(shape: Sizes, boxes: tuple[Box, ...]) -> WantedTensor:
     return WantedTensor("w", "float32", shape, boxes, None, "fail")
 
