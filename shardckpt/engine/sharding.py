@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,9 @@ def describe(name: str, tensor: torch.Tensor) -> Sharding | None:
     if not isinstance(tensor, DTensor):
         return None
     placements = tuple(_placement(name, placement) for placement in tensor.placements)
-    return _over_root(tensor.device_mesh, placements)
+    sharding = _over_root(tensor.device_mesh, placements)
+    # Of an empty shard nothing is stored, so that there is nothing that copies could be compared with.
+    return sharding if tensor._local_tensor.numel() else replace(sharding, assumed=False)
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.distributed.tensors import Grid, Placed, Split, Tensor, checkpoints, load, save
@@ -40,6 +40,14 @@ def journeys(draw: st.DrawFn) -> tuple[Grid, list[Placed], Grid, list[Placed], s
     return here, before, there, after, draw(st.sampled_from(["model", "weights"]))
 
 
+THIN = [Tensor("thin", (1, 3)), Tensor("none", (0,))]
+SHARDS_WITHOUT_ELEMENTS = (
+    *(Grid((2, 2)), [Placed(tensor, Split((None, 0), on_tp_alone=True)) for tensor in THIN]),
+    *(Grid((4,)), [Placed(tensor, Split((0,))) for tensor in THIN]),
+    "model",
+)
+
+
 def save_on(rank: int, world_size: int, folder: Path, root: Path, grid: Grid, placed: list[Placed], key: str) -> None:
     save(root, grid, placed, key=key)
 
@@ -56,6 +64,7 @@ def load_on(
 def test_whatever_was_saved_anywhere_is_loaded_anywhere(ranks, tmp_path):
     folders = (tmp_path / str(number) for number in range(10**9))
 
+    @example(SHARDS_WITHOUT_ELEMENTS)
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(journeys())
     def travel(journey):
