@@ -101,6 +101,8 @@ def _do(call: Call) -> Returned | Raised:
             dist.init_process_group(
                 call.backend, store=store, rank=call.rank, world_size=call.world_size, timeout=timeout
             )
+            # A rank that has nothing to do would close its connections while another still makes its own to it.
+            dist.barrier()
         value = call.fn(call.rank, call.world_size, call.folder, *call.args)
     except BaseException as error:
         return _raised(error)
