@@ -20,6 +20,8 @@ FORMAT = 1
 
 MAX_DIMS = 64
 """Dimensions of a tensor; torch computes with no more."""
+MAX_NUMBERS = 1 << 21
+"""Ranks that all lists of a record may name together: far more than any job has, far less than memory holds."""
 _TOO_LARGE = 1 << 62
 
 ITEMSIZE = {
@@ -133,6 +135,39 @@ def as_pieces(values: Any) -> tuple[Piece, ...]:
     if type(values) is not list:
         raise ValueError("a list of pieces is needed")
     return tuple([Piece(as_size(rank), as_shape(offsets), as_shape(lengths)) for rank, offsets, lengths in values])
+
+
+def runs_of(numbers: Sequence[int]) -> list[list[int]]:
+    """Compact form of a list of numbers, for JSON: runs of [first, step, count]."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and (runs[-1][2] == 1 or number == runs[-1][0] + runs[-1][1] * runs[-1][2]):
+            if runs[-1][2] == 1:
+                runs[-1][1] = number - runs[-1][0]
+            runs[-1][2] += 1
+        else:
+            runs.append([number, 0, 1])
+    return runs
+
+
+def count_numbers(runs: Any) -> int:
+    """How many numbers runs from a file stand for; `ValueError` for what are no runs."""
+    if type(runs) is not list or any(type(run) is not list or len(run) != 3 for run in runs):
+        raise ValueError("a list of ranks is not well-formed")
+    return sum(as_size(count) for _, _, count in runs)
+
+
+def as_numbers(runs: Any) -> tuple[int, ...]:
+    """The numbers that runs from a file stand for; `ValueError` for what are no runs of numbers from 0 on."""
+    if count_numbers(runs) > MAX_NUMBERS:
+        raise ValueError("it names more ranks than any job has")
+    numbers: list[int] = []
+    for first, step, count in runs:
+        last = as_size(first) + step * (count - 1) if type(step) is int and count else 0
+        if type(step) is not int or last < 0:
+            raise ValueError("a list of ranks is not well-formed")
+        numbers += range(first, first + step * count, step) if step else [first] * count
+    return tuple(numbers)
 
 
 def as_text(value: Any) -> str:

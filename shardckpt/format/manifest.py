@@ -15,7 +15,18 @@ from typing import Any, Literal
 
 from shardckpt.format.checksum import from_hex, to_hex
 from shardckpt.format.consistency import check_manifest
-from shardckpt.format.index import as_dtype, as_pieces, as_shape, as_size, as_text, load_json
+from shardckpt.format.index import (
+    MAX_NUMBERS,
+    as_dtype,
+    as_numbers,
+    as_pieces,
+    as_shape,
+    as_size,
+    as_text,
+    count_numbers,
+    load_json,
+    runs_of,
+)
 from shardckpt.format.layout import check_file_name
 from shardckpt.format.placement import Piece
 
@@ -25,9 +36,6 @@ Home = Literal["model", "replicated", "rank"]
 """In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt or rank_<rank>.pt."""
 
 HOMES: tuple[Home, ...] = ("model", "replicated", "rank")
-
-_MAX_NUMBERS = 1 << 21
-"""Ranks that all lists of a record may name together: far more than any job has, far less than memory holds."""
 
 Extent = tuple[int, int, int]
 """A checked range of a file: byte offset, bytes, CRC-32."""
@@ -134,10 +142,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "created": manifest.created,
         "world_size": manifest.world_size,
         "mesh": dict(manifest.mesh_sizes),
-        "shard_of": _runs(manifest.shard_of),
+        "shard_of": runs_of(manifest.shard_of),
         "parts": manifest.parts,
         "files": [encode_file(file) for file in manifest.files],
-        "meshes": [asdict(mesh) | {"ranks": _runs(mesh.ranks)} for mesh in manifest.meshes],
+        "meshes": [asdict(mesh) | {"ranks": runs_of(mesh.ranks)} for mesh in manifest.meshes],
         "layouts": [{k: v for k, v in asdict(at).items() if v or k != "pieces"} for at in manifest.layouts],
         "tables": [encode_table(table) for table in manifest.tables],
         "differ": manifest.differ,
@@ -182,7 +190,7 @@ def encode_table(table: Table) -> dict[str, Any]:
     """A table as JSON, as it stands in the record and travels from a rank to rank 0."""
     entries = list(table.tensors.values())
     return {
-        "ranks": _runs(table.ranks),
+        "ranks": runs_of(table.ranks),
         "tensors": {
             "name": list(table.tensors),
             "dtype": [e.dtype for e in entries],
@@ -204,7 +212,7 @@ def decode_table(content: Mapping[str, Any]) -> Table:
     keys = {*names, *(key for key, _ in values)}
     if len(keys) != len(names) + len(values):
         raise ValueError("a key of a table is given twice")
-    return Table(_unruns(content["ranks"]), dict(zip(names, entries, strict=True)), dict(values))
+    return Table(as_numbers(content["ranks"]), dict(zip(names, entries, strict=True)), dict(values))
 
 
 def _extent(value: Any, file_nbytes: int) -> Extent | None:
@@ -220,13 +228,13 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
     if content["format"] != FORMAT:
         raise ValueError(f"its format is {str(content['format'])[:40]}, but this version reads format {FORMAT}")
     lists = [content["shard_of"], *(part["ranks"] for key in ("meshes", "tables") for part in content[key])]
-    if sum(_count(runs) for runs in lists) > _MAX_NUMBERS:
+    if sum(count_numbers(runs) for runs in lists) > MAX_NUMBERS:
         raise ValueError("it names more ranks than any job has")
     manifest = Manifest(
         step=as_size(content["step"]),
         attempt=as_text(content["attempt"]),
         created=as_text(content["created"]),
-        shard_of=_unruns(content["shard_of"]),
+        shard_of=as_numbers(content["shard_of"]),
         files=tuple([decode_file(entry) for entry in content["files"]]),
         meshes=tuple([_decode_mesh(mesh) for mesh in content["meshes"]]),
         layouts=tuple([_decode_layout(layout) for layout in content["layouts"]]),
@@ -243,7 +251,7 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
 
 
 def _decode_mesh(content: Mapping[str, Any]) -> MeshEntry:
-    return MeshEntry(_texts(content["dims"]), as_shape(content["shape"]), _unruns(content["ranks"]))
+    return MeshEntry(_texts(content["dims"]), as_shape(content["shape"]), as_numbers(content["ranks"]))
 
 
 def _decode_layout(content: Mapping[str, Any]) -> LayoutEntry:
@@ -266,35 +274,3 @@ def _texts(values: Any) -> tuple[str, ...]:
     if type(values) is not list:
         raise ValueError("a list of texts is needed")
     return tuple([as_text(value) for value in values])
-
-
-def _runs(numbers: tuple[int, ...]) -> list[list[int]]:
-    """Compact form of a list of numbers: runs of [first, step, count]."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and (runs[-1][2] == 1 or number == runs[-1][0] + runs[-1][1] * runs[-1][2]):
-            if runs[-1][2] == 1:
-                runs[-1][1] = number - runs[-1][0]
-            runs[-1][2] += 1
-        else:
-            runs.append([number, 0, 1])
-    return runs
-
-
-def _count(runs: Any) -> int:
-    """How many numbers runs stand for."""
-    if type(runs) is not list or any(type(run) is not list or len(run) != 3 for run in runs):
-        raise ValueError("a list of ranks is not well-formed")
-    return sum(as_size(count) for _, _, count in runs)
-
-
-def _unruns(runs: Any) -> tuple[int, ...]:
-    if _count(runs) > _MAX_NUMBERS:
-        raise ValueError("it names more ranks than any job has")
-    numbers: list[int] = []
-    for first, step, count in runs:
-        last = as_size(first) + step * (count - 1) if type(step) is int and count else 0
-        if type(step) is not int or last < 0:
-            raise ValueError("a list of ranks is not well-formed")
-        numbers += range(first, first + step * count, step) if step else [first] * count
-    return tuple(numbers)
