@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shardckpt.format.index import ITEMSIZE, MAX_DIMS
-from shardckpt.format.layout import LAST_STEP, MANIFEST, check_file_name, is_attempt
+from shardckpt.format.layout import (
+    CARBON_COPY,
+    CONSOLIDATED,
+    LAST_STEP,
+    MANIFEST,
+    SCORE,
+    check_file_name,
+    is_attempt,
+    model_file,
+)
 from shardckpt.format.placement import is_tiling, parse_placement
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ def check_manifest(manifest: Manifest) -> None:
     if len(set(manifest.differ)) != len(manifest.differ):
         raise ValueError("a key is said twice to differ")
     _check_files(manifest.files, world)
+    _check_kinds(manifest)
     for mesh in manifest.meshes:
         _check_mesh(mesh, world)
     replicas = [_check_layout(layout, manifest.meshes, world) for layout in manifest.layouts]
@@ -39,6 +49,8 @@ def check_manifest(manifest: Manifest) -> None:
     for table in manifest.tables:
         _check_table(table, manifest.layouts, replicas)
     _check_pieces(manifest)
+    if manifest.model_only:
+        _check_model_only(manifest)
 
 
 def _check_files(files: Sequence[FileEntry], world: int) -> None:
@@ -56,6 +68,31 @@ def _check_files(files: Sequence[FileEntry], world: int) -> None:
                 raise ValueError(
                     f"bytes {extent[0]} to {extent[0] + extent[1]} of {file.name}, which has {file.nbytes}"
                 )
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    """Of files that no table speaks of. Names may begin with the attempt's folder, as they do on an object store."""
+    names = {file.name: file.name.removeprefix(f"{manifest.attempt}/") for file in manifest.files}
+    if SCORE in names.values():
+        raise ValueError(f"a file has the name of the score, {SCORE}, which is replaced when the step is scored")
+    for file in manifest.files:
+        if file.kind == CARBON_COPY and (file.index is not None or file.tree is not None):
+            raise ValueError(f"{file.name}: a copy of a file of others has no index and no tree")
+    consolidated = [file for file in manifest.files if file.kind == CONSOLIDATED]
+    if len(consolidated) > 1:
+        raise ValueError(f"the model is consolidated in {len(consolidated)} files")
+    for file in consolidated:
+        if file.index is None or file.tree is None:
+            raise ValueError(f"{file.name}: a consolidated model without its index and its tree")
+        if names[file.name] != model_file(0, 1):
+            raise ValueError(f"{file.name}: a consolidated model is called {model_file(0, 1)}")
+
+
+def _check_model_only(manifest: Manifest) -> None:
+    for table in manifest.tables:
+        for key in (*table.tensors, *table.values):
+            if not manifest.is_of_model(key):
+                raise ValueError(f"{key}: a record of the model only, and this is not of {manifest.model_key!r}")
 
 
 def _check_mesh(mesh: MeshEntry, world: int) -> None:

@@ -16,6 +16,12 @@ from dataclasses import dataclass
 MANIFEST = "manifest.json"
 SCORE = "score.txt"
 CARBON_COPY = "cc"
+"""A folder of the root, and in a record the kind of the copies of what lies in it: no archives of ours."""
+CONSOLIDATED = "consolidated"
+"""In a record, the kind of a `model.pt` that holds the whole model once more, beside the files of the ranks: every
+tensor in one piece, under its name in the tables, and the model's Python values."""
+METADATA = "metadata"
+"""In a record, the kind of an archive of the user's own: metadata.<shard>.pt."""
 
 LAST_STEP = 10**18 - 1
 """The highest number of a step."""

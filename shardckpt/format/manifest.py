@@ -43,12 +43,13 @@ Extent = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file of the checkpoint; `name` is relative to the step's folder. Copies of `cc/` have no index and no tree."""
+    """A file of the checkpoint; `name` is relative to the step's folder."""
 
     name: str
     nbytes: int
     crc: int
     kind: str
+    """A `Home`, or a kind of which no table speaks: `CONSOLIDATED`, `METADATA`, `CARBON_COPY` (see `layout`)."""
     writer: int
     index: Extent | None = None
     tree: Extent | None = None
@@ -111,6 +112,10 @@ class Manifest:
     mesh_sizes: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    model_key: str = "model"
+    """The top-level key of the model's state."""
+    model_only: bool = False
+    """Whether only the model was kept, or saved: nothing to go on training from."""
 
     @property
     def world_size(self) -> int:
@@ -130,6 +135,10 @@ class Manifest:
         """The top-level keys that are present: "model", "optimizer", "rng", ..."""
         keys = {key.split(".", 1)[0] for table in self.tables for key in (*table.tensors, *table.values)}
         return tuple(sorted(keys))
+
+    def is_of_model(self, key: str) -> bool:
+        """Whether a tensor or value of this name is of the model's state."""
+        return key == self.model_key or key.startswith(f"{self.model_key}.")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -152,6 +161,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "versions": dict(manifest.versions),
         "metadata": _as_json_has_it(manifest.metadata),
     }
+    if manifest.model_key != "model":
+        content["model_key"] = manifest.model_key
+    if manifest.model_only:
+        content["model_only"] = True
     lines = ",\n".join(f'"{key}": {json.dumps(value, separators=(",", ":"))}' for key, value in content.items())
     body = f"{{\n{lines},\n"
     return f'{body}"sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
@@ -243,6 +256,8 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
         mesh_sizes={key: as_size(size) for key, size in content["mesh"].items()},
         versions={key: as_text(text) for key, text in content["versions"].items()},
         metadata={**content["metadata"]},
+        model_key=as_text(content.get("model_key", "model")),
+        model_only=_truth(content.get("model_only", False)),
     )
     check_manifest(manifest)
     if content["world_size"] != manifest.world_size or content["parts"] != list(manifest.parts):
@@ -265,9 +280,14 @@ def _as_json_has_it(metadata: Mapping[str, Any]) -> Any:
     try:
         return json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dicts): {error}"
-        ) from error
+        reason = f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dicts): {error}"
+        raise ValueError(reason) from error
+
+
+def _truth(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{str(value)[:40]!r} should be true or false")
+    return value
 
 
 def _texts(values: Any) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ RECORD = Manifest(
     files=(
         FileEntry("model.0.pt", 9000, 0xDEADBEEF, "model", 0, (4096, 100, 7), (4200, 50, 8)),
         FileEntry("rank_3.pt", 0, 0, "rank", 3),
-        FileEntry("cc/tokenizer.json", 10, 1, "copy", 0),
+        FileEntry("cc/tokenizer.json", 10, 1, "cc", 0),
     ),
     meshes=(MeshEntry(("dp", "tp"), (2, 2), (0, 1, 2, 3)),),
     layouts=(LayoutEntry("model"), LayoutEntry("rank", 0, ("SS(0,2)", "S(0)")), LayoutEntry("rank", 0, ("R", "S(1)"))),

@@ -59,7 +59,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     layouts = tuple(draw(st.lists(layouts_on(meshes), max_size=4)))
     groups = draw(st.integers(1, 3))
     tables = [draw(tables_of(tuple(range(first, world, groups)), meshes, layouts)) for first in range(groups)]
-    return Manifest(
+    manifest = Manifest(
         step=draw(st.integers(0, LAST_STEP)),
         attempt=draw(st.from_regex(r"[0-9a-z]{8,64}", fullmatch=True)),
         created=draw(KEYS),
@@ -72,7 +72,23 @@ def manifests(draw: st.DrawFn) -> Manifest:
         mesh_sizes=draw(st.dictionaries(KEYS, SIZES, max_size=3)),
         versions=draw(st.dictionaries(KEYS, KEYS, max_size=3)),
         metadata=draw(st.dictionaries(KEYS, JSON, max_size=3)),
+        model_key=draw(st.just("model") | KEYS),
     )
+    return only_model(manifest) if draw(st.booleans()) else manifest
+
+
+def only_model(manifest: Manifest) -> Manifest:
+    """The same as if all that it has were of the model."""
+    key = manifest.model_key
+    tables = [
+        replace(
+            table,
+            tensors={f"{key}.{name}": entry for name, entry in table.tensors.items()},
+            values={f"{key}.{name}": home for name, home in table.values.items()},
+        )
+        for table in manifest.tables
+    ]
+    return replace(manifest, tables=tuple(tables), model_only=True)
 
 
 @st.composite
@@ -134,6 +150,32 @@ def test_the_example_comes_back() -> None:
     assert (RECORD.shards, RECORD.nbytes, RECORD.world_size) == (2, 9010, 4)
 
 
+def test_what_is_as_usual_is_not_said() -> None:
+    """So that a record without marks is, byte for byte, what it was before there were any, and old ones still load."""
+    assert {"model_key", "model_only"}.isdisjoint(json.loads(DATA))
+    marked = json.loads(encode_manifest(only_model(replace(RECORD, model_key="net"))))
+    assert (marked["model_key"], marked["model_only"], marked["format"]) == ("net", True, 1)
+    assert (RECORD.model_key, RECORD.model_only) == ("model", False)
+
+
+def test_what_is_of_the_model() -> None:
+    keys = ("model", "model.w", "model_2.w", "models", "optimizer.model.w", "mode")
+    assert [key for key in keys if RECORD.is_of_model(key)] == ["model", "model.w"]
+
+
+@pytest.mark.parametrize("folder", ["", "0123456789abcdef0123/"], ids=["file system", "object store"])
+def test_files_of_which_no_table_speaks_are_recorded(folder: str) -> None:
+    extents = ((0, 1, 2), (3, 4, 5))
+    files = (
+        FileEntry(f"{folder}model.pt", 9, 1, "consolidated", 0, *extents),
+        FileEntry(f"{folder}metadata.1.pt", 9, 1, "metadata", 1, *extents),
+        FileEntry(f"{folder}metadata.0.pt", 9, 1, "metadata", 0, None, (0, 5, 2)),
+        FileEntry(f"{folder}tokenizer/vocab.json", 9, 1, "cc", 0),
+    )
+    record = replace(RECORD, files=files)
+    assert decode_manifest(encode_manifest(record)) == record
+
+
 def test_pieces_come_back() -> None:
     pieces = (Piece(3, (0, 0), (5, 4)), Piece(1, (5, 0), (3, 1)), Piece(1, (5, 1), (3, 3)))
     layouts = (RECORD.layouts[0], LayoutEntry("rank", pieces=pieces), RECORD.layouts[2])
@@ -173,6 +215,13 @@ def test_every_truncation_and_every_surplus_byte_is_noticed() -> None:
         {"layouts": RECORD.layouts[:2]},
         {"tables": (RECORD.tables[0], RECORD.tables[0])},
         {"tables": (replace(RECORD.tables[0], values={"model.w": "rank"}),)},
+        {"model_only": True},
+        {"files": (FileEntry("model.pt", 9, 1, "consolidated", 0),)},
+        {"files": (FileEntry("model.0.pt", 9, 1, "consolidated", 0, (0, 1, 2), (3, 4, 5)),)},
+        {"files": tuple(FileEntry(n, 9, 1, "consolidated", 0, (0, 1, 2), (3, 4, 5)) for n in ("model.pt", "x"))},
+        {"files": (FileEntry("vocab.json", 9, 1, "cc", 0, (0, 1, 2)),)},
+        {"files": (FileEntry("score.txt", 9, 1, "cc", 0),)},
+        {"files": (FileEntry(f"{RECORD.attempt}/score.txt", 9, 1, "cc", 0),)},
         {"metadata": {"loss": float("nan")}},
         {"metadata": {"loss": object()}},
     ],
