@@ -94,6 +94,21 @@ class Catalog:
         if plain or replaced:
             yield from (entry for entry in reversed(self.entries()) if first is None or entry.step < first.step)
 
+    def full_steps(self) -> Iterator[int]:
+        """The steps of which more than the model is there, descending; one record is read for each step passed over.
+
+        A step whose record is damaged is among them: whoever loads it is told what is wrong with it.
+        """
+        for entry in self.newest_first():
+            try:
+                model_only = self.record(entry)[1].model_only
+            except CheckpointNotFoundError:
+                continue  # deleted since it was listed
+            except CheckpointDamagedError:
+                model_only = False
+            if not model_only:
+                yield entry.step
+
     def record(self, step: int | Entry) -> tuple[str, Manifest]:
         """The folder and the record of a step. File names in the record are relative to the folder.
 

@@ -1,23 +1,40 @@
-"""Deletion of one step, and of what is left over when a process died on the way. Rank 0 only, in any one thread.
+"""Deletion of one step, or of all of it but its model. Rank 0 only, in any one thread.
 
 The record goes first, then the files: a crash at any point leaves a whole checkpoint or none. On a file system the
 folder is first renamed to `step_N.deleted<id>.old`. Under that name it is still in force (`shardckpt.run.catalog`)
 until its record is gone, and from then on its name says that it was a checkpoint of ours and is to go: `step_N` with
 no record in it might as well be somebody else's work, and could never be swept.
+
+To keep only the model, the record is replaced, at its place and in one operation, by one that names only the files of
+the model; then the others go. A crash at any point leaves the whole step or the whole model, and perhaps files that no
+record names, which the next try removes. Nothing is renamed: who loads the model beside this finds it all the time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 
-from shardckpt.errors import CheckpointDeleteError, CheckpointLoadError, CheckpointNotFoundError
-from shardckpt.format.layout import MANIFEST, Aside, aside_folder, new_attempt, parse_aside, step_folder
-from shardckpt.format.manifest import Manifest
-from shardckpt.run.catalog import Catalog, Entry, read_record
+from shardckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointDeleteError,
+    CheckpointLoadError,
+)
+from shardckpt.format.checksum import crc32
+from shardckpt.format.index import ArchiveIndex, decode_index
+from shardckpt.format.layout import (
+    CONSOLIDATED,
+    MANIFEST,
+    Aside,
+    aside_folder,
+    new_attempt,
+    parse_aside,
+)
+from shardckpt.format.manifest import FileEntry, Manifest, encode_manifest
+from shardckpt.format.reduced import NoModelError, Reduced, may_be_doomed, reduce_to_model
+from shardckpt.run.catalog import Entry, read_record
 from shardckpt.run.scores import score_key
-from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.base import Read, RenamingStorage, Storage
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +50,7 @@ def delete_step(storage: Storage, entry: Entry, *, manifest: Manifest | None = N
     """
     try:
         if isinstance(storage, RenamingStorage):
-            _remove_folder(storage, _set_aside(storage, entry.step, entry.folder))
+            remove_folder(storage, _set_aside(storage, entry.step, entry.folder))
         else:
             _remove_objects(storage, entry, manifest)
     except OSError as error:
@@ -44,47 +61,55 @@ def delete_step(storage: Storage, entry: Entry, *, manifest: Manifest | None = N
         ) from error
 
 
-def sweep(catalog: Catalog, *, own_attempts: Mapping[str, int]) -> list[str]:
-    """Delete leftovers that are provably ours and not in force; give the folders deleted.
+def preserve_model(storage: Storage, entry: Entry, *, model_key: str | None = None) -> Reduced | None:
+    """Delete all of a committed step but its model, its score, and the files in it that are none of ours.
 
-    `own_attempts`: attempt id to step, for attempts that this very process drew, that failed, and whose writing threads
-    on this rank have ended. Not those whose commit ended unknown. Deleted are, besides the folders of these:
+    Gives what became of it; None of a step that has only its model already, and of which only what a crash left over is
+    deleted. Nobody may be saving or deleting this very step: on a file system its new files could lie where old ones
+    are about to be removed.
 
-    - what a deletion had begun to remove (`step_N.deleted*.old` without a record);
-    - a committed step that was set aside (`.old`), or was exchanged with another attempt and so lies in the `.tmp`
-      folder of that one, while `step_N` itself is in force.
+    `CheckpointDeleteError` if the step has no model (caused by `NoModelError`), or if something failed at any point; it
+    is then whole, or its model is, and a second try does the rest. Errors of `read_record` where that fails, and
+    `CheckpointDamagedError` where the consolidated model is not what the record says; then nothing was changed.
 
-    Everything else stays: attempts with ids unknown here (another gang may be writing them), folders without a record
-    that are not known to be ours, foreign names. They are harmless, but take space; rules that go by age belong to a
-    command that a person calls. What cannot be deleted now is logged and left for the next time.
+    Args:
+        model_key: the key of the model's state, if the record does not say the right one.
     """
-    storage = catalog.storage
-    swept: list[str] = []
-    for folder in _leftovers(catalog, own_attempts):
-        try:
-            _remove_leftover(storage, folder)
-        except OSError as error:
-            _log.warning("the leftover %s/%s could not be removed: %s", storage.url, folder, error)
-        else:
-            swept.append(folder)
-    return swept
+    record = read_record(storage, entry)
+    if record.model_only:
+        _remove_unnamed(storage, entry, record)
+        return None
+    try:
+        index = _consolidated_index(storage, entry, record)
+        reduced = reduce_to_model(record, model_key=model_key, consolidated=index)
+    except NoModelError as error:
+        raise CheckpointDeleteError(
+            f"step {entry.step} in {storage.url} was left as it is, for there is no model in it to be kept: {error}; "
+            "delete the step, or keep it",
+            step=entry.step,
+        ) from error
+    _replace_record(storage, entry, reduced)
+    _log_preserved(storage, reduced)
+    return reduced
 
 
 def _set_aside(storage: RenamingStorage, step: int, folder: str) -> str:
     """Rename a folder to the name of one that is to go, unless it has such a name; give the name."""
     aside = parse_aside(folder)
-    if aside is not None and _is_doomed(aside):
+    if aside is not None and is_doomed(aside):
         return folder
     target = aside_folder(step, _DOOMED + new_attempt(), "old")
     storage.rename_folder(folder, target)
     return target
 
 
-def _is_doomed(aside: Aside) -> bool:
+def is_doomed(aside: Aside) -> bool:
+    """Whether a deletion has given a folder its name."""
     return aside.kind == "old" and aside.attempt.startswith(_DOOMED)
 
 
-def _remove_folder(storage: RenamingStorage, folder: str) -> None:
+def remove_folder(storage: RenamingStorage, folder: str) -> None:
+    """Delete a folder and what is in it, the record, if it has one, first and for good."""
     storage.delete([f"{folder}/{MANIFEST}"])
     with suppress(FileNotFoundError):  # somebody else has removed the whole folder meanwhile
         storage.sync_folder(folder)  # or a power cut could bring the record back, and not the files
@@ -103,63 +128,80 @@ def _remove_objects(storage: Storage, entry: Entry, manifest: Manifest | None) -
         storage.delete_tree(attempt_folder)
 
 
-def _leftovers(catalog: Catalog, own_attempts: Mapping[str, int]) -> list[str]:
-    """The folders that `sweep` may remove."""
-    storage = catalog.storage
+def _consolidated_index(storage: Storage, entry: Entry, record: Manifest) -> ArchiveIndex | None:
+    """What the consolidated file says of itself, for it is to stand for what is deleted; None if there is none."""
+    file = next((file for file in record.files if file.kind == CONSOLIDATED), None)
+    if file is None or file.index is None:
+        return None
     try:
-        if isinstance(storage, RenamingStorage):
-            asides = [aside for name in storage.list() if name.endswith("/") and (aside := parse_aside(name))]
-            return [aside.folder for aside in asides if _is_leftover(catalog, aside, own_attempts)]
-        return [
-            f"{step_folder(step)}/{attempt}"
-            for attempt, step in own_attempts.items()
-            if not _is_named(catalog, step, attempt)
-        ]
+        return _read_index(storage, f"{entry.folder}/{file.name}", file)
+    except (FileNotFoundError, EOFError, ValueError) as error:
+        raise CheckpointDamagedError(
+            f"step {entry.step} in {storage.url} was left as it is, for its consolidated model is damaged: {error}",
+            step=entry.step,
+        ) from error
     except OSError as error:
-        raise CheckpointLoadError(f"cannot look for leftovers in {storage.url}: {error}") from error
+        raise CheckpointLoadError(
+            f"step {entry.step} was left as it is, for its model cannot be read now: {error}", step=entry.step
+        ) from error
 
 
-def _is_leftover(catalog: Catalog, aside: Aside, own_attempts: Mapping[str, int]) -> bool:
-    """Whether a folder beside the steps of a file system is ours and not in force.
+def _read_index(storage: Storage, key: str, file: FileEntry) -> ArchiveIndex:
+    assert file.index is not None
+    at, nbytes, crc = file.index
+    content = bytearray(nbytes)
+    if storage.size(key) != file.nbytes:
+        raise ValueError(f"{key} is not of {file.nbytes} bytes")
+    storage.read_into([Read(key, at, memoryview(content))])
+    if crc32(content) != crc:
+        raise ValueError(f"the index of {key} is not what was written")
+    return decode_index(bytes(content), file.nbytes)
 
-    Its name was seen before anything else is looked at here. So if it was made by a replacement under way, the step's
-    old folder has been renamed by then, and a record found under the step's own name is the new one's: this order
-    makes it safe to sweep beside a gang that is replacing the step.
-    """
+
+def _replace_record(storage: Storage, entry: Entry, reduced: Reduced) -> None:
+    """Put the record of the model in force; then delete what it does not name."""
     try:
-        manifest = read_record(catalog.storage, Entry(aside.step, aside.folder, aside.folder))
-    except CheckpointNotFoundError:
-        return _is_doomed(aside) or (aside.kind == "tmp" and aside.attempt in own_attempts)
-    except CheckpointLoadError:
-        return False  # unreadable now, damaged, or of another step: for a person to judge
-    if aside.kind == "tmp" and manifest.attempt == aside.attempt:
-        return aside.attempt in own_attempts  # it had written its record, and failed at the rename
-    return _is_in_force(catalog, aside.step)
+        storage.replace(entry.record_key, encode_manifest(reduced.manifest))
+        _delete_beside(storage, entry, reduced.manifest, [f"{entry.folder}/{file.name}" for file in reduced.doomed])
+    except OSError as error:
+        raise _not_preserved(storage, entry, str(error)) from error
 
 
-def _is_in_force(catalog: Catalog, step: int) -> bool:
-    """Whether the folder with the step's own name has a sound record."""
-    folder = step_folder(step)
+def _remove_unnamed(storage: Storage, entry: Entry, record: Manifest) -> None:
+    """What a crash left of the files that went with the rest of a step: by name, and only ours."""
+    folder = entry.folder if isinstance(storage, RenamingStorage) else f"{entry.folder}/{record.attempt}"
+    named = {f"{entry.folder}/{file.name}" for file in record.files}
     try:
-        read_record(catalog.storage, Entry(step, folder, folder))
-    except (CheckpointLoadError, CheckpointNotFoundError):
-        return False
-    return True
+        there = [f"{folder}/{name}" for name in storage.list(folder) if may_be_doomed(name)]
+        left = [key for key in there if key not in named]
+        _delete_beside(storage, entry, record, left)
+    except OSError as error:
+        raise _not_preserved(storage, entry, str(error)) from error
+    if left:
+        _log.info("step %d in %s: removed %d files that a crash had left", entry.step, storage.url, len(left))
 
 
-def _is_named(catalog: Catalog, step: int, attempt: str) -> bool:
-    """Whether a record on an object store may name files of this attempt. In doubt it does."""
-    folder = step_folder(step)
-    try:
-        return read_record(catalog.storage, Entry(step, folder, folder)).attempt == attempt
-    except CheckpointNotFoundError:
-        return False
-    except CheckpointLoadError:
-        return True
+def _delete_beside(storage: Storage, entry: Entry, record: Manifest, keys: list[str]) -> None:
+    """Delete files of a step with this record; nothing if it has another one by now."""
+    if keys and read_record(storage, entry) != record:
+        raise _not_preserved(storage, entry, "it was saved again meanwhile")
+    storage.delete(keys)
 
 
-def _remove_leftover(storage: Storage, folder: str) -> None:
-    if isinstance(storage, RenamingStorage):
-        _remove_folder(storage, folder)
-    else:
-        storage.delete_tree(folder)
+def _not_preserved(storage: Storage, entry: Entry, reason: str) -> CheckpointDeleteError:
+    return CheckpointDeleteError(
+        f"step {entry.step} in {storage.url} was not reduced to its model, or not wholly: {reason}; "
+        "it is whole, or its model is, and a second try does the rest",
+        step=entry.step,
+    )
+
+
+def _log_preserved(storage: Storage, reduced: Reduced) -> None:
+    step, freed, kept = reduced.manifest.step, sum(file.nbytes for file in reduced.doomed), reduced.manifest.nbytes
+    _log.info("step %d in %s: kept the model, %d bytes, and deleted %d bytes", step, storage.url, kept, freed)
+    if reduced.mixed:
+        _log.warning(
+            "step %d in %s: only %d of %d bytes were freed, because %s. save_consolidated_fsdp_model before the commit "
+            "puts the model into a file of its own, which then is all that stays",
+            step, storage.url, freed, freed + kept, reduced.mixed,
+        )  # fmt: skip

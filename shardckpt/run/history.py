@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.leftovers import DeadAttempts
-from shardckpt.run.prune import prune
+from shardckpt.run.prune import Deleted, retain
 from shardckpt.run.retention import Policy
 from shardckpt.run.scores import encode_score, write_score
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class History:
-    """One per manager. `committed` runs on the save thread of rank 0, all else on the training's thread."""
+    """One per manager. `committed` runs on the save thread of rank 0, all else on the training's thread there."""
 
     def __init__(self, catalog: Catalog, policy: Policy, *, grace: timedelta) -> None:
         self._catalog = catalog
@@ -45,6 +45,15 @@ class History:
         """Give a committed step its score. On rank 0."""
         write_score(self._catalog.storage, self._catalog.entry(step), score=score)
 
+    def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
+        """Delete what this policy does not keep, whatever the run's own policy is; see `shardckpt.run.prune.retain`.
+
+        While no save is under way, for a step that is being replaced must not be deleted.
+        """
+        with self._lock:
+            protected = dict(self._protected)
+        return retain(self._catalog, policy, preserve_model=preserve_model, protected=protected)
+
     def committed(self, step: int) -> list[int]:
         """After a commit: write the score that was waiting, prune, and give the deleted steps.
 
@@ -63,7 +72,7 @@ class History:
         except Exception:
             _log.exception("step %d is committed, but the leftovers of other saves were not looked at", step)
         try:
-            return [gone.step for gone in prune(self._catalog, self._policy, protected=protected)]
+            return [gone.step for gone in retain(self._catalog, self._policy, protected=protected)]
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []

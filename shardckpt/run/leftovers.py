@@ -1,15 +1,20 @@
-"""What dead attempts left behind: found by watching that nothing happens to it any more."""
+"""What is left over when a process dies on the way, of a save or of a deletion: which of it may go, and its removal.
+
+All of it runs on rank 0 only, in any one thread.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from shardckpt.format.layout import parse_aside
-from shardckpt.run.catalog import Catalog
-from shardckpt.run.deletion import sweep
+from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
+from shardckpt.format.layout import Aside, parse_aside, step_folder
+from shardckpt.run.catalog import Catalog, Entry, read_record
+from shardckpt.run.deletion import is_doomed, remove_folder
+from shardckpt.storage.base import RenamingStorage, Storage
 
 _log = logging.getLogger(__name__)
 
@@ -18,7 +23,9 @@ _Content = tuple[tuple[str, int], ...]
 
 
 class DeadAttempts:
-    """Sweeps attempts (`step_N.<attempt>.tmp`) of jobs that died. Rank 0 only, on the save thread, after commits.
+    """Sweeps attempts (`step_N.<attempt>.tmp`) of jobs that died. On the save thread, after commits.
+
+    They are found by watching that nothing happens to them any more.
 
     An attempt may belong to another job that is alive. So it is taken for dead only if this process has seen it twice,
     at least `grace` apart by its own monotonic clock, with the same files of the same sizes: a live gang gives up an
@@ -60,3 +67,91 @@ class DeadAttempts:
             except FileNotFoundError:
                 continue
         return tuple(found)
+
+
+def sweep(catalog: Catalog, *, own_attempts: Mapping[str, int]) -> list[str]:
+    """Delete leftovers that are provably ours and not in force; give the folders deleted.
+
+    `own_attempts`: attempt id to step, for attempts that this very process drew, that failed, and whose writing threads
+    on this rank have ended. Not those whose commit ended unknown. Deleted are, besides the folders of these:
+
+    - what a deletion had begun to remove (`step_N.deleted*.old` without a record);
+    - a committed step that was set aside (`.old`), or was exchanged with another attempt and so lies in the `.tmp`
+      folder of that one, while `step_N` itself is in force.
+
+    Everything else stays: attempts with ids unknown here (another gang may be writing them), folders without a record
+    that are not known to be ours, foreign names. They are harmless, but take space; rules that go by age belong to a
+    command that a person calls. What cannot be deleted now is logged and left for the next time.
+    """
+    storage = catalog.storage
+    swept: list[str] = []
+    for folder in _leftovers(catalog, own_attempts):
+        try:
+            _remove_leftover(storage, folder)
+        except OSError as error:
+            _log.warning("the leftover %s/%s could not be removed: %s", storage.url, folder, error)
+        else:
+            swept.append(folder)
+    return swept
+
+
+def _leftovers(catalog: Catalog, own_attempts: Mapping[str, int]) -> list[str]:
+    """The folders that `sweep` may remove."""
+    storage = catalog.storage
+    try:
+        if isinstance(storage, RenamingStorage):
+            asides = [aside for name in storage.list() if name.endswith("/") and (aside := parse_aside(name))]
+            return [aside.folder for aside in asides if _is_leftover(catalog, aside, own_attempts)]
+        return [
+            f"{step_folder(step)}/{attempt}"
+            for attempt, step in own_attempts.items()
+            if not _is_named(catalog, step, attempt)
+        ]
+    except OSError as error:
+        raise CheckpointLoadError(f"cannot look for leftovers in {storage.url}: {error}") from error
+
+
+def _is_leftover(catalog: Catalog, aside: Aside, own_attempts: Mapping[str, int]) -> bool:
+    """Whether a folder beside the steps of a file system is ours and not in force.
+
+    Its name was seen before anything else is looked at here. So if it was made by a replacement under way, the step's
+    old folder has been renamed by then, and a record found under the step's own name is the new one's: this order
+    makes it safe to sweep beside a gang that is replacing the step.
+    """
+    try:
+        manifest = read_record(catalog.storage, Entry(aside.step, aside.folder, aside.folder))
+    except CheckpointNotFoundError:
+        return is_doomed(aside) or (aside.kind == "tmp" and aside.attempt in own_attempts)
+    except CheckpointLoadError:
+        return False  # unreadable now, damaged, or of another step: for a person to judge
+    if aside.kind == "tmp" and manifest.attempt == aside.attempt:
+        return aside.attempt in own_attempts  # it had written its record, and failed at the rename
+    return _is_in_force(catalog, aside.step)
+
+
+def _is_in_force(catalog: Catalog, step: int) -> bool:
+    """Whether the folder with the step's own name has a sound record."""
+    folder = step_folder(step)
+    try:
+        read_record(catalog.storage, Entry(step, folder, folder))
+    except (CheckpointLoadError, CheckpointNotFoundError):
+        return False
+    return True
+
+
+def _is_named(catalog: Catalog, step: int, attempt: str) -> bool:
+    """Whether a record on an object store may name files of this attempt. In doubt it does."""
+    folder = step_folder(step)
+    try:
+        return read_record(catalog.storage, Entry(step, folder, folder)).attempt == attempt
+    except CheckpointNotFoundError:
+        return False
+    except CheckpointLoadError:
+        return True
+
+
+def _remove_leftover(storage: Storage, folder: str) -> None:
+    if isinstance(storage, RenamingStorage):
+        remove_folder(storage, folder)
+    else:
+        storage.delete_tree(folder)

@@ -1,4 +1,7 @@
-"""Pruning: delete the steps that a policy does not keep. Rank 0 only; usually in the save thread, after a commit."""
+"""Pruning: delete the steps that a policy does not keep, or all of them but their models. Rank 0 only.
+
+Usually in the save thread, after a commit; or on the training's thread, when the program asks for it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from shardckpt.errors import (
     CheckpointNotFoundError,
 )
 from shardckpt.format.manifest import Manifest
+from shardckpt.format.reduced import NoModelError
 from shardckpt.run.catalog import Catalog, Entry, read_record
-from shardckpt.run.deletion import delete_step
+from shardckpt.run.deletion import delete_step, preserve_model
 from shardckpt.run.requests import each
 from shardckpt.run.retention import NOTHING, Decision, Policy, StepFacts, decide
 from shardckpt.run.scores import Scores, read_scores
@@ -25,16 +29,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """A step that is gone."""
+    """A step that is gone, or of which only the model is left."""
 
     step: int
     reason: str
     nbytes: int
-    """Of its files, as its record said."""
+    """Of the files that went, as its record said."""
+    model_kept: bool = False
 
 
-def prune(catalog: Catalog, policy: Policy, *, protected: Mapping[int, str] = NOTHING) -> list[Deleted]:
-    """Delete what the policy does not keep, oldest first, as `plan_prune` says.
+def retain(
+    catalog: Catalog, policy: Policy, *, preserve_model: bool = False, protected: Mapping[int, str] = NOTHING
+) -> list[Deleted]:
+    """Delete what the policy does not keep, oldest first, as `plan_retention` says.
+
+    With `preserve_model` only all but the model is deleted of each; steps that are so already stay as they are, and
+    those that have no model to be kept are left alone and logged.
 
     Put into `protected`, with a reason each: the step resumed from, and the step just saved, which is not the one with
     the highest number after going back to an earlier step. A doomed step whose record is damaged is left alone and
@@ -46,31 +56,29 @@ def prune(catalog: Catalog, policy: Policy, *, protected: Mapping[int, str] = NO
     """
     entries = catalog.entries()
     decision = _decide(catalog, policy, entries, protected)
-    doomed = [entry for entry in entries if entry.step in decision.doomed]
-    deleted: list[Deleted] = []
-    errors: dict[int, CheckpointError] = {}
-    for entry in doomed:
+    reason, deleted, errors = f"not kept by {policy}", list[Deleted](), dict[int, CheckpointError]()
+    for entry in (entry for entry in entries if entry.step in decision.doomed):
         try:
-            nbytes = _delete(catalog, entry)
-        except CheckpointDamagedError as error:
-            _log.warning("step %d is not deleted although no rule keeps it: %s", entry.step, error)
+            done = _reduce(catalog, entry, reason) if preserve_model else _delete(catalog, entry, reason)
         except CheckpointNotFoundError:
             _log.info("step %d is gone already", entry.step)
         except (CheckpointDeleteError, CheckpointLoadError) as error:
-            errors[entry.step] = error
+            if isinstance(error, CheckpointDamagedError) or isinstance(error.__cause__, NoModelError):
+                _log.warning("step %d is not deleted although no rule keeps it: %s", entry.step, error)
+            else:
+                errors[entry.step] = error
         else:
-            deleted.append(Deleted(entry.step, f"not kept by {policy}", nbytes))
-            _log.info("deleted step %d, %d bytes: not kept by %s", entry.step, nbytes, policy)
+            deleted += done
     if errors:
         raise _joined(errors, catalog.storage.url) from next(iter(errors.values()))
     return deleted
 
 
-def plan_prune(catalog: Catalog, policy: Policy, *, protected: Mapping[int, str] = NOTHING) -> Decision:
-    """What `prune` would keep, and why, and what it would delete. Only looks.
+def plan_retention(catalog: Catalog, policy: Policy, *, protected: Mapping[int, str] = NOTHING) -> Decision:
+    """What `retain` would keep, and why, and what it would delete or reduce to its model. Only looks.
 
-    Besides what `decide` keeps, these stay: the newest step whose record is sound, and, if the policy looks at scores,
-    steps whose score is damaged, for they may be the best.
+    Besides what `decide` keeps, these stay: the newest sound step that has more than its model (if none has, the newest
+    sound one), and, if the policy looks at scores, steps whose score is damaged, for they may be the best.
     """
     return _decide(catalog, policy, catalog.entries(), protected)
 
@@ -83,18 +91,20 @@ def _decide(catalog: Catalog, policy: Policy, entries: Sequence[Entry], protecte
     decision = decide(policy, history, protected=stay)
     if not decision.doomed:
         return decision
-    sound = _newest_sound(catalog, entries)
-    if sound in decision.doomed:
-        return decide(policy, history, protected=stay | {sound: "the newest one with a sound record"})
-    return decision
+    step, why = _resume_point(catalog, entries)
+    return decide(policy, history, protected=stay | {step: why}) if step in decision.doomed else decision
 
 
-def _newest_sound(catalog: Catalog, entries: Sequence[Entry]) -> int:
-    """The newest step whose record can be read and is whole; -1 if there is none."""
+def _resume_point(catalog: Catalog, entries: Sequence[Entry]) -> tuple[int, str]:
+    """The newest step that a job can go on from as far as its record tells, and why it stays; -1 if there is none."""
+    found = -1
     for entry in reversed(entries):
-        if _sound_record(catalog, entry) is not None:
-            return entry.step
-    return -1
+        record = _sound_record(catalog, entry)
+        if record is not None and not record.model_only:
+            return entry.step, "the newest one with a sound record and more than its model"
+        if record is not None:
+            found = max(found, entry.step)
+    return found, "the newest one with a sound record"
 
 
 def _times(catalog: Catalog, entries: Sequence[Entry]) -> dict[int, str]:
@@ -109,10 +119,19 @@ def _sound_record(catalog: Catalog, entry: Entry) -> Manifest | None:
         return None
 
 
-def _delete(catalog: Catalog, entry: Entry) -> int:
+def _delete(catalog: Catalog, entry: Entry, reason: str) -> list[Deleted]:
     manifest = read_record(catalog.storage, entry)
     delete_step(catalog.storage, entry, manifest=manifest)
-    return manifest.nbytes
+    _log.info("deleted step %d, %d bytes: %s", entry.step, manifest.nbytes, reason)
+    return [Deleted(entry.step, reason, manifest.nbytes)]
+
+
+def _reduce(catalog: Catalog, entry: Entry, reason: str) -> list[Deleted]:
+    """Nothing, if the step had only its model already."""
+    reduced = preserve_model(catalog.storage, entry)
+    if reduced is None:
+        return []
+    return [Deleted(entry.step, reason, sum(file.nbytes for file in reduced.doomed), model_kept=True)]
 
 
 def _joined(errors: Mapping[int, CheckpointError], url: str) -> CheckpointDeleteError:

@@ -12,7 +12,7 @@ from shardckpt.errors import CheckpointDamagedError, CheckpointError, Checkpoint
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt, step_folder
 from shardckpt.format.manifest import encode_manifest
 from shardckpt.run.catalog import Catalog, Entry
-from shardckpt.run.deletion import sweep
+from shardckpt.run.leftovers import sweep
 from shardckpt.run.requests import AT_ONCE, each
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage

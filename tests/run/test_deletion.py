@@ -7,7 +7,8 @@ import pytest
 from shardckpt.errors import CheckpointDeleteError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt
 from shardckpt.run.catalog import Catalog, read_record
-from shardckpt.run.deletion import delete_step, sweep
+from shardckpt.run.deletion import delete_step
+from shardckpt.run.leftovers import sweep
 from shardckpt.run.scores import write_score
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage

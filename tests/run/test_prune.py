@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shardckpt.errors import CheckpointDeleteError, CheckpointLoadError
 from shardckpt.format.layout import MANIFEST, step_folder
 from shardckpt.run.catalog import Catalog
-from shardckpt.run.prune import Deleted, plan_prune, prune
+from shardckpt.run.prune import Deleted, plan_retention, retain
 from shardckpt.run.retention import Fact, KeepAll, KeepAny, KeepBest, KeepEvery, KeepLast, Policy, StepFacts, decide
 from shardckpt.run.scores import score_key, write_score
 from shardckpt.storage.base import Storage
@@ -40,19 +40,19 @@ def damage(storage: Storage, key: str) -> None:
 def test_last_and_best_stay_and_the_rest_goes_with_its_size_and_reason(storage: Storage) -> None:
     catalog = make_run(storage, [0.9, 0.1, None, -2.0, 0.5, None])
     policy = KeepLast(2) | KeepBest(1) | KeepEvery(steps=30)
-    plan = plan_prune(catalog, policy, protected={20: "resumed from"})
+    plan = plan_retention(catalog, policy, protected={20: "resumed from"})
     assert plan.doomed == (40,)
     assert catalog.steps() == [10, 20, 30, 40, 50, 60], "a plan only looks"
     nbytes = sum(map(len, FILES.values()))
-    assert prune(catalog, policy, protected={20: "resumed from"}) == [Deleted(40, f"not kept by {policy}", nbytes)]
+    assert retain(catalog, policy, protected={20: "resumed from"}) == [Deleted(40, f"not kept by {policy}", nbytes)]
     assert catalog.steps() == [10, 20, 30, 50, 60] == sorted(plan.kept)
     assert all(is_whole(storage, step) for step in catalog.steps())
-    assert [deleted.step for deleted in prune(catalog, policy)] == [20]
-    assert prune(catalog, policy) == []
+    assert [deleted.step for deleted in retain(catalog, policy)] == [20]
+    assert retain(catalog, policy) == []
 
 
 def test_an_empty_run_is_pruned_to_an_empty_run(storage: Storage) -> None:
-    assert prune(Catalog(storage), KeepLast(1)) == []
+    assert retain(Catalog(storage), KeepLast(1)) == []
 
 
 def test_errors_of_one_deletion_do_not_stop_the_others(storage: Storage) -> None:
@@ -61,21 +61,21 @@ def test_errors_of_one_deletion_do_not_stop_the_others(storage: Storage) -> None
         storage, lambda do: do.name not in READING and any(f"step_{n}" in do.key for n in (20, 40)), times=None
     )
     with pytest.raises(CheckpointDeleteError) as raised:
-        prune(Catalog(changing), KeepLast(1))
+        retain(Catalog(changing), KeepLast(1))
     assert raised.value.step == 20
     assert isinstance(raised.value.__cause__, CheckpointDeleteError)
     for part in ("step 20: ", "step 40: ", "injected", storage.url):
         assert part in str(raised.value)
     assert catalog.steps() == [20, 40, 60]
     assert all(is_whole(storage, step) for step in catalog.steps())
-    assert [deleted.step for deleted in prune(catalog, KeepLast(1))] == [20, 40]
+    assert [deleted.step for deleted in retain(catalog, KeepLast(1))] == [20, 40]
 
 
 def test_a_record_that_cannot_be_read_now_is_an_error_and_not_a_deletion(storage: Storage) -> None:
     catalog = make_run(storage, [None] * 3)
     unreadable = FailingStorage(storage, on("read", key=f"step_10/{MANIFEST}"), times=None)
     with pytest.raises(CheckpointDeleteError, match="step 10: "):
-        prune(Catalog(unreadable), KeepLast(1))
+        retain(Catalog(unreadable), KeepLast(1))
     assert catalog.steps() == [10, 30]
 
 
@@ -85,7 +85,7 @@ def test_a_doomed_step_with_a_damaged_record_is_left_for_a_person(
     catalog = make_run(storage, [None] * 4)
     damage(storage, f"step_10/{MANIFEST}")
     with caplog.at_level(logging.WARNING):
-        assert [deleted.step for deleted in prune(catalog, KeepLast(1))] == [20, 30]
+        assert [deleted.step for deleted in retain(catalog, KeepLast(1))] == [20, 30]
     assert catalog.steps() == [10, 40]
     assert "step 10 is not deleted" in caplog.text
 
@@ -94,7 +94,7 @@ def test_a_folder_that_a_person_copied_is_not_deleted(renaming: MemoryStorage) -
     catalog = make_run(renaming, [None] * 3)
     attempt = record_of(30, "a" * 20)
     commit(renaming, attempt.step, attempt=attempt.attempt, folder="step_15")
-    assert [deleted.step for deleted in prune(catalog, KeepLast(1))] == [10, 20]
+    assert [deleted.step for deleted in retain(catalog, KeepLast(1))] == [10, 20]
     assert catalog.steps() == [15, 30]
 
 
@@ -102,22 +102,22 @@ def test_the_newest_step_with_a_sound_record_stays(storage: Storage) -> None:
     catalog = make_run(storage, [None] * 5)
     for step in (40, 50):
         damage(storage, f"step_{step}/{MANIFEST}")
-    assert plan_prune(catalog, KeepLast(2)).kept[30] == "the newest one with a sound record"
-    assert [deleted.step for deleted in prune(catalog, KeepLast(2))] == [10, 20]
+    assert plan_retention(catalog, KeepLast(2)).kept[30] == "the newest one with a sound record and more than its model"
+    assert [deleted.step for deleted in retain(catalog, KeepLast(2))] == [10, 20]
 
 
 def test_a_step_whose_score_is_damaged_may_be_the_best_and_stays(storage: Storage) -> None:
     catalog = make_run(storage, [0.9, 0.5, 0.1, None])
     damage(storage, score_key(catalog.entry(10)))
-    assert plan_prune(catalog, KeepBest(1)).kept[10] == "its score cannot be read"
-    assert [deleted.step for deleted in prune(catalog, KeepBest(1))] == [30]
+    assert plan_retention(catalog, KeepBest(1)).kept[10] == "its score cannot be read"
+    assert [deleted.step for deleted in retain(catalog, KeepBest(1))] == [30]
 
 
 def test_scores_that_cannot_be_read_now_stop_the_pruning(storage: Storage) -> None:
     catalog = make_run(storage, [0.9, 0.5, None])
     unreadable = FailingStorage(storage, on("read", key="score.txt"), times=None)
     with pytest.raises(CheckpointLoadError):
-        prune(Catalog(unreadable), KeepBest(1))
+        retain(Catalog(unreadable), KeepBest(1))
     assert catalog.steps() == [10, 20, 30]
 
 
@@ -133,7 +133,7 @@ def test_a_policy_of_ones_own_may_look_at_times(storage: Storage) -> None:
     for step, month in enumerate(("01", "02", "03", "01", "04"), start=1):
         commit(storage, step, created=f"2026-{month}-01T00:00:00Z")
     damage(storage, f"step_3/{MANIFEST}")
-    assert [deleted.step for deleted in prune(Catalog(storage), KeepJanuary())] == [2]
+    assert [deleted.step for deleted in retain(Catalog(storage), KeepJanuary())] == [2]
     assert Catalog(storage).steps() == [1, 3, 4, 5]
 
 
@@ -145,7 +145,7 @@ def test_a_step_that_another_process_has_deleted_meanwhile_is_no_error(objects: 
             objects.delete([f"step_10/{MANIFEST}"])
             return super().read(key)
 
-    assert [deleted.step for deleted in prune(Catalog(Beside(objects)), KeepLast(1))] == [20]
+    assert [deleted.step for deleted in retain(Catalog(Beside(objects)), KeepLast(1))] == [20]
     assert Catalog(objects).steps() == [30]
 
 
@@ -153,7 +153,7 @@ def test_only_what_the_policy_looks_at_is_read(storage: Storage) -> None:
     make_run(storage, [0.5] * 6)
     for policy, reads in ((KeepAll(), 0), (KeepLast(9), 0), (KeepBest(9), 6)):
         recording = RecordingStorage(storage)
-        prune(Catalog(recording), policy)
+        retain(Catalog(recording), policy)
         names = [operation.name for operation in recording.operations]
         assert names.count("read") == reads
         assert set(names) <= READING
@@ -165,12 +165,12 @@ def test_a_crash_at_any_point_of_a_pruning_harms_no_step(kind: type[MemoryObject
         storage = kind("run")
         catalog = make_run(storage, [0.1, 0.9, 0.3, None])
         try:
-            prune(Catalog(DyingStorage(storage, lives)), KeepLast(1) | KeepBest(1))
+            retain(Catalog(DyingStorage(storage, lives)), KeepLast(1) | KeepBest(1))
         except Killed:
             steps = catalog.steps()
             assert {20, 40} <= set(steps)
             assert all(is_whole(storage, step) for step in steps)
-            prune(catalog, KeepLast(1) | KeepBest(1))
+            retain(catalog, KeepLast(1) | KeepBest(1))
             assert catalog.steps() == [20, 40]
         else:
             break
@@ -211,7 +211,7 @@ def test_a_run_is_pruned_to_exactly_what_is_to_be_kept(
         policy = KeepAny(tuple(policies))
         stay = dict.fromkeys(protected, "protected")
         expected = decide(policy, [StepFacts(step, score=score) for step, score in run.items()], protected=stay)
-        deleted = prune(Catalog(storage), policy, protected=stay)
+        deleted = retain(Catalog(storage), policy, protected=stay)
         assert tuple(one.step for one in deleted) == expected.doomed
         assert Catalog(storage).steps() == list(expected.kept)
         assert all(is_whole(storage, step) for step in expected.kept)

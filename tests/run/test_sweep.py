@@ -8,7 +8,7 @@ from shardckpt.errors import CheckpointLoadError
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt
 from shardckpt.format.manifest import encode_manifest
 from shardckpt.run.catalog import Catalog
-from shardckpt.run.deletion import sweep
+from shardckpt.run.leftovers import sweep
 from shardckpt.storage.base import Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import Operation
