@@ -120,7 +120,11 @@ def _lack(manifest: Manifest, tables: Sequence[Table], stored: Mapping[str, Tens
         return f"has {differing[0]} once, which {len(differing)} such keys were saved with another value by each rank"
     if not stored:
         return f"has no tensor of {manifest.model_key!r}"
+    names = stored.keys() | {name for table in tables for name in table.tensors}
     for table in tables:
+        both = table.values.keys() & names
+        if both:
+            return f"has {min(both)} once, which was saved as a value by some ranks and as a tensor by others"
         for name, entry in table.tensors.items():
             found = stored.get(name)
             if found is None and math.prod(entry.shape) > 0:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from shardckpt.format.index import ITEMSIZE
-from shardckpt.format.layout import LAST_STEP
 from shardckpt.format.manifest import (
-    HOMES,
     FileEntry,
     LayoutEntry,
     Manifest,
@@ -29,101 +23,8 @@ from shardckpt.format.manifest import (
     encode_table,
 )
 from shardckpt.format.placement import Piece
-from tests.format.record.records import DATA, JSON, KEYS, RECORD
-
-SIZES = st.integers(0, (1 << 62) - 1)
-CRCS = st.integers(0, (1 << 32) - 1)
-
-
-@st.composite
-def files(draw: st.DrawFn, world: int) -> tuple[FileEntry, ...]:
-    made = []
-    for name in draw(
-        st.lists(st.from_regex(r"[a-z0-9_.]{0,6}[a-z0-9]/?[a-z]{1,3}", fullmatch=True), unique=True, max_size=5)
-    ):
-        nbytes = draw(SIZES)
-        extents: list[Any] = [None, None]
-        if draw(st.booleans()):
-            at = draw(st.integers(0, nbytes))
-            extents = [(at, draw(st.integers(0, nbytes - at)), draw(CRCS)) for _ in range(2)]
-        kind, writer = draw(st.text(max_size=5)), draw(st.integers(0, world - 1))
-        made.append(FileEntry(f"f/{name}", nbytes, draw(CRCS), kind, writer, *extents))
-    folders = {entry.name.rpartition("/")[0] for entry in made}
-    return tuple(entry for entry in made if entry.name not in folders)
-
-
-@st.composite
-def manifests(draw: st.DrawFn) -> Manifest:
-    world = draw(st.integers(1, 24))
-    meshes = tuple(draw(st.lists(meshes_of(world), max_size=3)))
-    layouts = tuple(draw(st.lists(layouts_on(meshes), max_size=4)))
-    groups = draw(st.integers(1, 3))
-    tables = [draw(tables_of(tuple(range(first, world, groups)), meshes, layouts)) for first in range(groups)]
-    manifest = Manifest(
-        step=draw(st.integers(0, LAST_STEP)),
-        attempt=draw(st.from_regex(r"[0-9a-z]{8,64}", fullmatch=True)),
-        created=draw(KEYS),
-        shard_of=tuple(draw(st.lists(st.integers(0, world - 1), min_size=world, max_size=world))),
-        files=draw(files(world)),
-        meshes=meshes,
-        layouts=layouts,
-        tables=tuple(tables),
-        differ=tuple(draw(st.lists(KEYS, unique=True, max_size=3))),
-        mesh_sizes=draw(st.dictionaries(KEYS, SIZES, max_size=3)),
-        versions=draw(st.dictionaries(KEYS, KEYS, max_size=3)),
-        metadata=draw(st.dictionaries(KEYS, JSON, max_size=3)),
-        model_key=draw(st.just("model") | KEYS),
-    )
-    return only_model(manifest) if draw(st.booleans()) else manifest
-
-
-def only_model(manifest: Manifest) -> Manifest:
-    """The same as if all that it has were of the model."""
-    key = manifest.model_key
-    tables = [
-        replace(
-            table,
-            tensors={f"{key}.{name}": entry for name, entry in table.tensors.items()},
-            values={f"{key}.{name}": home for name, home in table.values.items()},
-        )
-        for table in manifest.tables
-    ]
-    return replace(manifest, tables=tuple(tables), model_only=True)
-
-
-@st.composite
-def meshes_of(draw: st.DrawFn, world: int) -> MeshEntry:
-    shape = draw(st.lists(st.integers(1, 4), max_size=3).filter(lambda sizes: math.prod(sizes) <= world))
-    ranks = draw(st.permutations(range(world)))[: math.prod(shape)]
-    dims = draw(st.lists(KEYS, unique=True, min_size=len(shape), max_size=len(shape)))
-    return MeshEntry(tuple(dims), tuple(shape), tuple(ranks))
-
-
-@st.composite
-def layouts_on(draw: st.DrawFn, meshes: tuple[MeshEntry, ...]) -> LayoutEntry:
-    home = draw(st.sampled_from(HOMES))
-    if not meshes or draw(st.booleans()):
-        return LayoutEntry(home)
-    mesh = draw(st.integers(0, len(meshes) - 1))
-    placement = st.sampled_from(["R", "S(0)", "S(1)", "SS(0,2)", "SS(1,16)"])
-    count = len(meshes[mesh].shape)
-    return LayoutEntry(home, mesh, tuple(draw(st.lists(placement, min_size=count, max_size=count))))
-
-
-@st.composite
-def tables_of(draw: st.DrawFn, ranks: tuple[int, ...], meshes: tuple, layouts: tuple) -> Table:
-    names = draw(st.lists(KEYS, unique=True, max_size=8))
-    tensors: dict[str, TensorEntry] = {}
-    for name in names[: len(names) // 2 if layouts else 0]:
-        number = draw(st.integers(0, len(layouts) - 1))
-        layout = layouts[number]
-        shape = tuple(draw(st.lists(st.integers(0, 1 << 20), min_size=2, max_size=3)))
-        sizes = meshes[layout.mesh].shape if layout.mesh is not None else ()
-        replicas = math.prod(n for n, p in zip(sizes, layout.placements, strict=True) if p == "R")
-        dtype = draw(st.sampled_from(sorted(set(ITEMSIZE) - {"complex128"})))
-        tensors[name] = TensorEntry(dtype, shape[:2], number, draw(st.integers(0, replicas - 1)))
-    values = {name: draw(st.sampled_from(HOMES)) for name in names if name not in tensors}
-    return Table(ranks, tensors, values)
+from tests.format.record.drawing import manifests, only_model
+from tests.format.record.records import DATA, RECORD
 
 
 @given(manifests())
