@@ -183,7 +183,9 @@ def _remove_unnamed(storage: Storage, entry: Entry, record: Manifest) -> None:
 
 def _delete_beside(storage: Storage, entry: Entry, record: Manifest, keys: list[str]) -> None:
     """Delete files of a step with this record; nothing if it has another one by now."""
-    if keys and read_record(storage, entry) != record:
+    if not keys:
+        return
+    if read_record(storage, entry) != record:
         raise _not_preserved(storage, entry, "it was saved again meanwhile")
     storage.delete(keys)
 

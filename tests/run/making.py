@@ -4,32 +4,79 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from shardckpt.format.index import StoredBox, StoredRecord, encode_index
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt, step_folder
-from shardckpt.format.manifest import FileEntry, Manifest, encode_manifest
+from shardckpt.format.manifest import FileEntry, LayoutEntry, Manifest, Table, TensorEntry, encode_manifest
+from shardckpt.format.placement import Box
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import RenamingStorage, Storage
 
-FILES: Mapping[str, bytes] = MappingProxyType(
-    {"model.pt": b"weights", "rank_0.pt": b"shard 0", "rank_1.pt": b"shard 1", "tokenizer/vocab.json": b"{}"}
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step consists of: its files, what its record says of them, and which of them hold its model."""
+
+    files: Mapping[str, bytes]
+    kinds: Mapping[str, str]
+    tables: tuple[Table, ...]
+    layouts: tuple[LayoutEntry, ...]
+    model: frozenset[str]
+    """The files that stay when only the model does, with those that are none of ours."""
+
+
+W, M = TensorEntry("float32", (2,), 0), TensorEntry("float32", (2,), 1)
+INDEX = encode_index([StoredRecord("float32", (2,), 0, 8, 7)], [StoredBox("model.w", 0, (2,), Box((0,), (2,), (0,)))])
+OTHERS: Mapping[str, bytes] = MappingProxyType({"tokenizer/vocab.json": b"{}"})
+
+OWN = Shape(
+    {"model.pt": b"weights", "rank_0.pt": b"shard 0", "rank_1.pt": b"shard 1", **OTHERS},
+    {"model.pt": "model", "rank_0.pt": "rank", "rank_1.pt": "rank"},
+    (Table((0, 1), {"model.w": W, "optimizer.m": M}, {"step": "rank"}),),
+    (LayoutEntry("model"), LayoutEntry("rank")),
+    frozenset({"model.pt", *OTHERS}),
 )
+"""The model lies in a file of its own."""
+SCATTERED = Shape(
+    {"rank_0.pt": b"0", "rank_1.pt": b"1", "replicated.pt": b"both", "metadata.pt": b"mine", **OTHERS},
+    {"rank_0.pt": "rank", "rank_1.pt": "rank", "replicated.pt": "replicated", "metadata.pt": "metadata"},
+    (Table((0, 1), {"model.w": M}, {"step": "rank", "lr": "replicated"}),),
+    (LayoutEntry("replicated"), LayoutEntry("rank")),
+    frozenset({"rank_0.pt", "rank_1.pt", *OTHERS}),
+)
+"""The model lies in the files of the ranks, with their other state."""
+CONSOLIDATED = Shape(
+    {**SCATTERED.files, "model.pt": INDEX + b"tree"},
+    {**SCATTERED.kinds, "model.pt": "consolidated"},
+    SCATTERED.tables,
+    SCATTERED.layouts,
+    frozenset({"model.pt", *OTHERS}),
+)
+"""The same, and once more in a file of its own."""
+MODELLESS = Shape({"rank_0.pt": b"0"}, {"rank_0.pt": "rank"}, (Table((0,), {}, {"step": "rank"}),), (), frozenset())
+
+FILES = OWN.files
 
 
 def record_of(
     step: int,
     attempt: str,
     *,
-    files: Mapping[str, bytes] = FILES,
+    files: Mapping[str, bytes] | None = None,
     prefix: str = "",
     created: str = "2026-01-01T00:00:00Z",
+    shape: Shape = OWN,
 ) -> Manifest:
-    entries = tuple(
-        FileEntry(f"{prefix}{name}", len(content), zlib.crc32(content), kind="rank", writer=0)
-        for name, content in files.items()
-    )
-    return Manifest(step, attempt, created, (0,), entries)
+    entries = []
+    for name, content in (shape.files if files is None else files).items():
+        kind, extents = shape.kinds.get(name, "cc"), ()
+        if kind == "consolidated":
+            extents = ((0, len(INDEX), zlib.crc32(INDEX)), (len(INDEX), 4, zlib.crc32(b"tree")))
+        entries.append(FileEntry(f"{prefix}{name}", len(content), zlib.crc32(content), kind, 0, *extents))
+    return Manifest(step, attempt, created, (0, 0), tuple(entries), layouts=shape.layouts, tables=shape.tables)
 
 
 def fill(storage: Storage, folder: str, files: Mapping[str, bytes] = FILES) -> None:
@@ -40,13 +87,13 @@ def fill(storage: Storage, folder: str, files: Mapping[str, bytes] = FILES) -> N
 def commit(storage: Storage, step: int, *, attempt: str | None = None, folder: str | None = None, **record: Any) -> str:
     """A committed step, as the engine leaves it; on a file system perhaps in another folder. Gives its attempt."""
     attempt = attempt or new_attempt()
-    files = record.pop("files", FILES)
+    files = record.get("files") or record.get("shape", OWN).files
     if isinstance(storage, RenamingStorage):
-        manifest = record_of(step, attempt, files=files, **record)
+        manifest = record_of(step, attempt, **record)
         folder = folder or step_folder(step)
         fill(storage, folder, files)
     else:
-        manifest = record_of(step, attempt, files=files, prefix=f"{attempt}/", **record)
+        manifest = record_of(step, attempt, prefix=f"{attempt}/", **record)
         folder = step_folder(step)
         fill(storage, f"{folder}/{attempt}", files)
     storage.put(f"{folder}/{MANIFEST}", [encode_manifest(manifest)])
