@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
     from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
     from shardckpt.engine.pending import PendingSave as PendingSave
-    from shardckpt.engine.saving.progress import SaveReport as SaveReport
+    from shardckpt.engine.progress import SaveReport as SaveReport
     from shardckpt.errors import CheckpointDamagedError as CheckpointDamagedError
     from shardckpt.errors import CheckpointDeleteError as CheckpointDeleteError
     from shardckpt.errors import CheckpointError as CheckpointError
@@ -61,7 +61,7 @@ _HOME = {
     "LoadPolicy": "engine.loading.fit",
     "PendingSave": "engine.pending",
     "RngState": "state",
-    "SaveReport": "engine.saving.progress",
+    "SaveReport": "engine.progress",
 }
 """Public name -> the module of this package that defines it; tests/house checks it against the imports above."""
 

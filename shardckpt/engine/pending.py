@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from shardckpt.engine.saving.progress import Progress, SaveReport
+from shardckpt.engine.progress import Progress, SaveReport
 from shardckpt.errors import CheckpointError, CheckpointSaveError
 
 

@@ -20,16 +20,12 @@ from typing import Any
 import torch
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
-from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
+from shardckpt.engine.progress import SaveReport
 from shardckpt.engine.saving.plan import SavePlan, plan_save
-from shardckpt.engine.saving.progress import SaveReport
-from shardckpt.engine.saving.receipts import (
-    TableBook,
-    describe_own,
-    written_for_peers,
-)
+from shardckpt.engine.saving.receipts import TableBook, describe_own
 from shardckpt.engine.saving.stage import Stager, Staging
 from shardckpt.engine.saving.transaction import Transaction
 from shardckpt.engine.saving.write import Receipt, write_files
@@ -37,7 +33,7 @@ from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknown
 from shardckpt.format.layout import step_folder
 from shardckpt.gang.base import Gang
 from shardckpt.state import Part
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import RenamingStorage, Storage
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +85,7 @@ class Saver:
         self._at = coordinates
         self._timeout = timeout
         self._on_commit = on_commit
-        self._stager = Stager()
+        self._stager = Stager(in_ranges=isinstance(storage, RenamingStorage))
         self._hooks = StepHooks()
         self._tries: Counter[int] = Counter()
         self._book = TableBook()
@@ -153,7 +149,6 @@ class Saver:
         memory = memory_of_optimizers(parts) if options.overlap else frozenset()
         work.later = lambda tensor: tensor.data_ptr() in memory
         work.staging.copy(lambda tensor: not work.later(tensor))
-        work.alike = work.staging.sum_alike(lambda tensor: not work.later(tensor))
         self._hooks.install(parts, work.pending)
 
     def _run(self, work: _Work) -> None:
@@ -179,8 +174,6 @@ class Saver:
         try:
             if work.error is None and work.staging is not None:
                 work.staging.copy(work.later)
-                for group, digests in work.staging.sum_alike(work.later).items():
-                    work.alike[group] |= digests
         except BaseException as error:
             work.error = error
         finally:
@@ -213,7 +206,7 @@ class Saver:
         assert work.staging is not None
         sealed = work.staging.seal()
         began = time.perf_counter()
-        work.pending.report.nbytes = sum(file.entry.nbytes for file in sealed)
+        work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
         progress = work.pending.progress
         try:
             files = within(
@@ -224,7 +217,7 @@ class Saver:
             self._stager.forsake()
             raise
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
-        work.alike |= written_for_peers(work.plan, sealed)
+        work.alike = work.staging.alike()
         return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)
 
 

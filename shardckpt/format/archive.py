@@ -105,19 +105,28 @@ def lay_out(sizes: Sequence[int]) -> ArchiveLayout:
     return ArchiveLayout(tuple(front), tuple(slots), b"".join(headers), tuple(crcs_at))
 
 
-def write_headers(layout: ArchiveLayout, image: memoryview) -> None:
-    """Put the front records and every local header (CRC still zero) into a fresh image."""
+def write_headers(layout: ArchiveLayout, image: memoryview, *, within: tuple[int, int] | None = None) -> None:
+    """Put the front records and every local header (CRC still zero) into a fresh image.
+
+    `within`: only those that touch these bytes, for an image of which only they are written.
+    """
+    start, end = within or (0, layout.tail)
     for slot, (_, content) in zip(layout.front, _FRONT, strict=True):
         image[slot.header : slot.data] = _local_header(slot, crc32(content))
         image[slot.data : slot.end] = content
     for slot in layout.slots:
-        image[slot.header : slot.data] = _local_header(slot, 0)
+        if slot.header < end and slot.data > start:
+            image[slot.header : slot.data] = _local_header(slot, 0)
 
 
-def write_crcs(layout: ArchiveLayout, image: memoryview, crcs: Sequence[int]) -> None:
-    """Put each record's CRC into its local header."""
+def write_crcs(
+    layout: ArchiveLayout, image: memoryview, crcs: Sequence[int], *, within: tuple[int, int] | None = None
+) -> None:
+    """Put each record's CRC into its local header; `within` as for `write_headers`."""
+    start, end = within or (0, layout.tail)
     for slot, crc in zip(layout.slots, crcs, strict=True):
-        _PUT_CRC(image, slot.header + CRC_AT, crc)
+        if slot.header < end and slot.data > start:
+            _PUT_CRC(image, slot.header + CRC_AT, crc)
 
 
 def make_tail(layout: ArchiveLayout, crcs: Sequence[int], index: bytes, tree: bytes) -> Tail:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable
+from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
 
-__all__ = ["all_from_hex", "combine", "crc32", "crc32_combine", "from_hex", "to_hex"]
+__all__ = ["all_from_hex", "combine", "crc32", "crc32_combine", "from_hex", "to_hex", "value_digest"]
 
 _HEX = re.compile(r"[0-9a-f]{8}")
 _MANY_HEX = re.compile(r"[0-9a-f]*")
@@ -47,3 +48,14 @@ def all_from_hex(text: str, count: int) -> tuple[int, ...]:
     if not isinstance(text, str) or len(text) != 8 * count or _MANY_HEX.fullmatch(text) is None:
         raise ValueError(f"not {count} CRC-32 of eight hexadecimal digits each")
     return struct.unpack(f">{count}I", bytes.fromhex(text))
+
+
+def value_digest(value: Any) -> str:
+    """A CRC-32 over the text of a Python value: equal values have equal texts, whatever objects they share."""
+    return to_hex(crc32(_stable_text(value).encode("utf-8", "surrogatepass")))
+
+
+def _stable_text(value: Any) -> str:
+    if isinstance(value, (set, frozenset)):
+        return "set" + repr(sorted(map(_stable_text, value)))
+    return repr(value)

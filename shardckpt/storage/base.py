@@ -85,6 +85,16 @@ class RenamingStorage(Storage, Protocol):
         """Create one folder (parents as needed), durably. `FileExistsError` if there, unless `exist_ok`."""
         ...
 
+    def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
+        """Write part of an object that several processes make together; give the number of bytes.
+
+        The parts go, one after the other, to the bytes from `offset` on; the object is made by whoever comes first. Its
+        range is durable when this returns; the folder is for `sync_folder`. Nothing is taken back if it fails. Ranges
+        must not overlap, and all but the last must begin and end on a multiple of 4096 bytes: on network file systems
+        two machines must never write to one page.
+        """
+        ...
+
     def sync_folder(self, prefix: str) -> None:
         """Make the entries of a folder durable (fsync of the directory)."""
         ...

@@ -13,12 +13,14 @@ from functools import partial
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
 from shardckpt.storage.posix.explain import explained
 from shardckpt.storage.posix.folders import open_folder, opened_folder, regular_or_folder, remove_tree, sync_descriptor
+from shardckpt.storage.posix.map import MappedFile
 from shardckpt.storage.posix.read import read_runs
 from shardckpt.storage.posix.syscalls import EXCHANGE, Entry, rename_new, renameat2
 from shardckpt.storage.posix.write import METHODS, MethodName, WriteMethod, write_parts
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not make open() wait
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SHARE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _AGAIN = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -72,6 +74,20 @@ class LocalStorage:
 
             self._write_new((folder, fresh), [content], what=what, publish=publish)
 
+    def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
+        what = f"cannot write {key!r} in {self._root}"
+        with self._parent(key, what, create=True) as (folder, name):
+            with explained(what):
+                file = os.open(name, _SHARE, 0o666, dir_fd=folder)
+            try:
+                again = partial(_open_again, folder, name, file)
+                with explained(what):
+                    _file(os.fstat(file))
+                return write_parts(file, parts, method=self._write, reopen=again, what=what, offset=offset)
+            finally:
+                with explained(what):
+                    os.close(file)  # NFS tells of a full disk here, too
+
     def _write_new(self, entry: Entry, parts: Iterable[Buffer], *, what: str, publish: Callable[[], None]) -> int:
         """Write and sync a file that must be new, then `publish` it; if anything fails, the entry is not there."""
         folder, name = entry
@@ -99,6 +115,10 @@ class LocalStorage:
 
     def read_into(self, reads: Sequence[Read]) -> None:
         read_runs(reads, opened=self._open_file, url=self._root, threads=self._read_threads)
+
+    def lend(self, key: str) -> MappedFile:
+        """The file, mapped (see `LendingStorage`); a link to a file is refused as it is when read."""
+        return MappedFile(self._open_file(key), f"cannot read {key!r} in {self._root}")
 
     def size(self, key: str) -> int:
         what = f"cannot look at {key!r} in {self._root}"

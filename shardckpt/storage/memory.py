@@ -150,6 +150,18 @@ class MemoryStorage(MemoryObjects):
                 raise self._error(errno.EEXIST, prefix, "it is there already")
             self._make_folders(folder)
 
+    def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
+        content = b"".join(map(as_bytes, parts))
+        with self._lock:
+            if check_key(key) + "/" in self._folders:
+                raise self._error(errno.EISDIR, key, "a folder has that name")
+            self._make_folders(key.rpartition("/")[0])
+            whole = bytearray(self._objects.get(key, b""))
+            whole.extend(bytes(max(0, offset + len(content) - len(whole))))
+            whole[offset : offset + len(content)] = content
+            self._objects[key] = bytes(whole)
+        return len(content)
+
     def sync_folder(self, prefix: str) -> None:
         with self._lock:
             if prefix:

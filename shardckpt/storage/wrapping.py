@@ -30,7 +30,7 @@ class StorageWrapper:
     """Hands every call to `inner` through `around`, which a subclass overrides; or it overrides single methods.
 
     Making one (`RetryingStorage(inner)`) gives an object of that class or, if `inner` can rename folders, of a class
-    derived from it that has the four renaming methods as well: `isinstance(it, RenamingStorage)` is right both ways.
+    derived from it that has the five renaming methods as well: `isinstance(it, RenamingStorage)` is right both ways.
     """
 
     def __new__(cls, inner: Storage, *_args: Any, **_options: Any) -> Any:
@@ -89,6 +89,9 @@ class _Renames(StorageWrapper):
     def make_folder(self, prefix: str, *, exist_ok: bool = False) -> None:
         operation = Operation("make_folder", (prefix,), idempotent=exist_ok)
         self.around(operation, lambda: self.inner.make_folder(prefix, exist_ok=exist_ok))
+
+    def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
+        return self.around(Operation("put_range", (key,)), lambda: self.inner.put_range(key, offset, parts))
 
     def sync_folder(self, prefix: str) -> None:
         self.around(Operation("sync_folder", (prefix,)), lambda: self.inner.sync_folder(prefix))

@@ -45,6 +45,18 @@ class RenamingContract(StorageContract):
         assert folders.list("d") == ["f"]
         assert folders.list() == ["d/"]
 
+    def test_ranges_of_one_file_by_several_writers(self, folders: RenamingStorage) -> None:
+        """In any order, at once, the first one into a folder that is not there yet."""
+        ranges = [(0, b"a" * 8192), (8192, b"b" * 4096), (12288, b"c" * 5000)]
+        with ThreadPoolExecutor(3) as pool:
+            put = [pool.submit(folders.put_range, "d/f", at, [content[:7], content[7:]]) for at, content in ranges]
+            assert sorted(future.result() for future in put) == [4096, 5000, 8192]
+        assert folders.read("d/f") == b"".join(content for _, content in ranges)
+        folders.put_range("d/late", 4096, [b"z"])
+        assert folders.size("d/late") == 4097
+        with pytest.raises(OSError, match="d"):
+            folders.put_range("d", 0, [b"1"])
+
     def test_sync_folder(self, folders: RenamingStorage) -> None:
         folders.put("d/f", [b"1"])
         folders.sync_folder("d")

@@ -81,7 +81,33 @@ def save_more(rank: int, world_size: int, folder: Path, root: Path) -> str:
 
 def test_keys_that_only_one_of_the_copies_has(ranks, tmp_path):
     for message in ranks.run(2, save_more, tmp_path):
-        assert "they do not hold the same keys" in message
+        assert "model.more (rank 1 has it, rank 0 does not)" in message
+
+
+def declare_more(rank: int, world_size: int, folder: Path, root: Path, having: int) -> str:
+    with checkpoints(root, Layout(2).mesh()) as manager:
+        with pytest.raises(sc.CheckpointSaveError) as caught:
+            manager.save(1, {"epoch": 1} if rank == having else {}, replicated="*").result()
+        assert manager.steps() == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("having", [0, 1])
+def test_a_file_that_only_one_of_its_writers_knows_of(ranks, tmp_path, having):
+    for message in ranks.run(2, declare_more, tmp_path, having):
+        assert f"epoch (rank {having} has it, rank {1 - having} does not)" in message
+
+
+def declare_values(rank: int, world_size: int, folder: Path, root: Path) -> str:
+    with checkpoints(root, Layout(2).mesh()) as manager, pytest.raises(sc.CheckpointSaveError) as caught:
+        manager.save(1, {"epoch": rank, "same": [1, {"a": 2}]}, replicated=["epoch", "same"]).result()
+    return str(caught.value)
+
+
+def test_values_that_are_declared_alike_must_be(ranks, tmp_path):
+    for message in ranks.run(2, declare_values, tmp_path):
+        assert "epoch (for example ranks 0 and 1)" in message
+        assert "same (" not in message
 
 
 def save_own(rank: int, world_size: int, folder: Path, root: Path, layout: Layout) -> list[list[float]]:

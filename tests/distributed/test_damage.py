@@ -148,7 +148,7 @@ def test_all_ranks_go_back_to_the_newest_step_that_is_good_on_all(ranks, tmp_pat
     )
     flip_byte(file, record.at + record.nbytes // 3)
     (run / "step_3" / "rank_1.pt").unlink()
-    truncate(run / "step_2" / "model.1.pt", (run / "step_2" / "model.1.pt").stat().st_size - 1)
+    truncate(run / "step_2" / "replicated.1.pt", (run / "step_2" / "replicated.1.pt").stat().st_size - 1)
     layouts = [layout for layout in (Layout(4), Layout(1, 4), Layout(2), Layout(1, 2)) if layout.ranks == world_size]
     outcomes = ranks.run(world_size, resume, tmp_path, layouts)
     assert all(outcome == outcomes[0] for outcome in outcomes)
@@ -156,5 +156,5 @@ def test_all_ranks_go_back_to_the_newest_step_that_is_good_on_all(ranks, tmp_pat
         assert step == 1
         assert not different
         assert [number for number, _ in skipped] == [4, 3, 2]
-        for (_, reason), name in zip(skipped, ("rank_3.pt", "rank_1.pt", "model.1.pt"), strict=True):
+        for (_, reason), name in zip(skipped, ("rank_3.pt", "rank_1.pt", "replicated.1.pt"), strict=True):
             assert name in reason, f"{names}: {reason}"

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 import shardckpt as sc
 from shardckpt.engine.dcp.image import seal_in_place
 from shardckpt.engine.dcp.place import find_record, place_of
-from shardckpt.engine.saving.plan import FilePlan, PlannedRecord, SavePlan
+from shardckpt.engine.saving.draft import PlannedRecord
+from shardckpt.engine.saving.plan import FilePlan, SavePlan
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.format.manifest import Table
 from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, Storage

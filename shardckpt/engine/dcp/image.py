@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from shardckpt.engine.saving.plan import FilePlan
-from shardckpt.engine.saving.stage import SealedFile
+from shardckpt.engine.saving.write import SealedFile
 from shardckpt.format.archive import LARGE, ArchiveLayout, Slot, file_crc, lay_out, make_tail, write_crcs, write_headers
 from shardckpt.format.checksum import crc32, to_hex
 from shardckpt.format.index import StoredRecord, encode_index

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from shardckpt.engine.dcp.exchange import Keys, WrittenBox
-from shardckpt.engine.saving.plan import FilePlan, PlannedRecord
+from shardckpt.engine.saving.draft import PlannedRecord
+from shardckpt.engine.saving.plan import FilePlan
 from shardckpt.engine.sharding import check_tensor
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE, StoredBox

@@ -25,7 +25,7 @@ from shardckpt.engine.dcp.place import Place, place_of
 from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.saving.plan import SavePlan as OurPlan
 from shardckpt.engine.saving.receipts import describe_own
-from shardckpt.engine.saving.stage import SealedFile
+from shardckpt.engine.saving.write import SealedFile
 from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, Failure
 from shardckpt.format.checksum import crc32
 from shardckpt.format.layout import new_attempt, parse_aside

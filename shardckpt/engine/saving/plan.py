@@ -2,13 +2,16 @@
 
 Which file (DESIGN "On disk"): model state that data-parallel ranks hold alike -> `model.<shard>.pt`; other state that
 they hold alike (declared, or the plain state of an optimizer) -> `replicated.<shard>.pt`; all else -> `rank_<r>.pt`.
-Of a sharded tensor that several ranks hold alike (HSDP), one replica writes each shard; the replicas share the work
-evenly. Nothing is communicated: every rank comes to the same decisions from placements, shapes and order.
+`model.<shard>.pt` is the whole model state of its shard or it is not there: of a model that is sharded between
+data-parallel ranks, what these do hold alike (buffers) lies in `replicated.<shard>.pt`.
+
+Files that data-parallel ranks hold alike are planned by all of them, who share the writing. Of a sharded tensor that
+several ranks hold alike (HSDP), one replica writes each shard; the replicas share the work evenly. Nothing is
+communicated: every rank comes to the same decisions from placements, shapes and order.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.saving.draft import Draft, PlannedRecord, private, prune, record_number
 from shardckpt.engine.sharding import Sharding, check_tensor, describe
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE, StoredBox
@@ -26,16 +30,6 @@ from shardckpt.format.manifest import Home, LayoutEntry, MeshEntry, Table, Tenso
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves
 from shardckpt.state import Part, Path, join_path, put_together
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRecord:
-    """A tensor of this rank that becomes one record: `tensor` is local (never a DTensor), not yet copied."""
-
-    tensor: torch.Tensor
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +42,21 @@ class FilePlan:
     boxes: tuple[StoredBox, ...]
     tree: Any
     """The nested state of this file: `TensorRef`s for tensors, and private copies of the Python values."""
+    values: tuple[str, ...] = ()
+    """Keys of the Python values in the tree."""
+    sharers: int = 1
+    """How many ranks plan this very file, and share the writing."""
+    place: int = 0
+    """Of this rank among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavePlan:
     """What this rank writes, what it holds (`table`, with its `meshes` and `layouts`), and what it leaves to others.
 
-    `alike` are the tensors of this rank that are taken to be the same as what another rank writes, in groups that all
-    their holders have alike; `copied` names those that this rank writes for others. All holders sum them up, so that a
-    difference is found and never lost.
+    `alike` are the tensors of this rank that are taken to be the same as what another rank writes in its own file, in
+    groups that all their holders have alike; `copied` names those that this rank writes for others. All holders sum
+    them up, and what is in files that they share, so that a difference is found and never lost.
     """
 
     files: tuple[FilePlan, ...]
@@ -68,6 +68,10 @@ class SavePlan:
     copied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+MODEL_KEY = "model_key"
+"""The name, in files that hold state of the model, under which the name of the model's own entry stands."""
+
+
 def plan_save(
     parts: Sequence[Part],
     coordinates: Coordinates,
@@ -77,19 +81,13 @@ def plan_save(
 ) -> SavePlan:
     """Decide for every tensor and value of the state. `InvalidStateError` names a key that cannot be stored."""
     planner = _Planner(coordinates, model_key, frozenset(replicated))
-    for part in parts:
-        planner.add(part)
+    for step in (planner.look_at, planner.add):
+        for part in parts:
+            try:
+                step(part)
+            except UnsafeValueError as error:
+                raise InvalidStateError(f"{part.key}: {error}") from error
     return planner.finish(put_together(list(parts)))
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A file as it fills up."""
-
-    records: list[PlannedRecord]
-    boxes: list[StoredBox]
-    known: dict[tuple[Any, ...], int]
-    leaves: dict[Path, Any]
 
 
 class _Planner:
@@ -102,10 +100,24 @@ class _Planner:
         self._tensors: dict[str, TensorEntry] = {}
         self._values: dict[str, Home] = {}
         self._value_of: dict[str, Any] = {}
-        self._drafts: dict[Home, _Draft] = {}
+        self._drafts: dict[Home, Draft] = {}
         self._load: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         self._alike: dict[str, list[tuple[str, torch.Tensor]]] = {}
         self._copied: dict[str, list[str]] = {}
+        self._model_is_alike = True
+
+    def look_at(self, part: Part) -> None:
+        """All parts, before any is added: do the ranks of this shard hold the whole model alike?"""
+        if part.path[0] == MODEL_KEY:
+            raise InvalidStateError(f"{part.key}: {MODEL_KEY!r} is what the files call the model's entry; rename yours")
+        if part.path[0] != self._model_key or self._at.dp_size == 1:
+            return
+
+        def look(path: Path, leaf: Any) -> None:
+            if isinstance(leaf, torch.Tensor) and not self._is_alike(part, describe(join_path(path), leaf)):
+                self._model_is_alike = False
+
+        map_leaves(part.tree, look, part.path)
 
     def add(self, part: Part) -> None:
         def visit(path: Path, value: Any) -> None:
@@ -117,10 +129,7 @@ class _Planner:
             else:
                 self._add_value(part, path, name, value)
 
-        try:
-            map_leaves(part.tree, visit, part.path)
-        except UnsafeValueError as error:
-            raise InvalidStateError(f"{part.key}: {error}") from error
+        map_leaves(part.tree, visit, part.path)
 
     def finish(self, tree: Any) -> SavePlan:
         files = tuple(self._finish_file(home, draft, tree) for home, draft in self._drafts.items() if draft.leaves)
@@ -134,8 +143,8 @@ class _Planner:
         sharding = describe(name, tensor)
         alike = self._is_alike(part, sharding)
         home = self._home_of(path, alike)
-        if sharding is None or (alike and home != "rank"):
-            replica, mine = 0, home == "rank" or self._at.leads
+        if sharding is None or home != "rank":
+            replica, mine = 0, True
         else:
             replica = self._choose_replica(sharding, math.prod(tensor.shape) * ITEMSIZE[dtype])
             mine = replica == sharding.replica
@@ -144,23 +153,13 @@ class _Planner:
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if mine:
             self._store(home, path, name, (tensor, local, dtype), sharding)
-        self._note_copies(name, local, sharding, (home, replica), mine=mine)
+        if home == "rank" and sharding is not None and sharding.assumed and sharding.replicas > 1:
+            self._note_copy(name, local, sharding, replica)
 
-    def _note_copies(
-        self, name: str, local: torch.Tensor, sharding: Sharding | None, where: tuple[Home, int], *, mine: bool
-    ) -> None:
-        """Which copies are only taken to be alike, and so are compared: by the file that holds them, and the layout."""
-        home, replica = where
-        if sharding is None:
-            if home == "rank" or self._at.dp_size == 1:
-                return
-            group = self._file_name(home)
-        elif sharding.assumed and sharding.replicas > 1:
-            writer = rank_file(sharding.writer(replica)) if home == "rank" else self._file_name(home)
-            group = f"{writer} {sharding.mesh.dims} {sharding.placements}"
-        else:
-            return
-        if mine:
+    def _note_copy(self, name: str, local: torch.Tensor, sharding: Sharding, replica: int) -> None:
+        """Copies that are only taken to be alike are compared: by the file that holds them, and the layout."""
+        group = f"{rank_file(sharding.writer(replica))} {sharding.mesh.dims} {sharding.placements}"
+        if replica == sharding.replica:
             self._copied.setdefault(group, []).append(name)
         else:
             self._alike.setdefault(group, []).append((name, local.detach()))
@@ -172,15 +171,14 @@ class _Planner:
             raise InvalidStateError(f"{name}: {error}") from error
         declared = not self._replicated.isdisjoint((path[0], "*"))
         home: Home = "rank"
-        if path[0] == self._model_key and (self._at.dp_size == 1 or declared):
+        if path[0] == self._model_key and self._model_is_alike and (self._at.dp_size == 1 or declared):
             home = "model"
         elif declared:
             home = "replicated"
         self._values[name] = home
-        value = _private(value)
-        self._value_of[name] = value
-        if home == "rank" or self._at.leads:
-            self._draft(home).leaves[path] = value
+        draft = self._draft(home)
+        draft.leaves[path] = self._value_of[name] = private(value)
+        draft.values.append(name)
 
     def _is_alike(self, part: Part, sharding: Sharding | None) -> bool:
         """Whether the ranks of this shard hold this tensor alike, by its placements or by what it belongs to."""
@@ -192,7 +190,7 @@ class _Planner:
     def _home_of(self, path: Path, alike: bool) -> Home:
         if not alike:
             return "rank"
-        if path[0] == self._model_key:
+        if path[0] == self._model_key and self._model_is_alike:
             return "model"
         declared = not self._replicated.isdisjoint((path[0], "*"))
         return "replicated" if declared or self._at.dp_size > 1 else "rank"
@@ -219,7 +217,7 @@ class _Planner:
     ) -> None:
         whole, local, dtype = what
         draft, shape = self._draft(home), tuple(whole.shape)
-        number = _record_number(draft, local, dtype)
+        number = record_number(draft, local, dtype)
         zeros = (0,) * len(shape)
         boxes = sharding.boxes(shape) if sharding is not None else (Box(zeros, shape, zeros),)
         if sum(math.prod(box.lengths) for box in boxes) != local.numel():
@@ -230,17 +228,21 @@ class _Planner:
         draft.boxes += [StoredBox(name, number, shape, box) for box in boxes]
         draft.leaves[path] = TensorRef(number, local.dtype, tuple(local.shape))
 
-    def _draft(self, home: Home) -> _Draft:
-        return self._drafts.setdefault(home, _Draft([], [], {}, {}))
+    def _draft(self, home: Home) -> Draft:
+        return self._drafts.setdefault(home, Draft())
 
     def _file_name(self, home: Home) -> str:
         return home_file(home, self._at.rank, self._at.shard, self._at.shards)
 
-    def _finish_file(self, home: Home, draft: _Draft, tree: Any) -> FilePlan:
-        content = _prune(tree, draft.leaves)
-        if home == "model":
-            content["model_key"] = self._model_key
-        return FilePlan(self._file_name(home), home, tuple(draft.records), tuple(draft.boxes), content)
+    def _finish_file(self, home: Home, draft: Draft, tree: Any) -> FilePlan:
+        content = prune(tree, draft.leaves)
+        if self._model_key in content and (home == "model" or (home == "rank" and not self._model_is_alike)):
+            content[MODEL_KEY] = self._model_key  # as fairseq2 does: whoever opens the file finds the model by it
+        name, sharers, place = self._file_name(home), 1, 0
+        if home != "rank":
+            sharers, place = self._at.dp_size, self._at.dp_ranks.index(self._at.rank)
+        records, boxes = tuple(draft.records), tuple(draft.boxes)
+        return FilePlan(name, home, records, boxes, content, tuple(draft.values), sharers, place)
 
 
 def home_file(home: Home, rank: int, shard: int, shards: int) -> str:
@@ -248,50 +250,3 @@ def home_file(home: Home, rank: int, shard: int, shards: int) -> str:
     if home == "rank":
         return rank_file(rank)
     return model_file(shard, shards) if home == "model" else replicated_file(shard, shards)
-
-
-def _record_number(draft: _Draft, local: torch.Tensor, dtype: str) -> int:
-    """The record of this tensor: that of an earlier one with the very same memory (tied), else a new one."""
-    nbytes = local.numel() * ITEMSIZE[dtype]
-    memory = (
-        local.device,
-        local.data_ptr(),
-        dtype,
-        tuple(local.shape),
-        local.stride(),
-        local.is_conj(),
-        local.is_neg(),
-    )
-    number = draft.known.get(memory) if nbytes else None
-    if number is None:
-        number = draft.known[memory] = len(draft.records)
-        draft.records.append(PlannedRecord(local.detach(), dtype, tuple(local.shape), nbytes))
-    return number
-
-
-def _private(value: Any) -> Any:
-    """The value, copied unless it can never change: training goes on before it is pickled."""
-    return value if type(value) in (type(None), bool, int, float, str, bytes) else copy.deepcopy(value)
-
-
-_GONE = object()
-
-
-def _prune(tree: Any, leaves: Mapping[Path, Any]) -> Any:
-    """The tree with the leaves that a file owns; dicts that become empty go, places in lists become None."""
-
-    def walk(node: Any, path: Path) -> Any:
-        if path in leaves:
-            return leaves[path]
-        if isinstance(node, dict) or hasattr(node, "keys"):
-            kept = {key: walk(item, (*path, key)) for key, item in node.items()}
-            return {key: item for key, item in kept.items() if item is not _GONE} or _GONE
-        if type(node) in (list, tuple):
-            items = [walk(item, (*path, i)) for i, item in enumerate(node)]
-            if all(item is _GONE for item in items):
-                return _GONE
-            return type(node)(None if item is _GONE else item for item in items)
-        return _GONE
-
-    pruned = walk(tree, ())
-    return {} if pruned is _GONE else pruned

@@ -14,9 +14,8 @@ import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.saving.plan import SavePlan
-from shardckpt.engine.saving.stage import SealedFile
-from shardckpt.engine.saving.write import Receipt
-from shardckpt.format.checksum import crc32, to_hex
+from shardckpt.engine.saving.write import Receipt, Sealed, SealedFile
+from shardckpt.format.checksum import value_digest
 from shardckpt.format.manifest import (
     FileEntry,
     LayoutEntry,
@@ -37,25 +36,21 @@ Tables = list[tuple[list[MeshEntry], list[LayoutEntry], Table]]
 def describe_own(
     at: Coordinates,
     plan: SavePlan,
-    sealed: Sequence[SealedFile],
+    sealed: Sequence[Sealed],
     files: tuple[FileEntry, ...],
     alike: Mapping[str, Mapping[str, str]],
     seconds: Mapping[str, float],
 ) -> Receipt:
     """This rank's receipt, made on its save thread after its files are durable."""
+    whole = [file for file in sealed if isinstance(file, SealedFile)]
     digests = {
-        file.entry.name: _plain_tensors(plan, file) | _value_digests(plan, file.entry.kind)
-        for file in sealed
+        file.name: _plain_tensors(plan, file) | _value_digests(plan, file.entry.kind)
+        for file in whole
         if _has_siblings(file.entry.kind, at)
     }
     own_alike = {file: _digest_of(keys) for file, keys in alike.items()}
-    return Receipt(at.rank, at.shard, files, digests, own_alike, _table_digest(plan), seconds)
-
-
-def written_for_peers(plan: SavePlan, sealed: Sequence[SealedFile]) -> dict[str, dict[str, str]]:
-    """By group: digests of the tensors that this rank wrote for others too (see `SavePlan.copied`)."""
-    digests = {name: text for file in sealed for name, text in file.digests.items()}
-    return {group: {name: digests[name] for name in names} for group, names in plan.copied.items()}
+    wrote = {file.name: (0, file.nbytes) for file in files} | {file.name: (file.start, file.end) for file in sealed}
+    return Receipt(at.rank, at.shard, files, digests, own_alike, _table_digest(plan), seconds, wrote)
 
 
 def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
@@ -65,21 +60,25 @@ def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
 
 def disagreements(receipts: Sequence[Receipt]) -> list[str]:
     """The files of which two ranks hold different content although it was taken to be the same."""
-    seen: dict[str, set[str]] = {}
-    for receipt in receipts:
-        for file, digest in receipt.alike.items():
-            seen.setdefault(file, set()).add(digest)
-    return sorted(file for file, digests in seen.items() if len(digests) > 1)
+    holding = {group: _expected(group, receipts) for receipt in receipts for group in receipt.alike}
+    seen = {group: {receipt.alike.get(group) for receipt in those} for group, those in holding.items()}
+    return sorted(group for group, digests in seen.items() if len(digests) > 1)
+
+
+def _expected(group: str, receipts: Sequence[Receipt]) -> list[Receipt]:
+    """Of those that must hold a group alike: for a file that ranks share, all of the shard; else those that do."""
+    those = [receipt for receipt in receipts if group in receipt.alike]
+    if " " in group:  # tensors in another rank's file (see `plan`)
+        return those
+    return [receipt for receipt in receipts if receipt.shard == those[0].shard]
 
 
 def compose_manifest(
     step: int, attempt: str, created: str, receipts: Sequence[Receipt], tables: Tables, metadata: dict[str, Any]
 ) -> Manifest:
-    """The record of all receipts. On rank 0. `ValueError` if two ranks claim the same file."""
+    """The record of all receipts. On rank 0. `ValueError` if some bytes of a file were written twice or by nobody."""
     files = sorted((file for receipt in receipts for file in receipt.files), key=lambda file: file.name)
-    names = [file.name for file in files]
-    if len(set(names)) != len(names):
-        raise ValueError(f"two ranks wrote the same file: {sorted({n for n in names if names.count(n) > 1})}")
+    _check_written(files, receipts)
     meshes, layouts, merged = _merge_tables(tables)
     return Manifest(
         step=step,
@@ -95,6 +94,30 @@ def compose_manifest(
         versions={"shardckpt": _version(), "torch": torch.__version__, "python": platform.python_version()},
         metadata=metadata,
     )
+
+
+def _check_written(files: Sequence[FileEntry], receipts: Sequence[Receipt]) -> None:
+    """The ranges that the ranks say they wrote must make up exactly the files that are recorded."""
+    names = [file.name for file in files]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two ranks wrote the same file: {sorted({n for n in names if names.count(n) > 1})}")
+    wrote: dict[str, list[tuple[int, int]]] = {}
+    for receipt in receipts:
+        for name, (start, end) in receipt.wrote.items():
+            wrote.setdefault(name, []).append((start, end))
+    for file in files:
+        position = 0
+        for start, end in sorted(wrote.pop(file.name, ())):
+            if start != position:
+                raise ValueError(
+                    f"of {file.name} the bytes from {min(start, position)} to {max(start, position)} "
+                    "were written twice or by nobody: the ranks do not have the same plan"
+                )
+            position = end
+        if position != file.nbytes:
+            raise ValueError(f"of {file.name} {position} bytes were written, but it should have {file.nbytes}")
+    if wrote:
+        raise ValueError(f"ranks wrote parts of {sorted(wrote)}, of which nobody wrote the end")
 
 
 class TableBook:
@@ -129,24 +152,29 @@ def held_of(files: Any, alike: Mapping[str, Mapping[str, str]]) -> Any:
     return {file: dict(alike[file]) for file in files if file in alike}
 
 
-def explain(held: Sequence[Any]) -> str:
-    """Which keys differ between which ranks, and what to do."""
+def explain(held: Sequence[Any], receipts: Sequence[Receipt]) -> str:
+    """Which keys differ between which ranks, and what to do. `held`: by rank, what `held_of` gave."""
     seen: dict[tuple[str, str], dict[str, list[int]]] = {}
     for rank, groups in enumerate(held):
         for group, keys in groups.items():
             for key, digest in keys.items():
                 seen.setdefault((group, key), {}).setdefault(digest, []).append(rank)
-    differing: dict[str, list[int]] = {}
-    for (_, key), ranks_by_digest in sorted(seen.items()):
-        if len(ranks_by_digest) > 1:
-            differing.setdefault(key, sorted(ranks[0] for ranks in ranks_by_digest.values()))
-    lines = [f"{key} (for example ranks {ranks[0]} and {ranks[1]})" for key, ranks in sorted(differing.items())]
+    differing: dict[str, str] = {}
+    for (group, key), ranks_by_digest in sorted(seen.items()):
+        having = {rank for ranks in ranks_by_digest.values() for rank in ranks}
+        lacking = [receipt.rank for receipt in _expected(group, receipts) if receipt.rank not in having]
+        if lacking:
+            differing.setdefault(key, f"{key} (rank {min(having)} has it, rank {lacking[0]} does not)")
+        elif len(ranks_by_digest) > 1:
+            one, other, *_ = sorted(ranks[0] for ranks in ranks_by_digest.values())
+            differing.setdefault(key, f"{key} (for example ranks {one} and {other})")
+    lines = [line for _, line in sorted(differing.items())]
     what = "; ".join(lines[:10]) + (f"; and {len(lines) - 10} more" if len(lines) > 10 else "")
     return (
-        "ranks hold different values of tensors that are stored once for them, because they belong to a model or an "
-        f"optimizer and are not sharded between these ranks: {what or 'they do not hold the same keys'}. Only one of "
-        "them would have been kept. Bring the ranks into step, make them DTensors over a mesh of all these ranks, or "
-        "save them as plain entries of the state, which are kept per rank"
+        "ranks hold different values of what is stored once for them, because it was declared replicated, or belongs "
+        f"to a model or an optimizer and is not sharded between them: {what}. Only one of them would have been kept. "
+        "Bring the ranks into step, make them DTensors over a mesh of all these ranks, or save them as plain entries "
+        "of the state, which are kept per rank"
     )
 
 
@@ -156,17 +184,7 @@ def _has_siblings(kind: str, at: Coordinates) -> bool:
 
 def _value_digests(plan: SavePlan, kind: str) -> dict[str, str]:
     """Values by their text: equal values have equal texts, whatever objects they share."""
-    return {
-        key: to_hex(crc32(_stable_text(plan.values[key]).encode("utf-8", "surrogatepass")))
-        for key, home in plan.table.values.items()
-        if home == kind
-    }
-
-
-def _stable_text(value: Any) -> str:
-    if isinstance(value, (set, frozenset)):
-        return "set" + repr(sorted(map(_stable_text, value)))
-    return repr(value)
+    return {key: value_digest(plan.values[key]) for key, home in plan.table.values.items() if home == kind}
 
 
 def _digest_of(content: Any) -> str:

@@ -7,13 +7,16 @@ too; the copies of parameters and optimizer state run on the save thread while t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from shardckpt.engine.saving.draft import PlannedRecord
 from shardckpt.engine.saving.image import Image
-from shardckpt.engine.saving.plan import FilePlan, PlannedRecord, SavePlan
+from shardckpt.engine.saving.plan import FilePlan, SavePlan
+from shardckpt.engine.saving.share import Share, share_out
+from shardckpt.engine.saving.write import Sealed, SealedFile, SealedRange
 from shardckpt.format.archive import (
     LARGE,
     ArchiveLayout,
@@ -25,7 +28,7 @@ from shardckpt.format.archive import (
     write_crcs,
     write_headers,
 )
-from shardckpt.format.checksum import crc32, to_hex
+from shardckpt.format.checksum import crc32, to_hex, value_digest
 from shardckpt.format.index import StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry, Home
 from shardckpt.format.tree import encode_tree
@@ -38,21 +41,13 @@ _TAIL, _TAIL_OF_RECORD = 1 << 20, 1 << 10
 """Room for index, pickle and directory: bytes of address space, which cost nothing until they are touched."""
 
 
-@dataclass(frozen=True, slots=True)
-class SealedFile:
-    """A finished file image: `parts` one after the other are the file that `entry` describes."""
-
-    entry: FileEntry
-    parts: tuple[memoryview, ...]
-    digests: dict[str, str]
-    """For each tensor what is stored of it here, as text, to be compared with other ranks' copies."""
-
-
 class Stager:
     """Keeps the images and layouts from save to save. One per manager; used for one save at a time."""
 
-    def __init__(self, *, threads: int = 2) -> None:
+    def __init__(self, *, in_ranges: bool = False, threads: int = 2) -> None:
+        """`in_ranges`: whether the storage can put ranges of a file, so that several ranks can share one."""
         self._slots: dict[Home, _FileStage] = {}
+        self._in_ranges = in_ranges
         self._threads = threads
 
     @property
@@ -65,7 +60,7 @@ class Stager:
         stages = []
         for file in plan.files:
             stage = self._slots.setdefault(file.home, _FileStage())
-            stage.lay_out(file)
+            stage.lay_out(file, in_ranges=self._in_ranges)
             stages.append(stage)
         return Staging(stages, plan, rank=rank, threads=self._threads)
 
@@ -86,101 +81,164 @@ class Staging:
         self._plan = plan
         self._rank = rank
         self._threads = threads
+        self._alike: dict[str, dict[str, str]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files of this rank."""
+        """Bytes that this rank writes, the tails not counted."""
         return sum(stage.nbytes for stage in self._stages)
 
     def copy(self, wanted: Callable[[torch.Tensor], bool]) -> None:
-        """Copy the tensors for which `wanted` holds. Returns when they are in the images."""
+        """Copy the tensors for which `wanted` holds, and sum up those that others write. Done when it returns."""
         jobs: list[Callable[[], None]] = []
         for stage in self._stages:
-            jobs += stage.copy_jobs(wanted)
+            jobs += stage.jobs(wanted)
         for_each(jobs, lambda job: job(), threads=self._threads)
+        for group, tensors in self._plan.alike.items():
+            digests = self._alike.setdefault(group, {})
+            for name, tensor in tensors:
+                if wanted(tensor):
+                    digests[name] = _digest(tensor.dtype, tuple(tensor.shape), _crc_of(tensor))
 
-    def sum_alike(self, wanted: Callable[[torch.Tensor], bool]) -> dict[str, dict[str, str]]:
-        """By group, what this rank holds of the wanted tensors that another rank writes (see `SavePlan.alike`)."""
-        return {
-            group: {
-                name: _digest(tensor.dtype, tuple(tensor.shape), _crc_of(tensor))
-                for name, tensor in tensors
-                if wanted(tensor)
-            }
-            for group, tensors in self._plan.alike.items()
-        }
+    def seal(self) -> list[Sealed]:
+        """Checksums, indexes and directories: what this rank writes is complete. After all copies."""
+        sealed = [stage.seal(self._rank, threads=self._threads) for stage in self._stages]
+        return [file for file in sealed if file is not None]
 
-    def seal(self) -> list[SealedFile]:
-        """Checksums, indexes and directories: the files are complete. After all copies."""
-        return [stage.seal(self._rank, threads=self._threads) for stage in self._stages]
+    def alike(self) -> dict[str, dict[str, str]]:
+        """By group: what this rank holds of tensors that one rank writes for several, or that several write. After
+        `seal`; `SavePlan.alike` and `FilePlan.sharers` say which."""
+        shared = {stage.name: stage.held(self._plan.values) for stage in self._stages if stage.is_shared}
+        written = {name: text for stage in self._stages for name, text in stage.digests.items()}
+        copied = {group: {name: written[name] for name in names} for group, names in self._plan.copied.items()}
+        return {group: dict(digests) for group, digests in self._alike.items()} | copied | shared
 
 
 class _FileStage:
-    """One file's image and its layout, reused while the records keep their shapes and dtypes."""
+    """One file's image and its layout, reused while the records keep their shapes and dtypes.
+
+    Of a file that others write, too, only what lies in this rank's share is copied; the rest is summed up where it is.
+    """
 
     def __init__(self) -> None:
         self.image = Image()
+        self.digests: dict[str, str] = {}
+        """After `seal`: by tensor."""
         self._signature: list[tuple[str, tuple[int, ...]]] | None = None
         self._layout = ArchiveLayout((), ())
+        self._share = Share(0, 0, tail=True, whole=True)
         self._targets: list[torch.Tensor] = []
         self._file: FilePlan | None = None
+        self._crcs: list[int | None] = []
         self._headers_due = False
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors with their headers; the tail comes on top."""
-        return self._layout.tail
+    def name(self) -> str:
+        return self._file.name if self._file is not None else ""
 
-    def lay_out(self, file: FilePlan) -> None:
+    @property
+    def is_shared(self) -> bool:
+        return self._file is not None and self._file.sharers > 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's share: tensors with their headers; the tail comes on top."""
+        return self._share.end - self._share.start
+
+    def held(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """What every rank that plans this file must hold alike: the layout, the tensors, the Python values."""
+        assert self._file is not None
+        own = {name: value_digest(values[name]) for name in self._file.values}
+        return {f"the layout of {self.name}": value_digest(self._signature), **self.digests, **own}
+
+    def lay_out(self, file: FilePlan, *, in_ranges: bool) -> None:
         """On the caller's thread, so it touches no page: fresh memory costs a tenth of a second per 100 MB."""
         signature = [(record.dtype, record.shape) for record in file.records]
         if signature != self._signature:
             self._layout = lay_out([record.nbytes for record in file.records])
         self._file = file
+        self._crcs = [None] * len(file.records)
+        who: dict[str, Any] = {"home": file.home, "sharers": file.sharers, "place": file.place}
+        share = share_out(self._layout.tail, in_ranges=in_ranges, **who)
         fresh = self.image.reserve(self._layout.tail + _TAIL + _TAIL_OF_RECORD * len(file.records))
-        if fresh or signature != self._signature:
-            self._signature = signature
+        if fresh or signature != self._signature or share != self._share:
+            self._signature, self._share = signature, share
             self._headers_due = True
             self._targets = [
                 self.image.tensor(slot.data, record.tensor.dtype, record.shape)
                 for slot, record in zip(self._layout.slots, file.records, strict=True)
             ]
 
-    def copy_jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+    def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+        """What is to be done now for the wanted tensors: copies into the image, sums of what is not copied."""
         assert self._file is not None
         small_targets, small_sources = [], []
-        for target, record in zip(self._targets, self._file.records, strict=True):
+        for number, record in enumerate(self._file.records):
+            slot, target = self._layout.slots[number], self._targets[number]
             if not record.nbytes or not wanted(record.tensor):
                 continue
+            if not self._is_staged(slot):
+                yield self._sum_job(number, record.tensor)
             if record.nbytes < LARGE:
-                small_targets.append(target)
-                small_sources.append(record.tensor)
-            else:
-                yield from _slices(target, record.tensor)
+                if self._is_staged(slot):
+                    small_targets.append(target)
+                    small_sources.append(record.tensor)
+            elif self._share.touches(slot.data, slot.end):
+                yield from _slices(target, record.tensor, slot.data, self._share)
         if small_targets:
             yield lambda: _copy_small(small_targets, small_sources)
 
-    def seal(self, rank: int, *, threads: int) -> SealedFile:
+    def _is_staged(self, slot: Slot) -> bool:
+        """Whether all of a record comes into the image. Whoever makes the tail needs all small ones for its sum."""
+        return self._share.covers(slot.data, slot.end) or (self._share.tail and slot.nbytes < LARGE)
+
+    def _sum_job(self, number: int, tensor: torch.Tensor) -> Callable[[], None]:
+        def sum_up() -> None:
+            self._crcs[number] = _crc_of(tensor)
+
+        return sum_up
+
+    def seal(self, rank: int, *, threads: int) -> Sealed | None:
+        """None if others write all of it."""
         assert self._file is not None
-        view, layout, file = self.image.view, self._layout, self._file
+        layout, file, share, view = self._layout, self._file, self._share, self.image.view
+        crcs = self._all_crcs(view, threads)
+        self.digests = _digests(file, crcs)
+        if share.is_empty:
+            return None
+        within = None if share.tail else share.range  # whoever makes the tail sums up all headers
         if self._headers_due:
-            write_headers(layout, view)
+            write_headers(layout, view, within=within)
             self._headers_due = False
-        crcs = _crcs(layout, view, threads)
-        write_crcs(layout, view, crcs)
+        write_crcs(layout, view, crcs, within=within)
+        if not share.tail:
+            return SealedRange(file.name, (view[share.start : share.end],), share.start, share.end)
         tail = self._tail(crcs)
-        nbytes = layout.tail + len(tail.content)
-        crc = file_crc(layout, view, crcs, tail)
+        nbytes, crc = layout.tail + len(tail.content), file_crc(layout, view, crcs, tail)
         entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
-        return SealedFile(entry, self._with_tail(tail.content), _digests(file, crcs))
+        return SealedFile(entry, self._with_tail(tail.content), dict(self.digests), share.start, share.whole)
+
+    def _all_crcs(self, view: memoryview, threads: int) -> list[int]:
+        """Of all records: of those in the image from there, of the others from `copy`."""
+        slots = self._layout.slots
+        large = [number for number, slot in enumerate(slots) if slot.nbytes >= LARGE and self._is_staged(slot)]
+
+        def sum_up(number: int) -> None:
+            self._crcs[number] = crc32(view[slots[number].data : slots[number].end])
+
+        for_each(large, sum_up, threads=threads)
+        for number, crc in enumerate(self._crcs):
+            if crc is None:
+                sum_up(number)
+        return [crc for crc in self._crcs if crc is not None]
 
     def _with_tail(self, tail: bytes) -> tuple[memoryview, ...]:
         """The image with its tail behind it; a tail that is larger than any that was thought of stays by itself."""
-        view, start = self.image.view, self._layout.tail
+        view, start, first = self.image.view, self._layout.tail, self._share.start
         if start + len(tail) > len(view):
-            return view[:start], memoryview(tail)
+            return view[first:start], memoryview(tail)
         view[start : start + len(tail)] = tail
-        return (view[: start + len(tail)],)
+        return (view[first : start + len(tail)],)
 
     def _tail(self, crcs: Sequence[int]) -> Tail:
         assert self._file is not None
@@ -189,16 +247,6 @@ class _FileStage:
             for record, slot, crc in zip(self._file.records, self._layout.slots, crcs, strict=True)
         ]
         return make_tail(self._layout, crcs, encode_index(records, self._file.boxes), encode_tree(self._file.tree))
-
-
-def _crcs(layout: ArchiveLayout, view: memoryview, threads: int) -> list[int]:
-    sums: dict[str, int] = {}
-
-    def sum_up(slot: Slot) -> None:
-        sums[slot.name] = crc32(view[slot.data : slot.end])
-
-    for_each([slot for slot in layout.slots if slot.nbytes >= LARGE], sum_up, threads=threads)
-    return [sums[s.name] if s.nbytes >= LARGE else crc32(view[s.data : s.end]) for s in layout.slots]
 
 
 def _digests(file: FilePlan, crcs: Sequence[int]) -> dict[str, str]:
@@ -218,12 +266,15 @@ def _crc_of(tensor: torch.Tensor) -> int:
     return crc32(flat.numpy().data) if flat.numel() else 0
 
 
-def _slices(target: torch.Tensor, source: torch.Tensor) -> Iterable[Callable[[], None]]:
-    if source.is_contiguous() and target.numel() * target.element_size() > _SLICE:
-        step = _SLICE // target.element_size()
+def _slices(target: torch.Tensor, source: torch.Tensor, at: int, share: Share) -> Iterable[Callable[[], None]]:
+    """Copies of what lies in the share, of a tensor whose first byte is byte `at` of the file."""
+    itemsize = target.element_size()
+    first, last = max(0, share.start - at), min(target.numel() * itemsize, share.end - at)
+    if source.is_contiguous() and (last - first > _SLICE or last - first < target.numel() * itemsize):
         flat_target, flat_source = target.view(-1), source.view(-1)
-        for start in range(0, flat_target.numel(), step):
-            yield _copy_job(flat_target[start : start + step], flat_source[start : start + step])
+        for start in range(first // itemsize, -(-last // itemsize), _SLICE // itemsize):
+            end = min(start + _SLICE // itemsize, -(-last // itemsize))
+            yield _copy_job(flat_target[start:end], flat_source[start:end])
     else:
         yield _copy_job(target, source)
 

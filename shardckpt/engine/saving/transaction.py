@@ -79,7 +79,7 @@ class Transaction:
         if not doubtful:
             return
         held: Any = together_gather(self._gang, lambda: held_of(doubtful, alike), phase="compare", **self._terms)
-        message = announce(self._gang, lambda: explain(held), phase="compare", **self._terms)
+        message = announce(self._gang, lambda: explain(held, self._receipts or ()), phase="compare", **self._terms)
         raise CheckpointSaveError(f"step {self._step} was not saved: {message}", step=self._step)
 
     def commit(self, plan: SavePlan, metadata: Mapping[str, Any]) -> Committed:

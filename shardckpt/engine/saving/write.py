@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-from shardckpt.engine.saving.progress import Progress
-from shardckpt.engine.saving.stage import SealedFile
+from shardckpt.engine.progress import Progress
 from shardckpt.format.manifest import FileEntry, decode_file, encode_file
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import RenamingStorage, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFile:
+    """A finished file image: `parts` one after the other are the bytes from `start` on of the file of `entry`."""
+
+    entry: FileEntry
+    parts: Iterable[memoryview]
+    digests: dict[str, str]
+    """For each tensor what is stored of it here, as text, to be compared with other ranks' copies."""
+    start: int = 0
+    whole: bool = True
+    """Whether this rank writes all of it; else several ranks write ranges of it."""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def end(self) -> int:
+        return self.entry.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SealedRange:
+    """This rank's range of a file whose tail, and so whose entry, is another's: bytes `start` to `end`."""
+
+    name: str
+    parts: tuple[memoryview, ...]
+    start: int
+    end: int
+
+
+Sealed: TypeAlias = SealedFile | SealedRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +59,8 @@ class Receipt:
     table: str = ""
     """Digest of this rank's table; the table itself is sent only if rank 0 asks for it."""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    wrote: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By file: which of its bytes (start, end) are this rank's work."""
 
     def encode(self) -> dict[str, Any]:
         return {
@@ -36,20 +71,28 @@ class Receipt:
             "alike": dict(self.alike),
             "table": self.table,
             "seconds": dict(self.seconds),
+            "wrote": {file: list(extent) for file, extent in self.wrote.items()},
         }
 
 
 def decode_receipt(content: Mapping[str, Any]) -> Receipt:
     files = tuple(decode_file(entry) for entry in content["files"])
-    return Receipt(**{**content, "files": files})
+    wrote = {file: (start, end) for file, (start, end) in content["wrote"].items()}
+    return Receipt(**{**content, "files": files, "wrote": wrote})
 
 
-def write_files(
-    storage: Storage, prefix: str, sealed: Sequence[SealedFile], progress: Progress
-) -> tuple[FileEntry, ...]:
-    """Put this rank's files below `prefix`, each durable when it returns. Called on the save thread of every rank."""
+def write_files(storage: Storage, prefix: str, sealed: Sequence[Sealed], progress: Progress) -> tuple[FileEntry, ...]:
+    """Put what is this rank's of its files below `prefix`, durable when it returns; gives the files that it completes.
+
+    Called on the save thread of every rank.
+    """
     for file in sealed:
         progress.check()
-        storage.put(f"{prefix}/{file.entry.name}", file.parts)
-        progress.add(file.entry.nbytes)
-    return tuple(file.entry for file in sealed)
+        key = f"{prefix}/{file.name}"
+        if isinstance(file, SealedFile) and file.whole:
+            storage.put(key, file.parts)
+        else:
+            assert isinstance(storage, RenamingStorage), "only then are files shared in ranges"
+            storage.put_range(key, file.start, file.parts)
+        progress.add(file.end - file.start)
+    return tuple(file.entry for file in sealed if isinstance(file, SealedFile))

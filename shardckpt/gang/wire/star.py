@@ -65,6 +65,7 @@ class Star:
         self._rank, self._size = group.rank(), group.size()
         self._busy = self._spoiled = False
         self._called: list[Work] = []
+        """Sent without waiting for the end; kept until that is certain."""
         self._unfinished: list[Work] = []
         """Kept, with the memory that they write to, until the links are closed."""
 
@@ -121,9 +122,9 @@ class Star:
         """The others: give rank 0 a message; returns when rank 0 has begun to take it. `LinkError`."""
         with self._operation():
             work = self._group.send([_framed(message, stamp)], 0, _UP)
-            bell = self._bell(timeout_s)
+            # Not waited for: where another link closes just now, rank 0 may take the message and never the bell.
+            self._called = [self._bell(timeout_s)]
             work.wait(timedelta(seconds=timeout_s))
-            bell.wait()
             if len(message) > _ROOM:
                 rest = _over(bytearray(message[_ROOM:]))
                 self._group.send([rest], 0, _UP_REST).wait(timedelta(seconds=timeout_s))

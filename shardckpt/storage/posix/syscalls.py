@@ -58,7 +58,7 @@ def rename_new(source: Entry, target: Entry, *, rename: Callable[[Entry, Entry, 
         raise
 
 
-def allocate(file: int, nbytes: int) -> None:
+def allocate(file: int, nbytes: int, *, offset: int = 0) -> None:
     """Reserve the blocks of a file of known size: a full disk shows at once, and the file lies in one piece.
 
     Not `os.posix_fallocate`: where the file system cannot reserve (NFS before 4.2, some FUSE), glibc imitates it by
@@ -68,7 +68,7 @@ def allocate(file: int, nbytes: int) -> None:
     if call is None or nbytes == 0:
         return
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    while call(file, 0, 0, nbytes) != 0:
+    while call(file, 0, offset, nbytes) != 0:
         code = ctypes.get_errno()
         if code in _CANNOT:
             return

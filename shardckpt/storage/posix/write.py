@@ -65,12 +65,12 @@ class Piece:
     buffers: list[memoryview]
 
 
-def pieces(parts: Iterable[Buffer], *, piece_nbytes: int) -> Iterator[Piece]:
-    """Cut large parts and gather small ones, so that pieces begin at multiples of `piece_nbytes` of the file.
+def pieces(parts: Iterable[Buffer], *, piece_nbytes: int, offset: int = 0) -> Iterator[Piece]:
+    """Cut large parts and gather small ones, so that pieces begin at multiples of `piece_nbytes` from `offset` on.
 
     (Except after a piece that had to end early because a system call takes only so many buffers.)
     """
-    start, room = 0, piece_nbytes
+    start, room = offset, piece_nbytes
     gathered: list[memoryview] = []
     for part in parts:
         view = as_bytes(part)
@@ -88,16 +88,22 @@ def pieces(parts: Iterable[Buffer], *, piece_nbytes: int) -> Iterator[Piece]:
 
 
 def write_parts(
-    file: int, parts: Iterable[Buffer], *, method: WriteMethod, reopen: Callable[[int], int], what: str
+    file: int,
+    parts: Iterable[Buffer],
+    *,
+    method: WriteMethod,
+    reopen: Callable[[int], int],
+    what: str,
+    offset: int = 0,
 ) -> int:
-    """Write the parts into the new, empty file and fsync it; give the number of bytes.
+    """Write the parts into the file, from byte `offset` on, and fsync it; give the number of bytes.
 
     `reopen(flags)` opens the same file again with more flags (for O_DIRECT). What `parts` raises goes through as it is;
     failures of the system become `OSError`s that begin with `what` and say what to do.
     """
     if isinstance(parts, Sequence):
         with explained(what):
-            allocate(file, sum(memoryview(part).nbytes for part in parts))
+            allocate(file, sum(memoryview(part).nbytes for part in parts), offset=offset)
     nbytes = 0
 
     def counted(items: Iterator[Piece]) -> Iterator[Piece]:
@@ -113,7 +119,7 @@ def write_parts(
             with explained(what):
                 writer(piece)
 
-        for_each(counted(pieces(parts, piece_nbytes=method.piece_nbytes)), write, threads=method.threads)
+        for_each(counted(pieces(parts, piece_nbytes=method.piece_nbytes, offset=offset)), write, threads=method.threads)
     with explained(what):
         # Once, on the descriptor that was open during the writes. A failed fsync is not tried again: the kernel may
         # have marked the lost pages clean, and the second would succeed. The caller removes the file.

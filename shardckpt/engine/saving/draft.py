@@ -1,0 +1,81 @@
+"""A file of a save as it fills up: its records, each memory once, and the part of the state's nesting that it owns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardckpt.format.index import ITEMSIZE, StoredBox
+from shardckpt.state import Path
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRecord:
+    """A tensor of this rank that becomes one record: `tensor` is local (never a DTensor), not yet copied."""
+
+    tensor: torch.Tensor
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Draft:
+    """A file as it fills up."""
+
+    records: list[PlannedRecord] = field(default_factory=list)
+    boxes: list[StoredBox] = field(default_factory=list)
+    known: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    leaves: dict[Path, Any] = field(default_factory=dict)
+    values: list[str] = field(default_factory=list)
+
+
+def record_number(draft: Draft, local: torch.Tensor, dtype: str) -> int:
+    """The record of this tensor: that of an earlier one with the very same memory (tied), else a new one."""
+    nbytes = local.numel() * ITEMSIZE[dtype]
+    memory = (
+        local.device,
+        local.data_ptr(),
+        dtype,
+        tuple(local.shape),
+        local.stride(),
+        local.is_conj(),
+        local.is_neg(),
+    )
+    number = draft.known.get(memory) if nbytes else None
+    if number is None:
+        number = draft.known[memory] = len(draft.records)
+        draft.records.append(PlannedRecord(local.detach(), dtype, tuple(local.shape), nbytes))
+    return number
+
+
+def private(value: Any) -> Any:
+    """The value, copied unless it can never change: training goes on before it is pickled."""
+    return value if type(value) in (type(None), bool, int, float, str, bytes) else copy.deepcopy(value)
+
+
+_GONE = object()
+
+
+def prune(tree: Any, leaves: Mapping[Path, Any]) -> Any:
+    """The tree with the leaves that a file owns; dicts that become empty go, places in lists become None."""
+
+    def walk(node: Any, path: Path) -> Any:
+        if path in leaves:
+            return leaves[path]
+        if isinstance(node, dict) or hasattr(node, "keys"):
+            kept = {key: walk(item, (*path, key)) for key, item in node.items()}
+            return {key: item for key, item in kept.items() if item is not _GONE} or _GONE
+        if type(node) in (list, tuple):
+            items = [walk(item, (*path, i)) for i, item in enumerate(node)]
+            if all(item is _GONE for item in items):
+                return _GONE
+            return type(node)(None if item is _GONE else item for item in items)
+        return _GONE
+
+    pruned = walk(tree, ())
+    return {} if pruned is _GONE else pruned
