@@ -1,0 +1,120 @@
+"""Lending a file: its bytes are looked at where the page cache has them, without memory of one's own for them.
+
+A look at a mapped page that cannot be had is no error but a signal (SIGBUS), which ends the process. `bring` therefore
+has the kernel map the pages first (MADV_POPULATE_READ, Linux 5.14), which *returns* what would have been signalled:
+a fault of the device, a file server that has forgotten the file, a file that has become shorter. What remains is a file
+that somebody cuts off in place in the very moment in which its bytes are looked at. Nothing here does that: files are
+written once, and replaced and deleted by rename and unlink, which a mapping outlives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from functools import lru_cache
+from typing import Any
+
+from shardckpt.storage.posix.explain import explain, explained
+
+_POPULATE_READ = 22  # linux/mman.h; Python does not name it
+_WINDOW_NBYTES = 1 << 20
+
+
+class MappedFile:
+    """A regular file, mapped whole for reading; the `Lent` of a local file system. Any thread may call.
+
+    Nothing of it may be used after `close`, and no view of it kept.
+    """
+
+    def __init__(self, file: int, what: str) -> None:
+        """Takes over the descriptor; errors begin with `what`."""
+        self._file = file
+        self._what = what
+        self._populates = True
+        try:
+            with explained(what):
+                self._nbytes = os.fstat(file).st_size
+                self._map = mmap.mmap(file, self._nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ) if self._nbytes else None
+        except BaseException:
+            os.close(file)
+            raise
+        self._address = _address_of(self._map) if self._map is not None else 0
+
+    @property
+    def view(self) -> memoryview:
+        return memoryview(self._map) if self._map is not None else memoryview(b"")
+
+    @property
+    def address(self) -> int:
+        return self._address
+
+    def state(self) -> tuple[int, ...]:
+        with explained(self._what):
+            now = os.fstat(self._file)
+        # Not the time of the last change of the inode: a hard link made by a backup changes that, and no byte.
+        return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+
+    def bring(self, start: int, nbytes: int) -> None:
+        if start + nbytes > self._nbytes:
+            raise self._ended_early(start, nbytes)
+        if not nbytes:
+            return
+        if self._populates:
+            code = self._advise(start, nbytes, _POPULATE_READ)
+            if code == 0:
+                return
+            self._populates = code != errno.EINVAL  # an older kernel, or another system
+        self._read_through(start, nbytes)  # says why it was refused
+        if self._populates:
+            raise explain(OSError(errno.EIO, os.strerror(errno.EIO)), self._what)
+
+    def forget(self, start: int, nbytes: int) -> None:
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:  # pages that are shared with neighbours stay
+            self._advise(first, last - first, mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Unmapped with the last view of it: closing it under a view would be an error."""
+        self._map = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _advise(self, start: int, nbytes: int, advice: int) -> int:
+        """0 or an errno. Not `mmap.madvise`, which does not let other threads run meanwhile."""
+        first = start - start % mmap.PAGESIZE
+        if _libc().madvise(self._address + first, start + nbytes - first, advice) == 0:
+            return 0
+        return ctypes.get_errno() or errno.EIO
+
+    def _read_through(self, start: int, nbytes: int) -> None:
+        """The same by plain reads: they fill the page cache too, and fail with an error."""
+        window, end = memoryview(bytearray(min(nbytes, _WINDOW_NBYTES))), start + nbytes
+        for at in range(start, end, len(window)):
+            wanted = window[: min(len(window), end - at)]
+            with explained(self._what):
+                done = os.preadv(self._file, [wanted], at)
+            if done < len(wanted):
+                raise self._ended_early(start, nbytes)
+
+    def _ended_early(self, start: int, nbytes: int) -> EOFError:
+        return EOFError(
+            f"{self._what}: it ends too early: bytes {start} to {start + nbytes} were asked for; the file is "
+            "truncated, so load another step or restore it from a copy"
+        )
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    import numpy as np  # ctypes tells the address of writable memory only; whoever lends has torch, and so numpy
+
+    return int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
