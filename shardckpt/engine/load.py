@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.loading.borrow import fetch_from
 from shardckpt.engine.loading.contents import Contents
-from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored, overlaps
+from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_stored, overlaps
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
 from shardckpt.engine.loading.optimizers import (
@@ -53,7 +54,7 @@ class Loader:
         self._timeout = timeout
         self._sources = Sources(manifest, at)
         self._contents = Contents(storage, folder, manifest)
-        self._arena = Arena()
+        self._fetch: Fetch = Arena(storage, folder)
         self._fit = Fit()
         self._fetched: dict[int, list[Fetched]] = {}
 
@@ -71,7 +72,7 @@ class Loader:
                 raise self._as_load_error(error) from error
             raise
         finally:
-            self._arena.image.release()
+            self._fetch.release()
 
     def _compare(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Every difference of every rank, in one error on all ranks."""
@@ -95,16 +96,16 @@ class Loader:
         needs = self._needs()
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
         trees = [file for rank in self._tree_ranks() for file in self._sources.trees_of(rank)]
+        files = {need[1] for need in needs} | set(frames)
         self._contents.check_sizes(frames)
-        self._contents.open({need[1] for need in needs} | set(frames), trees)
+        self._contents.open(files, trees)
+        self._fetch = fetch_from(self._storage, self._folder, files)
         for position, file, chunk_box, region, target in needs:
             stored = find_stored(self._contents.boxes(file), self._fit.tensors[position].name, chunk_box, file)
             record = self._contents.record(file, stored)
             need = Need(file, stored, region, target, position)
-            self._fetched.setdefault(position, []).append(self._arena.add(need, record))
-        frame_reads = self._contents.frame_reads(frames)
-        self._storage.read_into([*self._arena.reads(self._folder), *frame_reads])
-        damaged, partial = self._arena.check()
+            self._fetched.setdefault(position, []).append(self._fetch.add(need, record))
+        damaged, partial = self._fetch.read(self._contents.frame_reads(frames))
         damaged += self._contents.damaged_frames(frames)
         if damaged:
             raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
@@ -148,14 +149,11 @@ class Loader:
     def _apply(self, parts: Sequence[Part]) -> None:
         """The state changes here and nowhere else; random streams last."""
         made: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            for position, wanted in enumerate(self._fit.tensors):
-                target = self._target(wanted, made)
-                for item in self._fetched.get(position, ()):
-                    region = tuple(
-                        slice(at, at + n) for at, n in zip(item.need.target, item.need.region.lengths, strict=True)
-                    )
-                    target[region].copy_(self._arena.tensor(item))
+        places = []
+        for position, wanted in enumerate(self._fit.tensors):
+            target = self._target(wanted, made)
+            places += [(item, _place(target, item.need)) for item in self._fetched.get(position, ())]
+        self._fetch.fill(places, timeout=self._timeout)
         values = self._loaded_values()
         for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
             self._restore(part, values, made)
@@ -225,3 +223,10 @@ class Loader:
         damage = kinds & {CheckpointDamagedError.__name__, "FileNotFoundError", "EOFError"}
         kind = CheckpointDamagedError if damage and not error.absent else CheckpointLoadError
         return kind(f"step {self._manifest.step} was not loaded: {error.brief}", step=self._manifest.step)
+
+
+def _place(target: torch.Tensor, need: Need) -> torch.Tensor:
+    """The part of the local tensor that a region goes to."""
+    if need.region.lengths == tuple(target.shape):
+        return target
+    return target[tuple(slice(at, at + n) for at, n in zip(need.target, need.region.lengths, strict=True))]

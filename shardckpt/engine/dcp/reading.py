@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.loading.borrow import fetch_from
 from shardckpt.engine.loading.contents import Contents
-from shardckpt.engine.loading.fetch import Arena, Fetched, Need, find_stored
+from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_stored
 from shardckpt.engine.loading.integrity import Region, join_sums
 from shardckpt.engine.loading.sources import BelongsToRankError, Chunk, Sources
 from shardckpt.engine.sharding import describe
@@ -37,7 +38,7 @@ class Reading:
         self._cast = cast
         self._sources = Sources(manifest, at)
         self._contents = Contents(storage, folder, manifest)
-        self._arena = Arena()
+        self._fetch: Fetch = Arena(storage, folder)
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
         self._leaves: dict[int, Any] = {}
 
@@ -54,17 +55,16 @@ class Reading:
             with self._told_as_load_errors():
                 _check_placements(getattr(planner, "state_dict", None))
                 self._check_fit(tensors)
-                fetched = self._fetch(tensors, values)
+                fetched = self._read(tensors, values)
                 streams = [self._stream(item.storage_index.fqn) for item in values]
-            with torch.no_grad():
-                for (item, target), found in zip(tensors, fetched, strict=True):
-                    if found is not None:
-                        target.copy_(self._arena.tensor(found))
-                    planner.commit_tensor(item, target)
+            found = [(item, target) for item, (_, target) in zip(fetched, tensors, strict=True) if item is not None]
+            self._fetch.fill(found, timeout=None)
+            for item, target in tensors:
+                planner.commit_tensor(item, target)
             for item, stream in zip(values, streams, strict=True):
                 planner.load_bytes(item, stream)
         finally:
-            self._arena.image.release()
+            self._fetch.release()
 
     def _check_fit(self, tensors: Sequence[tuple[ReadItem, torch.Tensor]]) -> None:
         """All differences at once; DCP itself would convert without a word."""
@@ -87,7 +87,7 @@ class Reading:
                 step=self._manifest.step,
             )
 
-    def _fetch(
+    def _read(
         self, tensors: Sequence[tuple[ReadItem, torch.Tensor]], values: Sequence[ReadItem]
     ) -> list[Fetched | None]:
         """The bytes of every item, in memory and checked as far as one rank can; None for an item without elements."""
@@ -96,12 +96,12 @@ class Reading:
         indexed = {file for file, _ in chunks}
         self._contents.check_sizes(sorted(indexed | trees))
         self._contents.open(indexed, trees)
+        self._fetch = fetch_from(self._storage, self._folder, indexed)
         fetched = [
             self._add(position, item, chunk) if all(item.lengths) else None
             for position, ((item, _), chunk) in enumerate(zip(tensors, chunks, strict=True))
         ]
-        self._storage.read_into(list(self._arena.reads(self._folder)))
-        damaged, partial = self._arena.check()
+        damaged, partial = self._fetch.read(())
         torn, unchecked = join_sums(partial)
         if damaged or torn:
             names = ", ".join(sorted({*damaged, *torn}))
@@ -118,7 +118,7 @@ class Reading:
         ends = [at + n for at, n in zip(item.storage_offsets, item.lengths, strict=True)]
         if entry is None or record.dtype != entry.dtype or any(a > b for a, b in zip(ends, box.lengths, strict=True)):
             raise self._damaged(f"{file} and the record do not say the same of {name}")
-        return self._arena.add(Need(file, stored, Region(start, tuple(item.lengths)), (), position), record)
+        return self._fetch.add(Need(file, stored, Region(start, tuple(item.lengths)), (), position), record)
 
     def _chunk(self, item: ReadItem) -> Chunk:
         """The file and the box that an item's storage index means."""

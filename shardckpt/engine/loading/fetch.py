@@ -1,32 +1,38 @@
-"""Read exactly the bytes that this rank needs, check them, and lend them as tensors.
+"""Read exactly the bytes that this rank needs, check them, and only then copy them to the state.
 
-Everything is read into memory of our own first. Only when all ranks have all their bytes, checked, are they copied
-to the state: a damaged checkpoint changes nothing. (2026-11: DESIGN had the reads go straight to the destinations;
-a load that fails half way would then leave a model that is half old and half new, for the user to train on.)
+Nothing is copied before all ranks have checked all their bytes: a damaged checkpoint changes nothing. (2026-11: DESIGN
+had the reads go straight to the destinations; a load that fails half way would then leave a model that is half old
+and half new, for the user to train on.) Until then the bytes are kept in memory of our own (`Arena`), as from an
+object store, or stay where they lie (`Borrowed`, in `borrow`), as on a file system of this machine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from shardckpt.engine.loading.fit import WantedTensor
-from shardckpt.engine.loading.integrity import PartialSum, Region, Runs, linear_sum, runs_of
+from shardckpt.engine.loading.integrity import PartialSum, Region, Runs, runs_of, sum_among_zeros
 from shardckpt.engine.loading.sources import Chunk
 from shardckpt.engine.saving.image import Image
 from shardckpt.format.archive import LINE
-from shardckpt.format.checksum import crc32
+from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import StoredBox, StoredRecord
 from shardckpt.format.placement import Box
-from shardckpt.storage.base import Read
+from shardckpt.storage.base import Read, Storage
 
 WASTE = 512 << 10
 """Bytes that a rank may read in excess, over all its tensors, to get many short runs of a record in one read."""
+
+Summed: TypeAlias = tuple[int, int, int]
+"""A piece of a record: its offset in the record, its bytes, their CRC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +47,9 @@ class Need:
     """Position of the wanted tensor in its list."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Fetched:
-    """One region in memory: at `offset` of the arena, as its runs one after the other or as the whole span."""
+    """One region that is fetched. In an arena: at `offset`, as its runs one after the other or as the whole span."""
 
     need: Need
     record: StoredRecord
@@ -55,33 +61,77 @@ class Fetched:
     def nbytes(self) -> int:
         return self.runs.span if self.spans else self.runs.total
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its record."""
+        return self.runs.total == self.record.nbytes
 
-@dataclass(slots=True)
-class Arena:
-    """All regions that this rank reads, laid out in one buffer."""
 
-    fetched: list[Fetched] = field(default_factory=list)
-    image: Image = field(default_factory=Image)
-    nbytes: int = 0
-    _waste: int = WASTE
+class Fetch(Protocol):
+    """All regions that this rank reads. Used for one load: first `add`, then `read`, then `fill`; `release` always."""
 
     def add(self, need: Need, record: StoredRecord) -> Fetched:
-        """Have room for a region."""
-        item = Fetched(need, record, runs_of(record, need.region), self.nbytes)
+        """Have a region fetched."""
+        ...
+
+    def read(self, others: Sequence[Read]) -> tuple[list[str], list[PartialSum]]:
+        """Read and check everything, and fill the `others`; no tensor of the state changes.
+
+        Gives the files with a damaged record, and the sums of the records that were read in part.
+        """
+        ...
+
+    def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:
+        """Copy each region to its place, a tensor of the region's shape on any device and of any dtype.
+
+        `CheckpointLoadError` if that breaks off, in which case some places are filled and some are not.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give back what was read."""
+        ...
+
+
+class Arena:
+    """All regions laid out in one buffer, which they are read into once: what is fetched from afar is kept."""
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._fetched: list[Fetched] = []
+        self._image = Image()
+        self._nbytes = 0
+        self._waste = WASTE
+
+    def add(self, need: Need, record: StoredRecord) -> Fetched:
+        item = Fetched(need, record, runs_of(record, need.region), self._nbytes)
         excess = item.runs.span - item.runs.total
         if excess and excess <= self._waste:
             self._waste -= excess
             item.spans = True
-        self.fetched.append(item)
-        self.nbytes = -(-(self.nbytes + item.nbytes) // LINE) * LINE
+        self._fetched.append(item)
+        self._nbytes = -(-(self._nbytes + item.nbytes) // LINE) * LINE
         return item
 
-    def reads(self, prefix: str) -> Iterable[Read]:
-        """The reads that fill the buffer."""
-        self.image.reserve(max(self.nbytes, 1))
-        view = self.image.view
-        for item in self.fetched:
-            key, at = f"{prefix}/{item.need.file}", item.record.at
+    def read(self, others: Sequence[Read]) -> tuple[list[str], list[PartialSum]]:
+        self._storage.read_into([*self._reads(), *others])
+        return judge((item, self._summed(item)) for item in self._fetched)
+
+    def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:
+        """In the caller's thread: everything is in memory, so nothing can take long."""
+        with torch.no_grad():
+            for item, place in places:
+                place.copy_(self._tensor(item))
+
+    def release(self) -> None:
+        self._image.release()
+
+    def _reads(self) -> Iterable[Read]:
+        self._image.reserve(max(self._nbytes, 1))
+        view = self._image.view
+        for item in self._fetched:
+            key, at = f"{self._folder}/{item.need.file}", item.record.at
             if item.spans:
                 yield Read(key, at + item.runs.offsets[0], view[item.offset : item.offset + item.nbytes])
                 continue
@@ -90,39 +140,36 @@ class Arena:
                 yield Read(key, at + offset, view[position : position + size])
                 position += size
 
-    def check(self) -> tuple[list[str], list[PartialSum]]:
-        """(files with a damaged record, sums of the records that were read in part)."""
-        damaged, partial = set(), []
-        for item in self.fetched:
-            pieces = list(self._pieces(item))
-            if item.runs.total == item.record.nbytes:
-                if crc32(pieces[0]) != item.record.crc:
-                    damaged.add(item.need.file)
-            else:
-                partial.append(self._partial_sum(item, pieces))
-        return sorted(damaged), partial
+    def _summed(self, item: Fetched) -> Iterator[Summed]:
+        view, size, first = self._image.view, item.runs.nbytes, item.runs.offsets[0]
+        for number, offset in enumerate(item.runs.offsets):
+            at = item.offset + (offset - first if item.spans else number * size)
+            yield offset, size, crc32(view[at : at + size])
 
-    def tensor(self, item: Fetched) -> torch.Tensor:
+    def _tensor(self, item: Fetched) -> torch.Tensor:
         """The region's elements, in the shape of its box; a view of the buffer."""
         dtype = getattr(torch, item.record.dtype)
         shape = item.need.region.lengths
         if not item.spans:
-            return self.image.tensor(item.offset, dtype, shape)
+            return self._image.tensor(item.offset, dtype, shape)
         strides = torch.empty(item.record.shape, device="meta").stride()
-        flat = self.image.tensor(item.offset, dtype, (item.nbytes // dtype.itemsize,))
+        flat = self._image.tensor(item.offset, dtype, (item.nbytes // dtype.itemsize,))
         return flat.as_strided(shape, strides)
 
-    def _pieces(self, item: Fetched) -> Iterable[memoryview]:
-        view, size, first = self.image.view, item.runs.nbytes, item.runs.offsets[0]
-        for number, offset in enumerate(item.runs.offsets):
-            at = item.offset + (offset - first if item.spans else number * size)
-            yield view[at : at + size]
 
-    def _partial_sum(self, item: Fetched, pieces: list[memoryview]) -> PartialSum:
+def judge(items: Iterable[tuple[Fetched, Iterable[Summed]]]) -> tuple[list[str], list[PartialSum]]:
+    """(files with a damaged record, sums of the records that were read in part), from the pieces of each region."""
+    damaged, partial = set(), []
+    for item, summed in items:
         record, need = item.record, item.need
-        total = linear_sum(record.nbytes, item.runs, pieces)
+        if item.is_whole:
+            if combine((crc, nbytes) for _, nbytes, crc in summed)[0] != record.crc:
+                damaged.add(need.file)
+            continue
+        total = sum_among_zeros(record.nbytes, summed)
         what = (need.file, need.stored.record, need.stored.name, record.shape, need.region)
-        return PartialSum(*what, item.runs.total, record.nbytes, record.crc, total)
+        partial.append(PartialSum(*what, item.runs.total, record.nbytes, record.crc, total))
+    return sorted(damaged), partial
 
 
 def overlaps(wanted: WantedTensor, chunks: list[Chunk]) -> list[tuple[Chunk, Region, tuple[int, ...]]]:

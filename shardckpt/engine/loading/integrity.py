@@ -62,12 +62,16 @@ def runs_of(record: StoredRecord, region: Region) -> Runs:
 
 def linear_sum(record_nbytes: int, runs: Runs, pieces: Iterable[memoryview]) -> int:
     """L of the record with zeros where this rank has read nothing; `pieces` are the runs' bytes, in order."""
+    summed = zip(runs.offsets, pieces, strict=True)
+    return sum_among_zeros(record_nbytes, ((offset, runs.nbytes, crc32(piece)) for offset, piece in summed))
+
+
+def sum_among_zeros(record_nbytes: int, summed: Iterable[tuple[int, int, int]]) -> int:
+    """The same from (offset in the record, nbytes, CRC) of each piece; they are disjoint, and offsets ascend."""
     total, position = 0, 0
-    zeros = zero_crc(runs.nbytes)
-    for offset, piece in zip(runs.offsets, pieces, strict=True):
-        end = offset + runs.nbytes
-        total = crc32_combine(total, crc32(piece) ^ zeros, end - position)
-        position = end
+    for offset, nbytes, crc in summed:
+        total = crc32_combine(total, crc ^ zero_crc(nbytes), offset + nbytes - position)
+        position = offset + nbytes
     return crc32_combine(total, 0, record_nbytes - position) if record_nbytes > position else total
 
 
