@@ -19,6 +19,8 @@ from shardckpt.storage.transfer.several import for_each
 
 MiB = 1 << 20
 PAGE = mmap.PAGESIZE
+STREAMED = 4 * MiB
+"""Bytes of a piece of parts that are made as they are written: up to nine pieces are kept at a time."""
 MOST_BUFFERS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 16
 RWF_DONTCACHE = 0x80  # linux/fs.h, kernel 6.14; `os` names it from Python 3.15 on
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -101,7 +103,9 @@ def write_parts(
     `reopen(flags)` opens the same file again with more flags (for O_DIRECT). What `parts` raises goes through as it is;
     failures of the system become `OSError`s that begin with `what` and say what to do.
     """
-    if isinstance(parts, Sequence):
+    piece_nbytes = min(method.piece_nbytes, STREAMED)
+    if isinstance(parts, Sequence):  # they are there already; others take memory while they are on their way
+        piece_nbytes = method.piece_nbytes
         with explained(what):
             allocate(file, sum(memoryview(part).nbytes for part in parts), offset=offset)
     nbytes = 0
@@ -119,7 +123,7 @@ def write_parts(
             with explained(what):
                 writer(piece)
 
-        for_each(counted(pieces(parts, piece_nbytes=method.piece_nbytes, offset=offset)), write, threads=method.threads)
+        for_each(counted(pieces(parts, piece_nbytes=piece_nbytes, offset=offset)), write, threads=method.threads)
     with explained(what):
         # Once, on the descriptor that was open during the writes. A failed fsync is not tried again: the kernel may
         # have marked the lost pages clean, and the second would succeed. The caller removes the file.
