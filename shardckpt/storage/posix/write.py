@@ -19,7 +19,7 @@ from shardckpt.storage.transfer.several import for_each
 
 MiB = 1 << 20
 PAGE = mmap.PAGESIZE
-STREAMED = 4 * MiB
+STREAMED = 2 * MiB
 """Bytes of a piece of parts that are made as they are written: up to nine pieces are kept at a time."""
 MOST_BUFFERS = os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 16
 RWF_DONTCACHE = 0x80  # linux/fs.h, kernel 6.14; `os` names it from Python 3.15 on
