@@ -1,0 +1,1 @@
+"""The consolidated model file."""
