@@ -42,6 +42,7 @@ class Sources:
         self._tables = own + [table for table in manifest.tables if table not in own]
         self._chunks: dict[tuple[int, tuple[int, ...], int, bool], list[Chunk]] = {}
         self._trees: dict[int, list[str]] = {}
+        self._under: dict[str, list[str]] = {}
 
     def tensor(self, name: str, rule: NewWorld = "first") -> TensorEntry | None:
         """The tensor's entry, or None if the step has no such tensor. The rule matters if ranks held different ones."""
@@ -63,7 +64,11 @@ class Sources:
 
     def under(self, prefix: str) -> list[str]:
         """The keys below a part: the part itself, or what begins with its name and a dot."""
-        return [name for name in self.names() if name == prefix or name.startswith(f"{prefix}.")]
+        if not self._under:  # 20,000 tensors may be as many parts: no search through all names for each of them
+            for name in self.names():
+                for end in (*(at for at, letter in enumerate(name) if letter == "."), len(name)):
+                    self._under.setdefault(name[:end], []).append(name)
+        return list(self._under.get(prefix, ()))
 
     def held_by(self, rank: int) -> frozenset[str]:
         """The keys that this rank of those that saved had in its state."""
@@ -116,6 +121,10 @@ class Sources:
             return (rank,)
         others = [self._near(self._tables[number]) for number in self._having(keys)]
         return tuple(dict.fromkeys((rank, *others)))
+
+    def is_same_job(self) -> bool:
+        """Whether this job has the ranks and model shards of the one that saved."""
+        return self._same_position("rank")
 
     def trees_of(self, rank: int) -> list[str]:
         """The files whose trees together hold what that rank held, its own first."""
