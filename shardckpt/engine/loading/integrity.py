@@ -45,6 +45,8 @@ class Runs:
 
 def runs_of(record: StoredRecord, region: Region) -> Runs:
     """The bytes of a region, in the row-major order of its elements."""
+    if region.lengths == record.shape:
+        return Runs((0,), record.nbytes)
     strides = [math.prod(record.shape[d + 1 :]) for d in range(len(record.shape))]
     inner = len(record.shape)
     while inner and region.lengths[inner - 1] == record.shape[inner - 1]:
