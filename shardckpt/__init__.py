@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from shardckpt.errors import CommitUnknownError as CommitUnknownError
     from shardckpt.errors import Failure as Failure
     from shardckpt.errors import GangError as GangError
+    from shardckpt.errors import InvalidOperationError as InvalidOperationError
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.gang.gangs import Gangs as Gangs
-    from shardckpt.manager import CheckpointManager as CheckpointManager
+    from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
     from shardckpt.run.retention import KeepAll as KeepAll
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
@@ -43,7 +44,7 @@ _HOME = {
     "CheckpointError": "errors",
     "CheckpointInfo": "engine.pending",
     "CheckpointLoadError": "errors",
-    "CheckpointManager": "manager",
+    "CheckpointManager": "manager.checkpoints",
     "CheckpointMismatchError": "errors",
     "CheckpointNotFoundError": "errors",
     "CheckpointSaveError": "errors",
@@ -53,6 +54,7 @@ _HOME = {
     "Failure": "errors",
     "GangError": "errors",
     "Gangs": "gang.gangs",
+    "InvalidOperationError": "errors",
     "InvalidStateError": "errors",
     "KeepAll": "run.retention",
     "KeepBest": "run.retention",

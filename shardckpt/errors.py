@@ -65,6 +65,10 @@ class InvalidStateError(CheckpointError, ValueError):
     """The state handed in holds something that cannot be stored; says which key and what to do."""
 
 
+class InvalidOperationError(CheckpointError, RuntimeError):
+    """A method was called out of turn: no checkpoint has been begun, or one has already."""
+
+
 class GangError(CheckpointError):
     """A joint operation failed: which ranks failed and how, and which never came.
 

@@ -18,6 +18,7 @@ from shardckpt.engine.loading.borrow import fetch_from
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_stored, overlaps
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
+from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
@@ -56,6 +57,7 @@ class Loader:
         self._contents = Contents(storage, folder, manifest)
         self._fetch: Fetch = Arena(storage, folder)
         self._fit = Fit()
+        self._holdings = Holdings()
         self._fetched: dict[int, list[Fetched]] = {}
 
     def load(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
@@ -73,6 +75,33 @@ class Loader:
             raise
         finally:
             self._fetch.release()
+
+    def load_everything(self) -> dict[str, Any]:
+        """All that this rank held, in nested dicts; errors as for `load`."""
+        try:
+            gathered: Any = self._together(self._look_at_everything, "compare")
+            told = self._announce(lambda: [problem for own in gathered for problem in own][:1000], "compare")
+            if told:
+                raise mismatch_error(told, self._manifest.step)
+            self._join(self._together(lambda: within(self._timeout, lambda: self._read(()), what="reading"), "read"))
+            state: dict[str, Any] = {}
+            self._together(lambda: state.update(self._everything()), "give")
+        except GangError as error:
+            raise self._as_load_error(error) from error
+        finally:
+            self._fetch.release()
+        return state
+
+    def _look_at_everything(self) -> list[str]:
+        self._holdings = holdings(self._manifest, self._sources, self._at)
+        self._fit = self._holdings.fit
+        return self._fit.problems
+
+    def _everything(self) -> dict[str, Any]:
+        self._fill({})
+        files = [file for rank in self._holdings.ranks for file in self._sources.trees_of(rank)]
+        tree = self._contents.subtree(list(dict.fromkeys(files)), ())
+        return self._holdings.nested(tree, step=self._manifest.step)
 
     def _compare(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Every difference of every rank, in one error on all ranks."""
@@ -149,14 +178,18 @@ class Loader:
     def _apply(self, parts: Sequence[Part]) -> None:
         """The state changes here and nowhere else; random streams last."""
         made: dict[str, torch.Tensor] = {}
+        self._fill(made)
+        values = self._loaded_values()
+        for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
+            self._restore(part, values, made)
+
+    def _fill(self, made: dict[str, torch.Tensor]) -> None:
+        """Put what was fetched into the wanted tensors; those that the state does not have come into `made`."""
         places = []
         for position, wanted in enumerate(self._fit.tensors):
             target = self._target(wanted, made)
             places += [(item, _place(target, item.need)) for item in self._fetched.get(position, ())]
         self._fetch.fill(places, timeout=self._timeout)
-        values = self._loaded_values()
-        for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
-            self._restore(part, values, made)
 
     def _target(self, wanted: WantedTensor, made: dict[str, torch.Tensor]) -> torch.Tensor:
         if wanted.local is None:

@@ -6,70 +6,48 @@ save thread has a gang of its own; the training's process groups are never used.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import partial
 
-import torch
-
+from shardckpt.engine.carry import carry
+from shardckpt.engine.committing.receipts import TableBook, describe_own
+from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.progress import SaveReport
-from shardckpt.engine.saving.plan import SavePlan, plan_save
-from shardckpt.engine.saving.receipts import TableBook, describe_own
-from shardckpt.engine.saving.stage import Stager, Staging
-from shardckpt.engine.saving.transaction import Transaction
-from shardckpt.engine.saving.write import Receipt, write_files
-from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError, InvalidStateError
+from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
+from shardckpt.engine.saving.plan import plan_save
+from shardckpt.engine.saving.stage import Stager
+from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
+from shardckpt.engine.saving.write import Receipt, Sealed, write_files
+from shardckpt.errors import CheckpointError, CheckpointSaveError, InvalidStateError
 from shardckpt.format.layout import step_folder
+from shardckpt.format.manifest import FileEntry
 from shardckpt.gang.base import Gang
+from shardckpt.gang.together import together
 from shardckpt.state import Part
 from shardckpt.storage.base import RenamingStorage, Storage
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class SaveOptions:
-    """What one save is asked for, beside step and state."""
-
-    model_key: str = "model"
-    replicated: Collection[str] = ()
-    """Top-level keys that all data-parallel ranks of a shard hold alike ("*": all)."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The user's own JSON, kept in the record; rank 0's is taken."""
-    overlap: bool = True
-    """Copy parameters and optimizer state while training goes on to its next optimizer step."""
-
-
-@dataclass(slots=True)
-class _Work:
-    """One save on its way through the save thread."""
-
-    pending: PendingSave
-    options: SaveOptions
-    scope: str
-    began: float
-    plan: SavePlan | None = None
-    staging: Staging | None = None
-    later: Callable[[torch.Tensor], bool] = lambda _: False
-    alike: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By group: digests of what this rank holds of the tensors that one rank writes for several."""
-    error: BaseException | None = None
-    """What went wrong before the save thread took over; the other ranks are told."""
+_FAREWELL = timedelta(seconds=5)
+"""How long a rank that gives up tries to tell the others so."""
 
 
 class Saver:
-    """Saves steps of one run, one after the other. Used by all ranks in step; `start` on the training's thread."""
+    """Saves steps of one run, one after the other. Used by all ranks in step; on the training's thread.
+
+    `start` does all at once, in the background. `open`, `stage`, `add` and `finish` do the same one by one, each ending
+    on all ranks with success or the same error; `abort` gives up.
+    """
 
     def __init__(
         self,
@@ -103,25 +81,93 @@ class Saver:
 
         An error of this rank's state is raised here at once, and on the other ranks by their `PendingSave`.
         """
-        if self._closed:
-            raise CheckpointSaveError(f"step {step} was not saved: the manager is closed already", step=step)
-        pending = PendingSave(step)
-        work = _Work(pending, options, f"save/{step}/{self._tries[step]}", time.perf_counter())
-        with pending.stalling():
-            step_folder(step)
-            self._tries[step] += 1
+        work = self._new(step)
+        with work.pending.stalling():
             self.drain()
-            self._last = pending
             try:
-                self._stage_now(work, take_parts())
+                self._stage_now(work, take_parts(), options)
             except BaseException as error:
                 work.error = error
             here = work.error  # what the save thread runs into from now on comes up in the `PendingSave`
-            self._thread.submit(self._run, work)
+            self.finish(work)
         if here is not None:
-            pending.mark_seen()
+            work.pending.mark_seen()
             raise here
-        return pending
+        return work.pending
+
+    def open(self, step: int) -> Work:
+        """Make room for a checkpoint that is put together call by call. Waits for an earlier save to be written."""
+        work = self._new(step)
+        self.drain()
+        work.attempt = self._attempt(work)
+        self._jointly(work, partial(work.attempt.begin, work.scope))
+        return work
+
+    def stage(self, work: Work, take_parts: Callable[[], Sequence[Part]], options: SaveOptions) -> None:
+        """Take the state, all of it: it may change as soon as this returns."""
+        with work.pending.stalling():
+            try:
+                self._stage_now(work, take_parts(), options)
+            except Exception as error:
+                work.error = error
+            self._jointly(work, lambda: self._agree(work, lambda: _raise(work.error), "stage"))
+
+    def add(self, work: Work, make: Callable[[Gang, str], Sequence[FileEntry]]) -> None:
+        """Have files written now: `make` is called on the save thread of every rank with the gang, in a conversation,
+        and the prefix of the attempt; it gives the files of this rank, and ends alike on all."""
+        with work.pending.stalling():
+            self._jointly(work, lambda: work.files.extend(make(self._gang, self._prefix(work))))
+
+    def finish(self, work: Work) -> PendingSave:
+        """Write what is staged, and commit, in the background."""
+        self._last = work.pending
+        self._thread.submit(self._run, work)
+        return work.pending
+
+    def abort(self, work: Work, reason: str) -> None:
+        """Give the checkpoint up. Ranks that go on with it, as they do not know, fail as soon as they next talk."""
+        error = CheckpointSaveError(f"step {work.pending.step} was not saved: {reason}", step=work.pending.step)
+        with contextlib.suppress(CheckpointError):
+            self._jointly(work, lambda: self._agree(work, lambda: _raise(error), "abort", timeout=_FAREWELL))
+
+    def _new(self, step: int) -> Work:
+        if self._closed:
+            raise CheckpointSaveError(f"step {step} was not saved: the manager is closed already", step=step)
+        try:
+            step_folder(step)
+        except (ValueError, TypeError) as error:
+            raise InvalidStateError(f"{step!r} cannot be saved as a step: {error}") from error
+        scope = f"save/{step}/{self._tries[step]}"
+        self._tries[step] += 1
+        return Work(PendingSave(step), scope, time.perf_counter())
+
+    def _attempt(self, work: Work) -> Transaction:
+        return Transaction(self._storage, self._gang, self._book, step=work.pending.step, timeout=self._timeout)
+
+    def _prefix(self, work: Work) -> str:
+        assert work.attempt is not None
+        return work.attempt.prefix
+
+    def _agree(self, work: Work, act: Callable[[], object], phase: str, *, timeout: timedelta | None = None) -> None:
+        together(self._gang, act, phase=phase, timeout=timeout or self._timeout, step=work.pending.step)
+
+    def _jointly(self, work: Work, act: Callable[[], object]) -> None:
+        """Do it on the save thread, and wait. If it fails, the attempt is over, and the error is as `save` has it."""
+
+        def run() -> None:
+            try:
+                act()
+            except BaseException:
+                assert work.attempt is not None
+                work.attempt.abandon()
+                raise
+
+        try:
+            self._thread.submit(run).result()
+        except BaseException as error:
+            work.pending.fail(error)
+            work.pending.mark_seen()
+            raise as_save_error(error, work.pending.step) from error
 
     def drain(self) -> None:
         """Wait until no save is under way. Raises nothing."""
@@ -140,8 +186,8 @@ class Saver:
         self._hooks.remove()
         self._stager.close()
 
-    def _stage_now(self, work: _Work, parts: Sequence[Part]) -> None:
-        options = work.options
+    def _stage_now(self, work: Work, parts: Sequence[Part], options: SaveOptions) -> None:
+        work.options = options
         check_metadata(options.metadata)
         work.plan = plan_save(parts, self._at, model_key=options.model_key, replicated=options.replicated)
         work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
@@ -151,14 +197,14 @@ class Saver:
         work.staging.copy(lambda tensor: not work.later(tensor))
         self._hooks.install(parts, work.pending)
 
-    def _run(self, work: _Work) -> None:
+    def _run(self, work: Work) -> None:
         """On the save thread. Never raises: what happens ends in the `PendingSave`."""
         pending = work.pending
         try:
             self._stage_later(work)
             info = self._write_and_commit(work)
         except BaseException as error:
-            pending.fail(_as_save_error(error, pending.step))
+            pending.fail(as_save_error(error, pending.step))
             return
         pending.report.total_s = time.perf_counter() - work.began
         pending.report.total_nbytes = info.nbytes
@@ -168,7 +214,7 @@ class Saver:
         except Exception:
             _log.exception("step %d is committed, but what was to be done after it failed", info.step)
 
-    def _stage_later(self, work: _Work) -> None:
+    def _stage_later(self, work: Work) -> None:
         """The copies that training may overlap with. Whatever happens, training is not held longer than this."""
         began = time.perf_counter()
         try:
@@ -180,17 +226,18 @@ class Saver:
             work.pending.mark_staged()
             work.pending.report.stage_s = time.perf_counter() - began
 
-    def _write_and_commit(self, work: _Work) -> CheckpointInfo:
+    def _write_and_commit(self, work: Work) -> CheckpointInfo:
         step, report = work.pending.step, work.pending.report
-        attempt = Transaction(self._storage, self._gang, self._book, step=step, timeout=self._timeout)
+        attempt = work.attempt or self._attempt(work)
         try:
-            attempt.begin(work.scope)
+            if work.attempt is None:
+                attempt.begin(work.scope)
             with _timed(report, "write_s"):
                 attempt.write(lambda prefix: self._write(work, prefix))
             with _timed(report, "commit_s"):
                 attempt.compare(work.alike)
                 assert work.plan is not None
-                committed = attempt.commit(work.plan, work.options.metadata)
+                committed = attempt.commit(work.plan, work.options.metadata, model_key=work.options.model_key)
         except BaseException:
             attempt.abandon()
             raise
@@ -199,48 +246,38 @@ class Saver:
         metadata = dict(work.options.metadata)
         return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)
 
-    def _write(self, work: _Work, prefix: str) -> Receipt:
+    def _write(self, work: Work, prefix: str) -> Receipt:
         if work.error is not None:
             raise work.error
-        assert work.plan is not None
-        assert work.staging is not None
+        if work.plan is None or work.staging is None:  # no state, only files that are written already
+            work.plan = plan_save((), self._at)
+            work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
         sealed = work.staging.seal()
         began = time.perf_counter()
         work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
         progress = work.pending.progress
         try:
-            files = within(
-                self._timeout, lambda: write_files(self._storage, prefix, sealed, progress), what="writing the files"
-            )
+            files = within(self._timeout, lambda: self._put(work, prefix, sealed), what="writing the files")
         except TimeoutError:
             progress.cancel()  # at its next part, if it ever comes to it
             self._stager.forsake()
             raise
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
         work.alike = work.staging.alike()
-        return describe_own(self._at, work.plan, sealed, files, work.alike, seconds)
+        return describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
+
+    def _put(self, work: Work, prefix: str, sealed: Sequence[Sealed]) -> tuple[FileEntry, ...]:
+        files = write_files(self._storage, prefix, sealed, work.pending.progress)
+        if self._at.rank:
+            return files
+        for name, content in work.loose.items():
+            self._storage.put(f"{prefix}/{name}", [content])
+        return (*files, *carry(self._storage, prefix))
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """`InvalidStateError` for what the record could not hold."""
-    try:
-        json.dumps(metadata, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidStateError(f"metadata must be JSON (strings, finite numbers, lists, dicts): {error}") from error
-
-
-def _as_save_error(error: BaseException, step: int) -> CheckpointError:
-    """What `result` raises: always of the tree, always with the step and the cause."""
-    if isinstance(error, CheckpointSaveError):
-        return error
-    unknown, reason = isinstance(error, CommitUnknownError), str(error)
-    if isinstance(error, GangError):
-        unknown = any(failure.kind == CommitUnknownError.__name__ for failure in error.failures.values())
-        reason = error.brief
-    kind, what = (CommitUnknownError, "may or may not be saved") if unknown else (CheckpointSaveError, "was not saved")
-    wrapped = kind(f"step {step} {what}: {reason}", step=step)
-    wrapped.__cause__ = error
-    return wrapped
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
 
 
 @contextmanager

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE
 from shardckpt.format.manifest import MeshEntry
-from shardckpt.format.placement import Box, shard_boxes
+from shardckpt.format.placement import Box, parse_placement, shard_boxes
+from shardckpt.format.placement import local_shape as shape_of_boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class Sharding:
     coordinate: tuple[int, ...]
     assumed: bool = False
     """Whether it is taken to be replicated along a dimension of the mesh that the tensor itself knows nothing of."""
+    given: tuple[str, ...] = ()
+    """The dimensions of the mesh that the tensor itself knows of, if not all."""
 
     def boxes(self, shape: tuple[int, ...]) -> tuple[Box, ...]:
         """What this rank holds of a tensor of this (global) shape."""
@@ -134,13 +141,69 @@ def _root_of(mesh: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)  # where this rank stands is no part of a mesh's hash, and may change in a process
 def _described(mesh: Any, whole: Any, placements: tuple[str, ...], coordinate: tuple[int, ...]) -> Sharding:
-    names = tuple(whole.mesh_dim_names or (f"dim{i}" for i in range(whole.ndim)))
+    names = tuple(whole.mesh_dim_names or _names(whole.shape))
     given = dict(zip(mesh.mesh_dim_names or names, placements, strict=True))
     kept = [i for i, name in enumerate(names) if name in given or name != "pp"]
     grid = whole.mesh[tuple(slice(None) if i in kept else at for i, at in enumerate(coordinate))]
     entry = MeshEntry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
     assumed = any(names[i] not in given and whole.shape[i] > 1 for i in kept)
-    return Sharding(entry, tuple(given.get(names[i], "R") for i in kept), tuple(coordinate[i] for i in kept), assumed)
+    own = () if len(given) == len(kept) else tuple(names[i] for i in kept if names[i] in given)
+    spread = tuple(given.get(names[i], "R") for i in kept)
+    return Sharding(entry, spread, tuple(coordinate[i] for i in kept), assumed, own)
+
+
+def _names(dims: Sequence[object]) -> tuple[str, ...]:
+    """What the dimensions of a mesh are called that has no names for them."""
+    return tuple(f"dim{i}" for i in range(len(dims)))
+
+
+def local_shape(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a rank holds of a tensor of this (global) shape."""
+    boxes = sharding.boxes(shape)
+    if boxes:
+        return shape_of_boxes(boxes, len(shape))
+    cut = {parsed[0] for placement in sharding.placements if (parsed := parse_placement(placement))}
+    return tuple(0 if dim in cut else size for dim, size in enumerate(shape))
+
+
+def as_dtensor(local: torch.Tensor, sharding: Sharding, shape: tuple[int, ...]) -> torch.Tensor:
+    """A DTensor again, of this rank's part, on a mesh that equals the one that it was saved from.
+
+    The mesh makes no process groups: such a tensor is to be copied into one of the training's, whose mesh compares
+    equal (`model.load_state_dict`), or asked for its local part. Without an initialised `torch.distributed` the part
+    is given back as it is, which is right where it is the whole. Called on the training's thread.
+    """
+    if not dist.is_initialized():
+        return local
+    mesh = _mesh(sharding.mesh, sharding.given)
+    names = sharding.given or sharding.mesh.dims
+    spread = dict(zip(sharding.mesh.dims, sharding.placements, strict=True))
+    placements = [_read_placement(spread[name]) for name in names]
+    stride = torch.empty(shape, device="meta").stride()
+    size = torch.Size(shape)
+    whole: torch.Tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
+    return whole
+
+
+def _mesh(entry: MeshEntry, given: tuple[str, ...]) -> DeviceMesh:
+    kind = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    grid = torch.tensor(entry.ranks).view(entry.shape)
+    unnamed = entry.dims == _names(entry.dims)
+    mesh = DeviceMesh(kind, grid, mesh_dim_names=None if unnamed else entry.dims, _init_backend=False)
+    if not given:
+        return mesh
+    if not hasattr(mesh, "_dim_group_names"):  # 2026-11, torch 2.13: slicing looks the names of the groups up
+        groupless: Any = mesh
+        groupless._dim_group_names = [f"none{dim}" for dim in range(mesh.ndim)]
+    return mesh[given]
+
+
+def _read_placement(text: str) -> Any:
+    parsed = parse_placement(text)
+    if parsed is None:
+        return Replicate()
+    dim, factor = parsed
+    return Shard(dim) if text.startswith("S(") else _StridedShard(dim, split_factor=factor)
 
 
 def _placement(name: str, placement: Any) -> str:

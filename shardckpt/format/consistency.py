@@ -115,12 +115,14 @@ def _check_layout(layout: LayoutEntry, meshes: Sequence[MeshEntry], world: int) 
     if not all(0 <= piece.rank < world for piece in layout.pieces):
         raise ValueError(f"a piece was written by a rank that is none of {world}")
     if layout.mesh is None:
-        if layout.placements:
-            raise ValueError("placements without a mesh")
+        if layout.placements or layout.given:
+            raise ValueError("placements or dimensions without a mesh")
         return 1
     if not 0 <= layout.mesh < len(meshes):
         raise ValueError(f"there is no mesh {layout.mesh}")
-    shape = meshes[layout.mesh].shape
+    shape, dims = meshes[layout.mesh].shape, meshes[layout.mesh].dims
+    if layout.given and list(layout.given) != [dim for dim in dims if dim in layout.given]:
+        raise ValueError(f"{list(layout.given)} are not dimensions of a mesh of {list(dims)}, in their order")
     if len(layout.placements) != len(shape):
         raise ValueError(f"{len(layout.placements)} placements on a mesh of shape {list(shape)}")
     parsed = [parse_placement(placement) for placement in layout.placements]

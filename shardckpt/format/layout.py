@@ -17,6 +17,8 @@ MANIFEST = "manifest.json"
 SCORE = "score.txt"
 CARBON_COPY = "cc"
 """A folder of the root, and in a record the kind of the copies of what lies in it: no archives of ours."""
+MODEL_KEY = "model_key"
+"""In archives that hold state of the model, the key under which the name of the model's own key stands."""
 CONSOLIDATED = "consolidated"
 """In a record, the kind of a `model.pt` that holds the whole model once more, beside the files of the ranks: every
 tensor in one piece, under its name in the tables, and the model's Python values."""
@@ -82,6 +84,10 @@ def model_file(shard: int, shards: int) -> str:
 
 def replicated_file(shard: int, shards: int) -> str:
     return f"replicated.{shard}.pt" if shards > 1 else "replicated.pt"
+
+
+def metadata_file(shard: int, shards: int) -> str:
+    return f"metadata.{shard}.pt" if shards > 1 else "metadata.pt"
 
 
 def rank_file(rank: int) -> str:

@@ -35,6 +35,9 @@ FORMAT = 1
 Home = Literal["model", "replicated", "rank"]
 """In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt or rank_<rank>.pt."""
 
+_RARE = ("pieces", "given")
+"""What is left out of the JSON of a layout where it is empty."""
+
 HOMES: tuple[Home, ...] = ("model", "replicated", "rank")
 
 Extent = tuple[int, int, int]
@@ -72,6 +75,8 @@ class LayoutEntry:
     mesh: int | None = None
     placements: tuple[str, ...] = ()
     pieces: tuple[Piece, ...] = ()
+    given: tuple[str, ...] = ()
+    """The dimensions of the mesh that the tensors themselves know of, if not all: they were on a mesh of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "parts": manifest.parts,
         "files": [encode_file(file) for file in manifest.files],
         "meshes": [asdict(mesh) | {"ranks": runs_of(mesh.ranks)} for mesh in manifest.meshes],
-        "layouts": [{k: v for k, v in asdict(at).items() if v or k != "pieces"} for at in manifest.layouts],
+        "layouts": [{k: v for k, v in asdict(at).items() if v or k not in _RARE} for at in manifest.layouts],
         "tables": [encode_table(table) for table in manifest.tables],
         "differ": manifest.differ,
         "versions": dict(manifest.versions),
@@ -273,7 +278,8 @@ def _decode_layout(content: Mapping[str, Any]) -> LayoutEntry:
     home, mesh, pieces = content["home"], content["mesh"], as_pieces(content.get("pieces", []))
     if home not in HOMES:
         raise ValueError(f"{str(home)[:40]!r} is no kind of file")
-    return LayoutEntry(home, None if mesh is None else as_size(mesh), _texts(content["placements"]), pieces)
+    given = _texts(content.get("given", []))
+    return LayoutEntry(home, None if mesh is None else as_size(mesh), _texts(content["placements"]), pieces, given)
 
 
 def _as_json_has_it(metadata: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import Deleted, retain
-from shardckpt.run.retention import Policy
+from shardckpt.run.retention import Policy, prefers_lower
 from shardckpt.run.scores import encode_score, write_score
 
 _log = logging.getLogger(__name__)
@@ -26,6 +26,11 @@ class History:
         self._due: dict[int, float] = {}
         self._protected: dict[int, str] = {}
         self._lock = threading.Lock()
+
+    @property
+    def prefers_lower(self) -> bool:
+        """Whether the policy of the run takes lower scores for better ones."""
+        return prefers_lower(self._policy)
 
     def protect(self, step: int, reason: str) -> None:
         """Never prune this step while the job lives."""

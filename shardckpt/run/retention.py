@@ -161,6 +161,11 @@ def _joined(reasons: Sequence[Mapping[int, str]]) -> dict[int, str]:
     return together
 
 
+def prefers_lower(policy: Policy) -> bool:
+    """Whether any of the policies that were joined to this one takes lower scores for better ones."""
+    return any(isinstance(member, KeepBest) and member.lower_better for member in _members(policy))
+
+
 def _members(policy: Policy) -> tuple[Policy, ...]:
     return policy.policies if isinstance(policy, KeepAny) else (policy,)
 

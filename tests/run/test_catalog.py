@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardckpt.engine.saving.commit import commit_attempt
+from shardckpt.engine.committing.commit import commit_attempt
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, aside_folder, new_attempt, step_folder
 from shardckpt.format.manifest import encode_manifest

@@ -14,7 +14,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardckpt.engine.saving.receipts import Tables, compose_manifest
+from shardckpt.engine.committing.receipts import Tables, compose_manifest
 from shardckpt.engine.saving.write import Receipt
 from shardckpt.errors import CheckpointSaveError
 from shardckpt.format.manifest import LayoutEntry, Manifest, Table, TensorEntry

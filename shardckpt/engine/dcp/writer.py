@@ -17,14 +17,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.engine.committing.receipts import describe_own
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.dcp.exchange import Assignment, Attempt, Request, Written, compose, difference
 from shardckpt.engine.dcp.image import digest_of, host_bytes, seal_in_place
 from shardckpt.engine.dcp.items import Content, OwnItems, collect, own_items
 from shardckpt.engine.dcp.place import Place, place_of
-from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.saving.plan import SavePlan as OurPlan
-from shardckpt.engine.saving.receipts import describe_own
 from shardckpt.engine.saving.write import SealedFile
 from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, Failure
 from shardckpt.format.checksum import crc32

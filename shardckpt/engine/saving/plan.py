@@ -25,7 +25,7 @@ from shardckpt.engine.saving.draft import Draft, PlannedRecord, private, prune, 
 from shardckpt.engine.sharding import Sharding, check_tensor, describe
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE, StoredBox
-from shardckpt.format.layout import model_file, rank_file, replicated_file
+from shardckpt.format.layout import MODEL_KEY, model_file, rank_file, replicated_file
 from shardckpt.format.manifest import Home, LayoutEntry, MeshEntry, Table, TensorEntry
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves
@@ -66,10 +66,6 @@ class SavePlan:
     values: Mapping[str, Any]
     alike: Mapping[str, tuple[tuple[str, torch.Tensor], ...]]
     copied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-MODEL_KEY = "model_key"
-"""The name, in files that hold state of the model, under which the name of the model's own entry stands."""
 
 
 def plan_save(
@@ -206,7 +202,7 @@ class _Planner:
         if sharding is None:
             layout = LayoutEntry(home)
         else:
-            layout = LayoutEntry(home, self._mesh_number(sharding), sharding.placements)
+            layout = LayoutEntry(home, self._mesh_number(sharding), sharding.placements, given=sharding.given)
         return self._layouts.setdefault(layout, len(self._layouts))
 
     def _mesh_number(self, sharding: Sharding) -> int:

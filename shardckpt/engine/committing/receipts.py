@@ -195,6 +195,7 @@ def _encode_tables(plan: SavePlan) -> dict[str, Any]:
     return {
         "meshes": [[list(m.dims), list(m.shape), list(m.ranks)] for m in plan.meshes],
         "layouts": [[entry.home, entry.mesh, list(entry.placements)] for entry in plan.layouts],
+        "given": [list(entry.given) for entry in plan.layouts],
         "table": {**encode_table(replace(plan.table, ranks=())), "ranks": []},
     }
 
@@ -205,7 +206,10 @@ def _table_digest(plan: SavePlan) -> str:
 
 def _decode_tables(content: Any, ranks: list[int]) -> tuple[list[MeshEntry], list[LayoutEntry], Table]:
     meshes = [MeshEntry(tuple(dims), tuple(shape), tuple(members)) for dims, shape, members in content["meshes"]]
-    layouts = [LayoutEntry(home, mesh, tuple(placements)) for home, mesh, placements in content["layouts"]]
+    rows = zip(content["layouts"], content["given"], strict=True)
+    layouts = [
+        LayoutEntry(home, mesh, tuple(placements), given=tuple(given)) for (home, mesh, placements), given in rows
+    ]
     return meshes, layouts, replace(decode_table(content["table"]), ranks=tuple(ranks))
 
 

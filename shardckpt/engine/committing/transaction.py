@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.engine.committing.receipts import TableBook, compose_manifest, disagreements, explain, held_of
 from shardckpt.engine.patience import within
-from shardckpt.engine.saving.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.saving.plan import SavePlan
-from shardckpt.engine.saving.receipts import TableBook, compose_manifest, disagreements, explain, held_of
 from shardckpt.engine.saving.write import Receipt, decode_receipt
 from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
-from shardckpt.format.layout import new_attempt
+from shardckpt.format.checksum import crc32
+from shardckpt.format.index import decode_index
+from shardckpt.format.layout import CONSOLIDATED, new_attempt
+from shardckpt.format.manifest import Manifest
+from shardckpt.format.reduced import reduce_to_model
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import Read, Storage
 
 Alike = Mapping[str, Mapping[str, str]]
 """By file: key to a digest of what this rank holds of it."""
@@ -56,6 +60,11 @@ class Transaction:
         self._receipts: list[Receipt] | None = None
         self._may_be_in_force = False
 
+    @property
+    def prefix(self) -> str:
+        """Where the files of the attempt go, once it has begun."""
+        return self._prefix
+
     def begin(self, scope: str) -> None:
         """Meet under this name, agree on an attempt id, make room."""
         self._gang.enter(scope, timeout=self._timeout)
@@ -82,7 +91,7 @@ class Transaction:
         message = announce(self._gang, lambda: explain(held, self._receipts or ()), phase="compare", **self._terms)
         raise CheckpointSaveError(f"step {self._step} was not saved: {message}", step=self._step)
 
-    def commit(self, plan: SavePlan, metadata: Mapping[str, Any]) -> Committed:
+    def commit(self, plan: SavePlan, metadata: Mapping[str, Any], *, model_key: str = "model") -> Committed:
         """The record is composed from the receipts and nothing else, and put in force."""
         tables = self._book.exchange(self._gang, plan, self._receipts, **self._terms)
 
@@ -90,6 +99,7 @@ class Transaction:
             receipts = self._receipts or []
             created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             manifest = compose_manifest(self._step, self._attempt, created, receipts, tables, dict(metadata))
+            manifest = self._of_model_only(replace(manifest, model_key=model_key))
             slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
             self._put_in_force(manifest)
             return [manifest.nbytes, created, slowest.rank]
@@ -103,6 +113,18 @@ class Transaction:
                 f"whether step {self._step} was committed is not known here, since rank 0 did not say: {error.brief}",
                 step=self._step,
             ) from error
+
+    def _of_model_only(self, manifest: Manifest) -> Manifest:
+        """The record of a step without a state: it has the consolidated model, and that alone."""
+        one = next((file for file in manifest.files if file.kind == CONSOLIDATED), None)
+        if one is None or one.index is None or manifest.parts:
+            return manifest
+        at, nbytes, crc = one.index
+        content = bytearray(nbytes)
+        self._storage.read_into([Read(f"{self._prefix}/{one.name}", at, memoryview(content))])
+        if crc32(content) != crc:
+            raise CheckpointSaveError(f"{one.name} is not what was just written: its index is damaged", step=self._step)
+        return reduce_to_model(manifest, consolidated=decode_index(bytes(content), one.nbytes)).manifest
 
     def abandon(self) -> None:
         """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""

@@ -1,40 +1,32 @@
-"""CheckpointManager: the face of the engine towards a training program. It only composes."""
+"""CheckpointManager: live objects in, live objects out; saves in the background, resumes by itself."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.load import Loader
 from shardckpt.engine.loading.fit import LoadPolicy
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
-from shardckpt.engine.save import SaveOptions, Saver
-from shardckpt.errors import (
-    CheckpointDamagedError,
-    CheckpointError,
-    CheckpointLoadError,
-    CheckpointNotFoundError,
-    CheckpointSaveError,
-    GangError,
-)
-from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
-from shardckpt.gang.announce import announce
+from shardckpt.engine.save import Saver
+from shardckpt.engine.saving.work import SaveOptions
+from shardckpt.errors import CheckpointError, GangError
+from shardckpt.format.manifest import Manifest
 from shardckpt.gang.gangs import Gangs
-from shardckpt.gang.together import together
+from shardckpt.manager.finding import Finder, ModelOnlyError, check_asks_for_model_only
+from shardckpt.manager.talk import Talk
+from shardckpt.manager.transactional import TransactionalFace
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.history import History
 from shardckpt.run.retention import KeepAll, Policy
-from shardckpt.state import StateReader
+from shardckpt.state import Part, StateReader
 from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
 
@@ -44,7 +36,7 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager:
+class CheckpointManager(TransactionalFace):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -83,19 +75,20 @@ class CheckpointManager:
         gangs = gangs or Gangs.from_env()
         self._storage = _storage(root, storage_options)
         self._owns_storage = isinstance(root, (str, os.PathLike))
-        self._gang = gangs.fork("load").root
         self._at = Coordinates.of(gangs)
-        self._timeout = timeout
+        self._talk = Talk(gangs.fork("load").root, timeout=timeout)
         self._overlap = overlap
         self._tolerate = tolerate
         self._failed_in_a_row = 0
         self._accounted_for: PendingSave | None = None
-        self._tries: Counter[str] = Counter()
         self._reader = StateReader()
         self._catalog = Catalog(self._storage)
-        self._history = History(self._catalog, keep or KeepAll(), grace=max(2 * timeout, _GRACE))
+        self._policy = keep or KeepAll()
+        self._history = History(self._catalog, self._policy, grace=max(2 * timeout, _GRACE))
         self._save_gang = gangs.fork("save").root
         self._saver = Saver(self._storage, self._save_gang, self._at, timeout=timeout, on_commit=self._after_commit)
+        self._finder = Finder(self._storage, self._catalog, self._talk, self._at)
+        self._open = None
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -104,6 +97,7 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self._give_up("the program left the `with` before commit_checkpoint()")
             self.close()
         except CheckpointError as failure:
             if error is None:
@@ -134,6 +128,7 @@ class CheckpointManager:
             model_key: the key of the model, whose state goes to `model.<r>.pt`.
         """
         self._account_for_last()
+        self._none_open("save")
         options = SaveOptions(model_key, replicated, metadata or {}, self._overlap)
         return self._saver.start(step, lambda: self._reader.take_apart(state), options)
 
@@ -162,66 +157,56 @@ class CheckpointManager:
         A damaged step is passed over, and the log and the result say why. If there are steps but none is good, that
         is an error and no silent fresh start, unless `allow_fresh_start`.
         """
-        skipped: list[tuple[int, str]] = []
-        for step in reversed(self.steps()):
-            try:
-                info = self.load(step, state, policy=policy)
-            except (CheckpointDamagedError, CheckpointNotFoundError) as error:
-                _log.warning("step %d is passed over: %s", step, error)
-                skipped.append((step, str(error)))
-                continue
-            self._history.protect(step, "the step that was resumed from")
-            return replace(info, skipped=tuple(skipped))
-        if skipped and not allow_fresh_start:
-            listed = "".join(f"\n  step {step}: {reason}" for step, reason in skipped)
-            raise CheckpointLoadError(
-                f"no step at {self._storage.url} is good, but there are {len(skipped)} damaged ones:{listed}\n"
-                "Repair one, or start afresh with allow_fresh_start=True"
-            )
-        return None
+        steps = reversed(self.steps())
+        load = partial(self.load, state=state, policy=policy)
+        found = self._finder.first_good(steps, load, fresh=allow_fresh_start)
+        if found is None:
+            return None
+        step, info = found
+        self._history.protect(step, "the step that was resumed from")
+        return cast(CheckpointInfo, info)
 
     def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
         """Load that step into the state: all of it on all ranks, or nothing on any."""
         self._saver.drain()
-        self._enter(f"load/{step}")
-        folder, manifest = self._record(step)
-        loader = Loader(self._storage, self._gang, self._at, folder=folder, manifest=manifest, timeout=self._timeout)
-        take_apart = partial(self._reader.take_apart, state, for_loading=True)
-        parts = together(self._gang, take_apart, phase="take the state apart", timeout=self._timeout, step=step)
-        loader.load(parts, policy or LoadPolicy())
-        url = f"{self._storage.url.rstrip('/')}/{folder}"
-        return CheckpointInfo(
-            step, url, manifest.nbytes, manifest.world_size, manifest.created, dict(manifest.metadata)
-        )
+        self._talk.enter(f"load/{step}")
+        folder, manifest = self._finder.record(step)
+        loader = self._finder.loader(folder, manifest)
+        loader.load(self._take_apart(state, manifest, policy or LoadPolicy()), policy or LoadPolicy())
+        return self._finder.info(folder, manifest)
+
+    def _take_apart(self, state: MutableMapping[str, Any], manifest: Manifest, policy: LoadPolicy) -> list[Part]:
+        def take_apart() -> list[Part]:
+            parts = self._reader.take_apart(state, for_loading=True)
+            if manifest.model_only and policy.missing == "error":
+                check_asks_for_model_only(parts, manifest)
+            return parts
+
+        try:
+            return self._talk.together(take_apart, "take the state apart", step=manifest.step)
+        except GangError as error:
+            failure = next((f for f in error.failures.values() if f.kind == ModelOnlyError.__name__), None)
+            if failure is None:
+                raise
+            raise ModelOnlyError(failure.message, step=manifest.step) from error
 
     def steps(self) -> list[int]:
         """The committed steps, in order. Rank 0 looks, all are told the same."""
-        self._enter("steps")
-        return list(self._from_rank_0(self._catalog.steps, "list the steps"))
+        return self.get_step_numbers()
 
     def latest(self) -> int | None:
         """The newest committed step, whether it is sound or not; None if there is none."""
         return max(self.steps(), default=None)
 
-    def save_score(self, score: float, *, step: int) -> None:
-        """Note a score of a step (for `KeepBest`). If that step is still being saved, it is noted at its commit."""
-        last = self._saver.last
-
-        def note_or_write() -> None:
-            if last is None or last.step != step or not self._history.note(step, score, over=last.done):
-                self._history.write_score(step, score)
-
-        self._enter(f"score/{step}")
-        self._from_rank_0(note_or_write, "write the score")
-
     def close(self) -> None:
         """Let the save under way end and give everything back; raises a failure that nobody has looked at yet."""
         try:
+            self._give_up("the manager was closed before commit_checkpoint()")
             self.wait()
         finally:
             self._saver.close()
             self._save_gang.close()
-            self._gang.close()
+            self._talk.close()
             if self._owns_storage:
                 self._storage.close()
 
@@ -249,49 +234,12 @@ class CheckpointManager:
             report = pending.report
             # The next save is staged on this thread, and the optimizer waits for that.
             work = partial(self._history.committed, info.step)
-            deleted = within(self._timeout, work, what="pruning")
+            deleted = within(self._talk.timeout, work, what="pruning")
             _log.info(
                 "step %d committed: %.2f GB in %.2f s (%.2f GB/s), training held for %.3f s%s",
                 info.step, info.nbytes / 1e9, report.total_s, report.rate / 1e9, report.stall_s,
                 f", deleted steps {deleted}" if deleted else "",
             )  # fmt: skip
-
-    def _enter(self, verb: str) -> None:
-        self._tries[verb] += 1
-        self._gang.enter(f"{verb}/{self._tries[verb]}", timeout=self._timeout)
-
-    def _from_rank_0(self, work: Callable[[], Any], phase: str) -> Any:
-        """Rank 0 does it; all get its result (JSON), or the same error."""
-        bounded = partial(within, self._timeout, work, what=phase)
-        try:
-            return announce(self._gang, bounded, phase=phase, timeout=self._timeout)
-        except GangError as error:
-            failure = error.failures.get(0)
-            kind = _TOLD.get(failure.kind) if failure else None
-            if failure is None or kind is None:
-                raise
-            raise kind(failure.message) from error
-
-    def _record(self, step: int) -> tuple[str, Manifest]:
-        """Rank 0 reads the record and tells it to all."""
-
-        def read() -> list[str]:
-            folder, manifest = self._catalog.record(step)
-            return [folder, encode_manifest(manifest).decode()]
-
-        try:
-            folder, record = self._from_rank_0(read, "read the record")
-        except CheckpointError as error:
-            error.step = step
-            raise
-        return str(folder), decode_manifest(str(record).encode())
-
-
-_TOLD: dict[str, type[CheckpointError]] = {
-    kind.__name__: kind
-    for kind in (CheckpointNotFoundError, CheckpointDamagedError, CheckpointLoadError, CheckpointSaveError)
-}
-"""Errors of rank 0 that are of the same kind on every rank."""
 
 
 def _storage(root: str | os.PathLike[str] | Storage, options: Mapping[str, object] | None) -> Storage:

@@ -1,0 +1,1 @@
+"""Commit: receipts become a record, and the record is put in force."""

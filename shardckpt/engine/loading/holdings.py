@@ -1,0 +1,111 @@
+"""All that a rank held, given back as nested dicts: for those who have no state yet to load into."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.loading.fit import Fit, WantedTensor, WantedValue
+from shardckpt.engine.loading.sources import BelongsToRankError, Sources
+from shardckpt.engine.sharding import Sharding, as_dtensor, local_shape, mesh_coordinate
+from shardckpt.errors import CheckpointDamagedError
+from shardckpt.format.layout import MODEL_KEY
+from shardckpt.format.manifest import LayoutEntry, Manifest, TensorEntry
+from shardckpt.format.placement import Box
+from shardckpt.format.tree import map_leaves
+from shardckpt.state import Path, join_path
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What a rank takes, and how its tensors are sharded."""
+
+    fit: Fit = field(default_factory=Fit)
+    shardings: dict[str, tuple[Sharding, tuple[int, ...]]] = field(default_factory=dict)
+    """Of a tensor that was a DTensor: how it lies, and its global shape."""
+    ranks: tuple[int, ...] = ()
+    """The ranks (of those that saved) whose nesting and Python values it takes."""
+
+    def nested(self, tree: Any, *, step: int) -> dict[str, Any]:
+        """The nesting with the tensors in it; `CheckpointDamagedError` if one has no place there."""
+        loaded = {wanted.name: wanted.local for wanted in self.fit.tensors}
+        placed: set[str] = set()
+
+        def put(path: Path, leaf: Any) -> Any:
+            name = join_path(path)
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            placed.add(name)
+            local = loaded[name]
+            assert local is not None
+            return as_dtensor(local, *self.shardings[name]) if name in self.shardings else local
+
+        state = map_leaves(tree or {}, put) or {}
+        missing = sorted(loaded.keys() - placed)
+        if missing:
+            raise CheckpointDamagedError(f"no file of step {step} says where {missing[0]} belongs", step=step)
+        state.pop(MODEL_KEY, None)
+        return dict(state)
+
+
+def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:
+    """What this rank takes of a step: on the same ranks its own; on others what all of them held alike.
+
+    Nothing is left out silently: what only some ranks held, or held in shards, is a problem on other ranks.
+    """
+    found = Holdings()
+    same = sources.is_same_job()
+    names = sorted(sources.held_by(at.rank)) if same else list(sources.names())
+    ranks: dict[int, None] = {}
+    for name in names:
+        try:
+            rank = sources.part_rank([name], "fail")
+        except BelongsToRankError as error:
+            found.fit.problems.append(f"per rank: {error}")
+            continue
+        assert rank is not None
+        ranks[rank] = None
+        entry = sources.tensor(name, "fail")
+        if entry is None:
+            found.fit.values.append(WantedValue(name, (), "fail"))
+        else:
+            _want(found, name, entry, _sharding(manifest, entry, at if same else None), manifest)
+    found.ranks = tuple(ranks)
+    found.fit.trees[""] = found.ranks
+    return found
+
+
+def _want(found: Holdings, name: str, entry: TensorEntry, sharding: Sharding | None, manifest: Manifest) -> None:
+    layout, shape = manifest.layouts[entry.layout], entry.shape
+    if sharding is not None:
+        boxes, own = sharding.boxes(shape), local_shape(sharding, shape)
+        found.shardings[name] = (sharding, shape)
+    elif _is_cut(layout):
+        found.fit.problems.append(
+            f"sharded: {name} was saved in shards by {manifest.world_size} ranks, and this is another job: use "
+            "load(step, state), which brings every shard to its place in a state"
+        )
+        return
+    else:
+        zeros = (0,) * len(shape)
+        boxes, own = ((Box(zeros, shape, zeros),) if math.prod(shape) else ()), shape
+    local = torch.empty(own, dtype=getattr(torch, entry.dtype))
+    found.fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, "fail"))
+
+
+def _sharding(manifest: Manifest, entry: TensorEntry, at: Coordinates | None) -> Sharding | None:
+    """How the tensor lay on this rank, if this is the same job and it was a DTensor."""
+    layout = manifest.layouts[entry.layout]
+    if at is None or layout.mesh is None:
+        return None
+    mesh = manifest.meshes[layout.mesh]
+    coordinate = mesh_coordinate(mesh, mesh.ranks.index(at.rank))
+    return Sharding(mesh, layout.placements, coordinate, given=layout.given)
+
+
+def _is_cut(layout: LayoutEntry) -> bool:
+    return any(placement != "R" for placement in layout.placements)

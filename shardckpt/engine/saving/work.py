@@ -1,0 +1,75 @@
+"""One save as it goes from phase to phase: what was asked for, what there is so far, and how it failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shardckpt.engine.committing.transaction import Transaction
+from shardckpt.engine.pending import PendingSave
+from shardckpt.engine.saving.plan import SavePlan
+from shardckpt.engine.saving.stage import Staging
+from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError, InvalidStateError
+from shardckpt.format.manifest import FileEntry
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """What one save is asked for, beside step and state."""
+
+    model_key: str = "model"
+    replicated: Collection[str] = ()
+    """Top-level keys that all data-parallel ranks of a shard hold alike ("*": all)."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The user's own JSON, kept in the record; rank 0's is taken."""
+    overlap: bool = True
+    """Copy parameters and optimizer state while training goes on to its next optimizer step."""
+
+
+@dataclass(slots=True)
+class Work:
+    """One save on its way to its commit."""
+
+    pending: PendingSave
+    scope: str
+    began: float
+    options: SaveOptions = field(default_factory=SaveOptions)
+    plan: SavePlan | None = None
+    staging: Staging | None = None
+    later: Callable[[torch.Tensor], bool] = lambda _: False
+    alike: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By group: digests of what this rank holds of the tensors that one rank writes for several."""
+    attempt: Transaction | None = None
+    """Begun already, where files are written before the commit is asked for."""
+    files: list[FileEntry] = field(default_factory=list)
+    """Of this rank, written already."""
+    loose: dict[str, bytes] = field(default_factory=dict)
+    """Small files, by name, that are put into the checkpoint but not into its record. On rank 0."""
+    error: BaseException | None = None
+    """What went wrong before the save thread took over; the other ranks are told."""
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """`InvalidStateError` for what the record could not hold."""
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidStateError(f"metadata must be JSON (strings, finite numbers, lists, dicts): {error}") from error
+
+
+def as_save_error(error: BaseException, step: int) -> CheckpointError:
+    """What `result` raises: always of the tree, always with the step and the cause."""
+    if isinstance(error, CheckpointSaveError):
+        return error
+    unknown, reason = isinstance(error, CommitUnknownError), str(error)
+    if isinstance(error, GangError):
+        unknown = any(failure.kind == CommitUnknownError.__name__ for failure in error.failures.values())
+        reason = error.brief
+    kind, what = (CommitUnknownError, "may or may not be saved") if unknown else (CheckpointSaveError, "was not saved")
+    wrapped = kind(f"step {step} {what}: {reason}", step=step)
+    wrapped.__cause__ = error
+    return wrapped

@@ -1,0 +1,95 @@
+"""From a step to what is in it: its record, told to all; the newest step that is good; steps of the model alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.load import Loader
+from shardckpt.engine.pending import CheckpointInfo
+from shardckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointLoadError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
+from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
+from shardckpt.manager.talk import Talk
+from shardckpt.run.catalog import Catalog
+from shardckpt.state import Part
+from shardckpt.storage.base import Storage
+
+_log = logging.getLogger(__name__)
+
+
+class ModelOnlyError(CheckpointMismatchError):
+    """Of the step only the model is there, and the state asks for more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """Called by all ranks, on the training's thread."""
+
+    storage: Storage
+    catalog: Catalog
+    talk: Talk
+    at: Coordinates
+
+    def record(self, step: int) -> tuple[str, Manifest]:
+        """The folder and the record of a step. Rank 0 reads, all are told. In a conversation."""
+
+        def read() -> list[str]:
+            folder, manifest = self.catalog.record(step)
+            return [folder, encode_manifest(manifest).decode()]
+
+        folder, record = self.talk.from_rank_0(read, "read the record", step=step)
+        return str(folder), decode_manifest(str(record).encode())
+
+    def loader(self, folder: str, manifest: Manifest) -> Loader:
+        gang, timeout = self.talk.gang, self.talk.timeout
+        return Loader(self.storage, gang, self.at, folder=folder, manifest=manifest, timeout=timeout)
+
+    def info(self, folder: str, manifest: Manifest) -> CheckpointInfo:
+        """What a caller is told of a step."""
+        url = f"{self.storage.url.rstrip('/')}/{folder}"
+        metadata = dict(manifest.metadata)
+        return CheckpointInfo(manifest.step, url, manifest.nbytes, manifest.world_size, manifest.created, metadata)
+
+    def first_good(self, steps: Iterable[int], load: Callable[[int], Any], *, fresh: bool) -> tuple[int, Any] | None:
+        """The first of the steps that `load` loads; None if there is none at all. It passes over damaged ones.
+
+        `load` ends alike on all ranks. `CheckpointLoadError` if there are steps, but none is good, unless `fresh`.
+        """
+        skipped: list[tuple[int, str]] = []
+        for step in steps:
+            try:
+                loaded = load(step)
+            except (CheckpointDamagedError, CheckpointNotFoundError, ModelOnlyError) as error:
+                _log.warning("step %d is passed over: %s", step, error)
+                skipped.append((step, str(error)))
+                continue
+            if isinstance(loaded, CheckpointInfo):
+                loaded = replace(loaded, skipped=tuple(skipped))
+            return step, loaded
+        if skipped and not fresh:
+            listed = "".join(f"\n  step {step}: {reason}" for step, reason in skipped)
+            raise CheckpointLoadError(
+                f"no step at {self.storage.url} can be resumed from, but there are {len(skipped)} others:{listed}\n"
+                "Repair one, or start afresh with allow_fresh_start=True"
+            )
+        return None
+
+
+def check_asks_for_model_only(parts: Sequence[Part], manifest: Manifest) -> None:
+    """`ModelOnlyError` if the state has more than the model, of a step that has only that."""
+    more = sorted({str(part.path[0]) for part in parts} - {manifest.model_key})
+    if more:
+        raise ModelOnlyError(
+            f"of step {manifest.step} only the model is there ({manifest.model_key!r}), and the state asks for "
+            f"{', '.join(more)} as well: load the model alone, or another step",
+            problems=[f"missing: {key}" for key in more],
+            step=manifest.step,
+        )
