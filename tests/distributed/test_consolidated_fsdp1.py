@@ -103,7 +103,8 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.transposed = nn.Parameter(torch.randn(7, 11).t())
-        self.channels_last = nn.Conv2d(5, 3, 3).to(memory_format=torch.channels_last)
+        self.channels_last = nn.Conv2d(5, 3, 3)
+        self.channels_last.weight.data = self.channels_last.weight.data.to(memory_format=torch.channels_last)
         self.volume = nn.Conv3d(2, 3, (2, 3, 2))
         self.single = nn.Parameter(torch.randn(1, 1, 1))
         self.twice = nn.Linear(6, 6)
