@@ -170,6 +170,12 @@ def as_numbers(runs: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def as_truth(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{str(value)[:40]!r} should be true or false")
+    return value
+
+
 def as_text(value: Any) -> str:
     """A text from a file; `ValueError` for anything else."""
     if type(value) is not str:

@@ -23,6 +23,7 @@ from shardckpt.format.index import (
     as_shape,
     as_size,
     as_text,
+    as_truth,
     count_numbers,
     load_json,
     runs_of,
@@ -34,9 +35,6 @@ FORMAT = 1
 
 Home = Literal["model", "replicated", "rank"]
 """In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt or rank_<rank>.pt."""
-
-_RARE = ("pieces", "given")
-"""What is left out of the JSON of a layout where it is empty."""
 
 HOMES: tuple[Home, ...] = ("model", "replicated", "rank")
 
@@ -160,7 +158,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "parts": manifest.parts,
         "files": [encode_file(file) for file in manifest.files],
         "meshes": [asdict(mesh) | {"ranks": runs_of(mesh.ranks)} for mesh in manifest.meshes],
-        "layouts": [{k: v for k, v in asdict(at).items() if v or k not in _RARE} for at in manifest.layouts],
+        "layouts": [
+            {k: v for k, v in asdict(at).items() if v or k not in ("pieces", "given")} for at in manifest.layouts
+        ],
         "tables": [encode_table(table) for table in manifest.tables],
         "differ": manifest.differ,
         "versions": dict(manifest.versions),
@@ -262,7 +262,7 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
         versions={key: as_text(text) for key, text in content["versions"].items()},
         metadata={**content["metadata"]},
         model_key=as_text(content.get("model_key", "model")),
-        model_only=_truth(content.get("model_only", False)),
+        model_only=as_truth(content.get("model_only", False)),
     )
     check_manifest(manifest)
     if content["world_size"] != manifest.world_size or content["parts"] != list(manifest.parts):
@@ -288,12 +288,6 @@ def _as_json_has_it(metadata: Mapping[str, Any]) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         reason = f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dicts): {error}"
         raise ValueError(reason) from error
-
-
-def _truth(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError(f"{str(value)[:40]!r} should be true or false")
-    return value
 
 
 def _texts(values: Any) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def test_the_model_of_one_process(storage: Storage) -> None:
         manager.save(STEP, saved, metadata={"loss": 2.5}).result()
     assert preserve(storage) == {"model.pt"}
     with sc.CheckpointManager(storage) as manager:
-        with pytest.raises(sc.CheckpointMismatchError, match=r"missing: optimizer"):
+        with pytest.raises(sc.CheckpointMismatchError, match=r"only the model is there .* optimizer"):
             manager.load(STEP, other)
         info = manager.load(STEP, {"model": other["model"]})
     assert_same(other["model"].state_dict(), saved["model"].state_dict())
