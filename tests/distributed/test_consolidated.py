@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import shardckpt as sc
+from shardckpt.storage.base import Buffer
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.wrapping import StorageWrapper
+from shardckpt.testing.pool import RankLostError
 from tests.distributed.consolidation import assert_same, consolidate, consolidate_and_read, gangs_here, operations
 from tests.distributed.jobs import Job, Layout, Net, full
 from tests.distributed.tensors import Grid, Placed, Split, Tensor, same_bits, view_of
@@ -191,3 +198,30 @@ def test_parts_that_do_not_say_so_are_refused(ranks):
     for error in ranks.run(2, write_plain_parts):
         assert re.search("different values of .*model.weight .*make it a DTensor", error)
         assert "model.bias" not in error
+
+
+class DyingStorage(StorageWrapper):
+    """The process ends in the middle of its put."""
+
+    def put(self, key: str, parts: Iterable[Buffer]) -> int:
+        os._exit(7)
+
+
+def write_and_die(rank: int, world_size: int, folder: Path) -> tuple[str, list[str]]:
+    job = Job(Layout(3), seed=0)
+    place = LocalStorage(folder)
+    with gangs_here() as gangs:
+        try:
+            consolidate(DyingStorage(place) if rank == 1 else place, gangs, job.module, timeout=timedelta(seconds=10))
+        except sc.GangError as error:
+            return str(error), [path.name for path in (folder / "step_1").iterdir() if path.name == "model.pt"]
+    return "nothing was raised", []
+
+
+def test_a_rank_that_dies_is_noticed(ranks):
+    outcomes = ranks.run_settled(3, write_and_die, timeout=50)
+    assert isinstance(outcomes[1].error, RankLostError)
+    for rank in (0, 2):
+        error, left = outcomes[rank].value
+        assert re.search("write parts of step 1 failed.* rank 1", error), error
+        assert not left

@@ -24,8 +24,8 @@ _NUMBER = re.compile(r"([0-9]+)")
 
 def natural(name: str) -> tuple[Any, ...]:
     """Sorts names as people do: "layers.2" before "layers.10". The order of tensors in all files of this package."""
-    parts = _NUMBER.split(name)
-    return (*((part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)), name)
+    parts = _NUMBER.split(name)  # texts and numbers by turns
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
 
 @dataclass(frozen=True)

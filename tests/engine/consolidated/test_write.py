@@ -234,6 +234,13 @@ def test_extra_state_is_kept_nested(caplog: pytest.LogCaptureFixture) -> None:
     assert "model._extra_state.rank differs between ranks" in caplog.text
 
 
+@pytest.mark.gpu
+def test_a_model_on_a_gpu() -> None:
+    place = MemoryObjects()
+    run_ranks(RANKS, lambda gangs: write_on(gangs, place, Stage(gangs.root.rank).cuda()))
+    assert is_whole(place)
+
+
 def test_a_model_without_anything() -> None:
     place = MemoryObjects()
     run_ranks(2, lambda gangs: write_on(gangs, place, nn.Identity()))
