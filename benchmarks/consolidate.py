@@ -140,14 +140,14 @@ def _run_job(task: Task) -> None:
     try:
         mesh = init_device_mesh("cpu", (task.dp, task.tp), mesh_dim_names=("dp", "tp"))
         model = _make_model(task, mesh)
-        with _engines(model, Path(task.folder)) as engines:
-            turns: dict[str, list[Any]] = {name: [] for name in engines.both}
+        with Both(model, Path(task.folder)) as both:
+            turns: dict[str, list[Any]] = {name: [] for name in both.ways}
             for number in range(task.rounds):
-                for name, write in engines.both.items():
+                for name, write in both.ways.items():
                     turns[name].append(asdict(_measure(write)))
                 if number == 0 and dist.get_rank() == 0:
-                    engines.compare()
-                engines.clear()
+                    both.compare()
+                both.clear()
         if dist.get_rank() == 0:
             whole = [p.numel() * p.element_size() for p in model.parameters()]
             found = {"turns": turns, "nbytes": sum(whole), "tensors": len(whole), "largest": max(whole)}
@@ -179,16 +179,16 @@ def _make_model(task: Task, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-class _engines:  # noqa: N801 - a context
+class Both:
     """Both ways to write the model, each to a file of its own."""
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
         self._model = model
         self._folder = folder
-        self.both: dict[str, Callable[[], None]] = {"shardckpt": self._ours, "torch": self._theirs}
+        self.ways: dict[str, Callable[[], None]] = {"shardckpt": self._ours, "torch": self._theirs}
         self._tries = 0
 
-    def __enter__(self) -> _engines:
+    def __enter__(self) -> Both:
         self._gangs = sc.Gangs.from_env()
         return self
 

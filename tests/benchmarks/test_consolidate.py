@@ -1,0 +1,49 @@
+"""The benchmark of the consolidated model: what it prints, and that both files are the same before it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.consolidate import CASES, Both, render
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_table_of_both() -> None:
+    turns = {
+        "shardckpt": [{"seconds": s, "peaks": [40 << 20, 1 << 20]} for s in (1.0, 2.0, 4.0)],
+        "torch": [{"seconds": s, "peaks": [900 << 20, 500 << 20]} for s in (3.0, 6.0, 5.0)],
+    }
+    table = render("a case", {"turns": turns, "nbytes": 1_500_000_000, "tensors": 12, "largest": 62 << 20})
+    assert "**a case**: 1.50 GB in 12 tensors, the largest 62 MiB; 3 rounds" in table
+    assert "| shardckpt | 2.00 (1.00-4.00) | 1.00 x | 40 (40-40) | 1 (1-1) |" in table
+    assert "| torch | 5.00 (3.00-6.00) | 2.50 x | 900 (900-900) | 500 (500-500) |" in table
+
+
+@pytest.mark.parametrize("wrong", ["name", "bits"])
+def test_files_that_differ_are_no_measurement(tmp_path: Path, wrong: str) -> None:
+    both = Both(torch.nn.Linear(2, 2), tmp_path)
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        key, bits = ("w", 1) if name == "ours" or wrong == "bits" else ("v", 1)
+        tensor = torch.full((3,), bits + (name == "theirs" and wrong == "bits"), dtype=torch.int16).view(torch.bfloat16)
+        torch.save({"model": {key: tensor}}, tmp_path / name / "model.pt")
+    with pytest.raises(AssertionError):
+        both.compare()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # a start of torchrun; half a minute on a machine that is busy
+def test_two_ranks_as_a_person_starts_them(tmp_path: Path) -> None:
+    options = ["--gb", "0", "--rounds", "1", "--cases", next(iter(CASES)), "--root", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.consolidate", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)
+    assert ended.returncode == 0, ended.stderr
+    assert "| shardckpt |" in ended.stdout
+    assert "| torch |" in ended.stdout
+    assert not list(tmp_path.iterdir())
