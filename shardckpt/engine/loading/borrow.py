@@ -215,8 +215,8 @@ class _Gate:
     def close(self) -> None:
         """From now on nothing is copied; returns when what is being copied has been."""
         self._closed = True
-        for _ in range(self._at_once):
-            self._permits.acquire(timeout=_LAST_COPY_S)
+        taken = sum(self._permits.acquire(timeout=_LAST_COPY_S) for _ in range(self._at_once))
+        self._permits.release(max(taken, 1))  # those that come late are to find it closed, and to end
 
 
 def _looks(item: Fetched) -> list[_Look]:
