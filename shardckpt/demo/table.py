@@ -87,7 +87,7 @@ def _killed_in_a_save(results: Results) -> Check:
     last = max(results.interrupted.losses, default=0)
     unfinished = results.leftover is not None and MANIFEST not in results.leftover.files
     holds = stalled.step == results.kill_at < last and unfinished
-    return Check(holds, claim, f"in {stalled.key}; training was at step {last}")
+    return Check(holds, claim, f"in {stalled.key}; training at step {last}")
 
 
 def _resumed_well(results: Results, record: Record) -> Iterator[Check]:

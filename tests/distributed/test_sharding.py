@@ -44,8 +44,8 @@ def test_copies_are_along_every_dimension_but_that_of_the_stages(ranks):
         stage, tp = divmod(rank, 2)
         here = MeshEntry(("dp", "tp"), (1, 2), (2 * stage, 2 * stage + 1))
         assert found == [
-            Sharding(here, ("R", "S(1)"), (0, tp)),
-            Sharding(here, ("S(0)", "R"), (0, tp), assumed=True),  # it does not know of "tp" itself
+            Sharding(here, ("R", "S(1)"), (0, tp), given=("tp",)),
+            Sharding(here, ("S(0)", "R"), (0, tp), assumed=True, given=("dp",)),  # it does not know of "tp" itself
             Sharding(here, ("S(0)", "R"), (0, tp)),
             Sharding(MeshEntry(NAMES, (2, 1, 2), (0, 1, 2, 3)), ("R", "S(0)", "S(0)"), (stage, 0, tp)),
         ]
