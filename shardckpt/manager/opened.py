@@ -56,7 +56,7 @@ class OpenCheckpoint:
         if self._has_model and self._is_whole_model_staged():
             self._saver.add(self._work, self._drop_consolidated)
 
-    def save_metadata(self, metadata: Mapping[str, Any]) -> None:
+    def save_metadata(self, metadata: Mapping[str, Any] | None) -> None:
         """Write the metadata; the first rank of each model shard does."""
         self._once("save_metadata", self._has_metadata)
         name = metadata_file(self._at.shard, self._at.shards)
@@ -65,7 +65,7 @@ class OpenCheckpoint:
             own: list[FileEntry] = []
 
             def put() -> None:
-                if self._at.leads:
+                if self._at.leads and metadata is not None:
                     own.append(put_metadata(self._storage, prefix, metadata, name=name, writer=self._at.rank))
 
             together(gang, put, phase="metadata", timeout=self._timeout, step=self.step)

@@ -81,9 +81,11 @@ class TransactionalFace(ABC):
         self._with_open(lambda it: it.save_state(state, model_key=model_key, replicated=replicated))
 
     def save_metadata(self, metadata: Mapping[str, Any] | None) -> None:
-        """Store values and tensors beside the state, in `metadata.<r>.pt`; the first data-parallel rank's are taken."""
-        if metadata is not None:
-            self._with_open(lambda it: it.save_metadata(metadata))
+        """Store values and tensors beside the state, in `metadata.<r>.pt`; the first data-parallel rank's are taken.
+
+        None stores nothing; the other ranks may give None, too.
+        """
+        self._with_open(lambda it: it.save_metadata(metadata))
 
     def save_score(self, score: float | None, lower_better: bool = False, *, step: int | None = None) -> None:
         """Give the open checkpoint its score, or `step` a score that is committed or still being saved.
