@@ -108,8 +108,10 @@ class Saver:
         with work.pending.stalling():
             try:
                 self._stage_now(work, take_parts(), options)
-            except Exception as error:
+            except BaseException as error:  # an interrupt, too, is told to the others before it goes on
                 work.error = error
+            finally:
+                work.pending.mark_staged()  # an optimizer of the state may step before the commit is asked for
             self._jointly(work, lambda: self._agree(work, lambda: _raise(work.error), "stage"))
 
     def add(self, work: Work, make: Callable[[Gang, str], Sequence[FileEntry]]) -> None:
@@ -126,6 +128,8 @@ class Saver:
 
     def abort(self, work: Work, reason: str) -> None:
         """Give the checkpoint up. Ranks that go on with it, as they do not know, fail as soon as they next talk."""
+        if work.pending.done():
+            return
         error = CheckpointSaveError(f"step {work.pending.step} was not saved: {reason}", step=work.pending.step)
         with contextlib.suppress(CheckpointError):
             self._jointly(work, lambda: self._agree(work, lambda: _raise(error), "abort", timeout=_FAREWELL))
@@ -152,7 +156,10 @@ class Saver:
         together(self._gang, act, phase=phase, timeout=timeout or self._timeout, step=work.pending.step)
 
     def _jointly(self, work: Work, act: Callable[[], object]) -> None:
-        """Do it on the save thread, and wait. If it fails, the attempt is over, and the error is as `save` has it."""
+        """Do it on the save thread, and wait. If it fails, the attempt is over, and the error is as `save` has it.
+
+        An interrupt of this rank (KeyboardInterrupt, SystemExit) goes on as it is.
+        """
 
         def run() -> None:
             try:
@@ -162,11 +169,16 @@ class Saver:
                 work.attempt.abandon()
                 raise
 
+        done = self._thread.submit(run)
         try:
-            self._thread.submit(run).result()
+            done.result()
         except BaseException as error:
+            if not done.done():  # an interrupt of this wait: the work goes on, and whoever holds it may abort it
+                raise
             work.pending.fail(error)
             work.pending.mark_seen()
+            if not isinstance(error, Exception):
+                raise
             raise as_save_error(error, work.pending.step) from error
 
     def drain(self) -> None:
