@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -115,17 +116,30 @@ def save_and_die(rank: int, size: int, folder: Path, root: Path, phase: str, vic
     if rank == victim:
         storage = Struck(storage, phase, rank, strike)
     gangs = sc.Gangs.from_env()
-    try:
-        with sc.CheckpointManager(storage, gangs, timeout=timeout) as checkpoints:
-            save(checkpoints, 1, make_state(rank, 1))
-            state = make_state(rank, 2)
-            if rank == victim and phase == NOT_YET:
-                state["deadly"] = Deadly(strike)
-            seen = failure_of(checkpoints, state)
-    finally:
-        gangs.close()
+    with (folder / f"stacks_{rank}").open("w+") as stacks:
+        late = threading.Timer(2 * NOTICED_S, lambda: faulthandler.dump_traceback(stacks, all_threads=True))
+        late.start()
+        try:
+            seen = save_twice(storage, gangs, rank, timeout, strike if rank == victim and phase == NOT_YET else None)
+        finally:
+            late.cancel()
+            late.join()
+            gangs.close()
+        stacks.seek(0)
+        seen["stacks when it was late"] = stacks.read()
     seen["took_s"] = seen.pop("at_s", 0.0) - float((folder / "struck").read_text())
     return seen
+
+
+def save_twice(
+    storage: Storage, gangs: sc.Gangs, rank: int, timeout: timedelta, strike: Callable[[], None] | None
+) -> dict[str, Any]:
+    with sc.CheckpointManager(storage, gangs, timeout=timeout) as checkpoints:
+        save(checkpoints, 1, make_state(rank, 1))
+        state = make_state(rank, 2)
+        if strike is not None:
+            state["deadly"] = Deadly(strike)
+        return failure_of(checkpoints, state)
 
 
 def look_and_go_on(rank: int, size: int, folder: Path, root: Path) -> dict[str, Any]:
