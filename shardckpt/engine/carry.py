@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 
+from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.dcp.image import seal_in_place
 from shardckpt.engine.saving.draft import Draft, private, record_number
 from shardckpt.engine.saving.plan import FilePlan
 from shardckpt.engine.sharding import check_tensor
-from shardckpt.errors import CheckpointDamagedError, CheckpointSaveError, InvalidStateError
+from shardckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointMismatchError,
+    CheckpointSaveError,
+    InvalidStateError,
+)
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredBox, decode_index
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, check_file_name
-from shardckpt.format.manifest import FileEntry
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, check_file_name, metadata_file
+from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.format.placement import Box
 from shardckpt.format.reduced import may_be_doomed
 from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, decode_tree, map_leaves
@@ -96,6 +102,19 @@ def _leaf(draft: Draft, path: Path, leaf: Any) -> Any:
     number = record_number(draft, leaf, dtype)
     draft.boxes.append(StoredBox(name, number, shape, Box(zeros, shape, zeros)))
     return TensorRef(number, leaf.dtype, shape)
+
+
+def metadata_entry(manifest: Manifest, at: Coordinates) -> FileEntry | None:
+    """The file of this rank's shard; `CheckpointMismatchError` where other shards have one and this one has none."""
+    stored = {file.name.rpartition("/")[2]: file for file in manifest.files if file.kind == METADATA}
+    own = metadata_file(at.shard, at.shards)
+    if not stored or own in stored:
+        return stored.get(own)
+    raise CheckpointMismatchError(
+        f"the metadata of step {manifest.step} was saved for {manifest.shards} model shards, and this job has "
+        f"{at.shards}: read it with as many, or from the files ({', '.join(sorted(stored))})",
+        step=manifest.step,
+    )
 
 
 def read_metadata(storage: Storage, folder: str, entry: FileEntry, *, step: int) -> Any:

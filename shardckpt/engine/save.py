@@ -156,10 +156,7 @@ class Saver:
         together(self._gang, act, phase=phase, timeout=timeout or self._timeout, step=work.pending.step)
 
     def _jointly(self, work: Work, act: Callable[[], object]) -> None:
-        """Do it on the save thread, and wait. If it fails, the attempt is over, and the error is as `save` has it.
-
-        An interrupt of this rank (KeyboardInterrupt, SystemExit) goes on as it is.
-        """
+        """Do it on the save thread, and wait. If it fails, the attempt is over; interrupts go on as they are."""
 
         def run() -> None:
             try:

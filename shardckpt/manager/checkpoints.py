@@ -169,7 +169,7 @@ class CheckpointManager(TransactionalFace):
     def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
         """Load that step into the state: all of it on all ranks, or nothing on any."""
         self._saver.drain()
-        self._talk.enter(f"load/{step}")
+        self._talk.enter(f"load/{step}", step=step)
         folder, manifest = self._finder.record(step)
         loader = self._finder.loader(folder, manifest)
         loader.load(self._take_apart(state, manifest, policy or LoadPolicy()), policy or LoadPolicy())

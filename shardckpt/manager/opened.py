@@ -130,4 +130,6 @@ class OpenCheckpoint:
 
     def _once(self, method: str, done: bool) -> None:
         if done:
-            raise InvalidOperationError(f"{method} was called before for step {self.step}: commit or abort it first")
+            raise InvalidOperationError(
+                f"{method} was called before for step {self.step}: commit or abort it first", step=self.step
+            )

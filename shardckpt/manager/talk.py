@@ -14,6 +14,7 @@ from shardckpt.errors import (
     CheckpointDeleteError,
     CheckpointError,
     CheckpointLoadError,
+    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointSaveError,
     GangError,
@@ -47,10 +48,14 @@ class Talk:
         self.timeout = timeout
         self._tries: Counter[str] = Counter()
 
-    def enter(self, verb: str) -> None:
+    def enter(self, verb: str, *, step: int | None = None) -> None:
         """Begin a conversation: all ranks meet under this name."""
         self._tries[verb] += 1
-        self.gang.enter(f"{verb}/{self._tries[verb]}", timeout=self.timeout)
+        try:
+            self.gang.enter(f"{verb}/{self._tries[verb]}", timeout=self.timeout)
+        except GangError as error:
+            error.step = step
+            raise
 
     def from_rank_0(self, work: Callable[[], Any], phase: str, *, step: int | None = None) -> Any:
         """Rank 0 does it; all get its result (JSON), or the same error, of the same kind. In a conversation."""
@@ -67,6 +72,16 @@ class Talk:
     def together(self, work: Callable[[], T], phase: str, *, step: int | None = None) -> T:
         """All do it, and it succeeds on all or raises the same `GangError` on all. In a conversation."""
         return together(self.gang, work, phase=phase, timeout=self.timeout, step=step)
+
+    def together_load(self, work: Callable[[], T], phase: str, *, step: int) -> T:
+        """As `together`, for reading: what is wrong with a file on one rank is a `CheckpointLoadError` on all."""
+        try:
+            return self.together(work, phase, step=step)
+        except GangError as error:
+            kinds = {failure.kind for failure in error.failures.values()}
+            of_load = (CheckpointDamagedError, CheckpointMismatchError)
+            kind = next((kind for kind in of_load if kind.__name__ in kinds), CheckpointLoadError)
+            raise kind(f"step {step}: {error.brief}", step=step) from error
 
     def close(self) -> None:
         self.gang.close()

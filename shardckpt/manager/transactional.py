@@ -13,24 +13,23 @@ from typing import Any
 
 from torch import nn
 
-from shardckpt.engine.carry import read_metadata
+from shardckpt.engine.carry import metadata_entry, read_metadata
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.pending import PendingSave
 from shardckpt.engine.save import Saver
 from shardckpt.errors import (
+    CheckpointDamagedError,
     CheckpointDeleteError,
-    CheckpointMismatchError,
     CheckpointNotFoundError,
     InvalidOperationError,
     InvalidStateError,
 )
-from shardckpt.format.layout import METADATA, metadata_file
-from shardckpt.format.manifest import FileEntry, Manifest
+from shardckpt.format.manifest import Manifest
 from shardckpt.manager.finding import Finder
 from shardckpt.manager.opened import OpenCheckpoint
 from shardckpt.manager.talk import Talk
 from shardckpt.run.card import write_model_card
-from shardckpt.run.catalog import Catalog
+from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.deletion import delete_step, preserve_model
 from shardckpt.run.history import History
 from shardckpt.run.retention import KeepBest, KeepLast, Policy
@@ -94,12 +93,14 @@ class TransactionalFace(ABC):
         the negated score, as fairseq2 does. If the manager's own policy is `KeepBest(lower_better=True)`, give the
         plain score.
         """
-        self._check_score(score, lower_better=lower_better)
         if step is None:
-            stored = None if score is None else -score if lower_better else score
-            self._with_open(lambda it: setattr(it, "score", stored))
-        elif score is not None:
-            self._score_step(step, -score if lower_better else score)
+            opened = self._take_open("save_score")
+            self._open = opened
+            opened.score = self._stored_score(score, lower_better=lower_better, step=opened.step)
+        else:
+            stored = self._stored_score(score, lower_better=lower_better, step=step)
+            if stored is not None:
+                self._score_step(step, stored)
 
     def save_consolidated_fsdp_model(self, model: nn.Module) -> None:
         """Write the whole model, unsharded, as plain tensors, into `model.pt` of the open checkpoint.
@@ -132,7 +133,7 @@ class TransactionalFace(ABC):
         On another number of ranks, what all held alike; `CheckpointMismatchError` if there is more than that.
         """
         self._saver.drain()
-        self._talk.enter(f"load/{step_nr}")
+        self._talk.enter(f"load/{step_nr}", step=step_nr)
         folder, manifest = self._finder.record(step_nr)
         return self._finder.loader(folder, manifest).load_everything()
 
@@ -152,14 +153,14 @@ class TransactionalFace(ABC):
     def load_metadata(self, step_nr: int) -> dict[str, Any] | None:
         """What `save_metadata` stored with that step; None if nothing was."""
         self._saver.drain()
-        self._talk.enter(f"metadata/{step_nr}")
+        self._talk.enter(f"metadata/{step_nr}", step=step_nr)
         folder, manifest = self._finder.record(step_nr)
 
         def read() -> dict[str, Any] | None:
-            entry = _metadata_entry(manifest, self._at)
+            entry = metadata_entry(manifest, self._at)
             return None if entry is None else dict(read_metadata(self._storage, folder, entry, step=step_nr))
 
-        return self._talk.together(read, "read the metadata", step=step_nr)
+        return self._talk.together_load(read, "read the metadata", step=step_nr)
 
     def has_checkpoint(self, step_nr: int | None = None) -> bool:
         """Whether that step is committed, or any."""
@@ -174,17 +175,17 @@ class TransactionalFace(ABC):
     def delete_checkpoint(self, step_nr: int, *, missing_ok: bool = False, preserve_model: bool = False) -> None:
         """Delete a committed step, or all of it but its model. A crash leaves that, or the whole step."""
         self._saver.drain()
-        self._talk.enter(f"delete/{step_nr}")
+        self._talk.enter(f"delete/{step_nr}", step=step_nr)
         work = _Deletion(self._catalog, step_nr, missing_ok=missing_ok, preserve=preserve_model)
         self._talk.from_rank_0(work.run, "delete", step=step_nr)
 
     def keep_last_n_checkpoints(self, n: int, *, preserve_model: bool = False) -> None:
         """Delete all but the `n` steps of the highest numbers; with `preserve_model` the models of the others stay."""
-        self._retain(KeepLast(n), preserve_model=preserve_model)
+        self._retain(KeepLast(_at_least_one(n)), preserve_model=preserve_model)
 
     def keep_best_n_checkpoints(self, n: int, *, preserve_model: bool = False) -> None:
         """Delete all but the `n` steps of the best scores and the last one; `preserve_model` as above."""
-        self._retain(KeepBest(n), preserve_model=preserve_model)
+        self._retain(KeepBest(_at_least_one(n)), preserve_model=preserve_model)
 
     def save_model_metadata(self, family: str, config: Mapping[str, Any], *, tokenizer: str | None = None) -> None:
         """Write the run's `model.yaml`: which model its checkpoints are of. On rank 0."""
@@ -209,24 +210,36 @@ class TransactionalFace(ABC):
             if last is None or last.step != step or not self._history.note(step, score, over=last.done):
                 self._history.write_score(step, score)
 
-        self._talk.enter(f"score/{step}")
+        self._talk.enter(f"score/{step}", step=step)
         self._talk.from_rank_0(note_or_write, "write the score", step=step)
 
-    def _check_score(self, score: float | None, *, lower_better: bool) -> None:
+    def _stored_score(self, score: float | None, *, lower_better: bool, step: int) -> float | None:
+        """The number of which more is better."""
         if lower_better and self._history.prefers_lower:
             raise InvalidStateError(
                 "lower_better is said twice: keep=KeepBest(..., lower_better=True) wants the score as it is, and "
-                "save_score(..., lower_better=True) negates it; leave one of them out"
+                "save_score(..., lower_better=True) negates it; leave one of them out",
+                step=step,
             )
-        if score is not None and score != score:
-            raise InvalidStateError("a score cannot be NaN: it is neither better nor worse than another; leave it out")
+        if score is None:
+            return None
+        try:
+            number = float(score)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise InvalidStateError(f"a score is a number, not {score!r:.80}: {error}", step=step) from error
+        if number != number:
+            raise InvalidStateError(
+                "a score cannot be NaN: it is neither better nor worse than another; leave it out", step=step
+            )
+        return -number if lower_better else number
 
     def _with_open(self, act: Callable[[OpenCheckpoint], None]) -> None:
         opened = self._take_open("this")
         try:
             act(opened)
-        except InvalidOperationError:
-            self._open = opened  # nothing was done
+        except BaseException as error:
+            if isinstance(error, InvalidOperationError) or not isinstance(error, Exception):
+                self._open = opened  # nothing was done, or it was interrupted: the end of the `with` gives it up
             raise
         self._open = opened
 
@@ -240,13 +253,20 @@ class TransactionalFace(ABC):
         if self._open is not None:
             raise InvalidOperationError(
                 f"{method} was called while the checkpoint of step {self._open.step} is open: call commit_checkpoint() "
-                "or abort_checkpoint() first"
+                "or abort_checkpoint() first",
+                step=self._open.step,
             )
 
     def _give_up(self, reason: str) -> None:
         opened, self._open = self._open, None
         if opened is not None:
             opened.abort(reason)
+
+
+def _at_least_one(n: int) -> int:
+    if n < 1:
+        raise InvalidStateError(f"{n} checkpoints cannot be kept: give 1 or more, or delete with delete_checkpoint()")
+    return n
 
 
 class _Deletion:
@@ -261,20 +281,14 @@ class _Deletion:
             if self._preserve:
                 preserve_model(self._catalog.storage, entry)
             else:
-                delete_step(self._catalog.storage, entry, manifest=self._catalog.record(entry)[1])
+                delete_step(self._catalog.storage, entry, manifest=self._record(entry))
         except CheckpointNotFoundError as error:
             if not self._missing_ok:
                 raise CheckpointDeleteError(str(error), step=self._step) from error
 
-
-def _metadata_entry(manifest: Manifest, at: Coordinates) -> FileEntry | None:
-    """The file of this rank's shard; `CheckpointMismatchError` where other shards have one and this one has none."""
-    stored = {file.name.rpartition("/")[2]: file for file in manifest.files if file.kind == METADATA}
-    own = metadata_file(at.shard, at.shards)
-    if not stored or own in stored:
-        return stored.get(own)
-    raise CheckpointMismatchError(
-        f"the metadata of step {manifest.step} was saved for {manifest.shards} model shards, and this job has "
-        f"{at.shards}: read it with as many, or from the files ({', '.join(sorted(stored))})",
-        step=manifest.step,
-    )
+    def _record(self, entry: Entry) -> Manifest | None:
+        """None for a damaged one: who names a step means it, whatever has become of it."""
+        try:
+            return self._catalog.record(entry)[1]
+        except CheckpointDamagedError:
+            return None

@@ -100,6 +100,8 @@ class Transaction:
             created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             manifest = compose_manifest(self._step, self._attempt, created, receipts, tables, dict(metadata))
             manifest = self._of_model_only(replace(manifest, model_key=model_key))
+            if not any(table.tensors or table.values for table in manifest.tables):
+                raise CheckpointSaveError("the state that was given is empty on all ranks", step=self._step)
             slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
             self._put_in_force(manifest)
             return [manifest.nbytes, created, slowest.rank]
