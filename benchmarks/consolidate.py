@@ -36,6 +36,7 @@ import shardckpt as sc
 from benchmarks.engines import sync
 from benchmarks.limits import machine_facts
 from benchmarks.report import Spread
+from benchmarks.rounds import wait_until_quiet
 from benchmarks.states import Llama
 from shardckpt.engine.consolidated.write import write_consolidated
 from shardckpt.engine.coordinates import Coordinates
@@ -61,6 +62,8 @@ class Task:
     nbytes: int
     rounds: int
     folder: str
+    patience_s: float
+    """How long a turn waits at most for the processors to be idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE",
                         help=f"some of: {'; '.join(CASES)} (default: all)")  # fmt: skip
     parser.add_argument("--root", type=Path, help="a folder on the disk to measure (default: where temporary files go)")
+    parser.add_argument("--patience", type=float, default=0.0, metavar="MINUTES",
+                        help="how long a turn waits at most until others leave the processors alone")  # fmt: skip
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.job:
@@ -89,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in given.cases:
         dp, tp = CASES[name]
         with tempfile.TemporaryDirectory(prefix="consolidate-", dir=root) as folder:
-            task = Task(dp, tp, round(given.gb * 1e9), given.rounds, folder)
+            task = Task(dp, tp, round(given.gb * 1e9), given.rounds, folder, given.patience * 60)
             print(render(name, _start(task)), flush=True)
     return 0
 
@@ -144,7 +149,7 @@ def _run_job(task: Task) -> None:
             turns: dict[str, list[Any]] = {name: [] for name in both.ways}
             for number in range(task.rounds):
                 for name, write in both.ways.items():
-                    turns[name].append(asdict(_measure(write)))
+                    turns[name].append(asdict(_measure(write, task.patience_s)))
                 if number == 0 and dist.get_rank() == 0:
                     both.compare()
                 both.clear()
@@ -233,7 +238,9 @@ class Both:
         dist.barrier()
 
 
-def _measure(work: Callable[[], None]) -> Turn:
+def _measure(work: Callable[[], None], patience_s: float) -> Turn:
+    if dist.get_rank() == 0:
+        wait_until_quiet(patience_s)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: man 5 proc
