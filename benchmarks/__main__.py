@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.engines import ENGINES
-from benchmarks.report import render
+from benchmarks.goals import render_goals
+from benchmarks.places import Place
+from benchmarks.plots import can_plot, plot
+from benchmarks.progress import Bar
+from benchmarks.report import cases, render
 from benchmarks.rounds import MEASURES, Noise, Results, Rounds, Settings
 from benchmarks.states import Shape
 
@@ -19,24 +23,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 if every engine's every measure was verified; 1 if one failed; 2 for a wrong option."""
     parser = _parser()
     given = parser.parse_args(argv)
+    if given.plots and not can_plot():
+        parser.error("--plots needs matplotlib: pip install 'shardckpt[bench]'")
     if given.report:
-        for path in given.report:
-            print(render(Results.decode(path.read_text())))
+        _show([Results.decode(path.read_text()) for path in given.report], given.plots)
         return 0
     unknown = sorted(set(given.engines) - set(ENGINES))
     if unknown:
         parser.error(f"no engine is called {unknown[0]!r}; there are: {', '.join(ENGINES)}")
-    root = given.root or Path(tempfile.gettempdir())
     try:
         noise = Noise(given.patience * 60, given.redo_above)
-        rounds = Rounds(_settings(given), root.resolve(), given.json, noise=noise)
+        rounds = Rounds(_settings(given), _root(given.root), given.json, noise=noise)
     except ValueError as error:
         parser.error(str(error))
-    for engine, why in rounds.results.skipped.items():
-        print(f"{engine} is skipped: it {why}", file=sys.stderr)
-    results = rounds.run()
-    print(render(results))
+    with Bar() as progress:
+        for engine, why in rounds.results.skipped.items():
+            progress.tell(f"{engine} is skipped: it {why}")
+        results = rounds.run(progress)
+    _show([results], given.plots)
     return 1 if results.failed else 0
+
+
+def _show(several: Sequence[Results], plots: Path | None) -> None:
+    for results in several:
+        print(render(results))
+    goals = render_goals([case for results in several for case in cases(results)])
+    if goals:
+        print(f"### Against the goals\n\n{goals}")
+    for results in several if plots else ():
+        assert plots is not None
+        for path in plot(results, plots):
+            print(path, file=sys.stderr)
+
+
+def _root(text: str | None) -> Place:
+    """`ValueError` for a place that processes do not share."""
+    if text is None or "://" not in text:
+        return Place(str(Path(text or tempfile.gettempdir()).expanduser().resolve()))
+    if text.startswith("memory://"):
+        raise ValueError("memory:// is not shared by the processes that measure; give a folder or a URL")
+    return Place(text.removeprefix("file://") if text.startswith("file://") else text)
 
 
 def _settings(given: argparse.Namespace) -> Settings:
@@ -52,6 +78,7 @@ def _settings(given: argparse.Namespace) -> Settings:
         rounds=given.rounds,
         saves=given.saves,
         measures=tuple(measure for measure in MEASURES if measure in given.measures),
+        targets=tuple(dict.fromkeys(given.reshard)),
     )
 
 
@@ -65,26 +92,35 @@ def _parser() -> argparse.ArgumentParser:
         ),
         epilog=f"engines: {'; '.join(ENGINES)}",
     )
-    parser.add_argument("--state", nargs="+", choices=("A", "B"), default=["A"], metavar="A|B",
-                        help="A: a Llama-style model, bfloat16 with float32 AdamW moments; B: many tensors of 4 KB "
-                        "(default: A)")  # fmt: skip
+    parser.add_argument("--state", nargs="+", choices=("A", "B", "C", "D"), default=["A"], metavar="A|B|C|D",
+                        help="A: a Llama-style model, bfloat16 with float32 AdamW moments; B: many tensors of 4 KB; "
+                        "C: one large tensor; D: LoRA adapters with moments (default: A)")  # fmt: skip
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), metavar="NAME", help="default: all")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE",
                         help=f"some of: {', '.join(MEASURES)} (default: all)")  # fmt: skip
     parser.add_argument("--ranks", nargs="+", type=_positive, default=[1], metavar="N",
                         help="processes; more than one are started by torchrun and shard by FSDP2 "
                         "(default: 1)")  # fmt: skip
+    parser.add_argument("--reshard", nargs="+", type=_positive, default=[], metavar="N",
+                        help="numbers of ranks that load what the others have saved (default: none)")  # fmt: skip
     parser.add_argument("--rounds", type=_positive, default=5, help="turns of each engine (default: 5)")
     parser.add_argument("--saves", type=_several, default=3,
                         help="saves of one process; the first is told apart (default: 3)")  # fmt: skip
-    parser.add_argument("--gb", type=float, default=1.0, help="size of A over all ranks, in 10^9 bytes (default: 1)")
-    parser.add_argument("--layers", type=_positive, default=8, help="of A; 8 make 300 tensors (default: 8)")
+    parser.add_argument(
+        "--gb", type=float, default=1.0, help="size of A, and of C, over all ranks, in 10^9 bytes (default: 1)"
+    )
+    parser.add_argument(
+        "--layers", type=_positive, default=8, help="of A, 8 make 300 tensors, and of D, 8 make 448 (default: 8)"
+    )
     parser.add_argument("--count", type=_positive, default=20_000, help="tensors of B (default: 20000)")
     parser.add_argument("--tokens", type=_positive, default=128, help="of a training step of A (default: 128)")
-    parser.add_argument("--root", type=Path, help="a folder on the disk to measure (default: where temporary files go)")
+    parser.add_argument("--root", metavar="PATH|URL",
+                        help="a folder on the disk to measure, or a URL for fsspec, whose credentials and endpoint "
+                        "come from the environment (default: where temporary files go)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="keep every sample here, after every job; a run that was cut off goes on "
                         "from it")  # fmt: skip
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG files there; needs matplotlib")
     parser.add_argument("--patience", type=float, default=0.0, metavar="MINUTES",
                         help="how long a job waits at most until others leave the processors alone")  # fmt: skip
     parser.add_argument("--redo-above", type=float, metavar="CORES",

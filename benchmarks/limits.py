@@ -22,17 +22,26 @@ import torch
 
 import shardckpt as sc
 from benchmarks.engines import sync
+from benchmarks.gauges import forget
+from benchmarks.places import Place
 
 _PIECE = 16 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
-LIMITS = ("write buffered", "write direct", "read warm", "read cold", "read cold direct", "copy", "copy 2 threads",
-          "first touch")  # fmt: skip
-"""What `measure_limits` measures, in bytes per second. "copy" is into memory that is warm, "first touch" into fresh."""
+LIMITS = ("write cached", "write buffered", "write direct", "read warm", "read cold", "read cold direct", "copy",
+          "copy 2 threads", "first touch")  # fmt: skip
+"""What is measured of a folder, in bytes per second. "write cached" is not synced, the other writes are. "copy" is into
+memory that is warm, "first touch" into fresh."""
+REMOTE_LIMITS = ("put", "get", "copy", "copy 2 threads", "first touch")
+"""What is measured of another place: objects of 16 MiB, eight at once."""
+WRITE_LIMITS = ("write buffered", "write direct", "put")
+"""Those that a durable save is held against."""
+READ_LIMITS = {"load": ("read warm", "get"), "cold": ("read cold", "read cold direct")}
+"""By measure, those that a load is held against."""
 
 
-def measure_limits(folder: Path, nbytes: int) -> dict[str, float]:
-    """Bytes per second by name, each measured once with that many bytes; the folder must exist."""
+def measure_limits(place: Place, nbytes: int) -> dict[str, float]:
+    """Bytes per second by name, each measured once with that many bytes; the place must exist."""
     nbytes = max(_PIECE, nbytes // _PIECE * _PIECE)
     source, target = (mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2))
     _randomise(source)
@@ -42,14 +51,20 @@ def measure_limits(folder: Path, nbytes: int) -> dict[str, float]:
         "copy": _seconds(lambda: _copy(source, target, threads=1)),
         "copy 2 threads": _seconds(lambda: _copy(source, target, threads=2)),
     }
-    path = folder / "limit"
-    for name, flags in (("write buffered", 0), ("write direct", _DIRECT)):
-        seconds[name] = _seconds(lambda flags=flags: _write(path, source, flags))  # type: ignore[misc]
+    seconds |= _measure_files(place.path, source, target) if place.is_local else _measure_objects(place, source)
+    return {name: nbytes / seconds[name] for name in (LIMITS if place.is_local else REMOTE_LIMITS)}
+
+
+def _measure_files(folder: Path, source: mmap.mmap, target: mmap.mmap) -> dict[str, float]:
+    path, seconds = folder / "limit", {}
+    for name, flags in (("write cached", 0), ("write buffered", 0), ("write direct", _DIRECT)):
+        synced = name != "write cached"
+        seconds[name] = _seconds(lambda flags=flags, synced=synced: _write(path, source, flags, synced=synced))  # type: ignore[misc]
         if name == "write buffered":
             seconds |= _measure_reads(path, target)
         path.unlink()
         sync(folder)
-    return {name: nbytes / seconds[name] for name in LIMITS}
+    return seconds
 
 
 def _measure_reads(path: Path, target: mmap.mmap) -> dict[str, float]:
@@ -61,24 +76,18 @@ def _measure_reads(path: Path, target: mmap.mmap) -> dict[str, float]:
     return {"read warm": warm, "read cold": cold, "read cold direct": direct}
 
 
-def forget(path: Path) -> None:
-    """Drop a synced file from the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+def _measure_objects(place: Place, source: mmap.mmap) -> dict[str, float]:
+    fs, path = place.file_system()
+    names = [f"{path}/limit.{at}" for at in range(0, len(source), _PIECE)]
+    pieces = [bytes(source[at : at + _PIECE]) for at in range(0, len(source), _PIECE)]
+    with ThreadPoolExecutor(8) as pool:
+        put = _seconds(lambda: list(pool.map(fs.pipe_file, names, pieces)))
+        get = _seconds(lambda: list(pool.map(fs.cat_file, names)))
+        list(pool.map(fs.rm_file, names))
+    return {"put": put, "get": get}
 
 
-def remember(path: Path) -> None:
-    """Have a file in the page cache."""
-    window = bytearray(8 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(window):
-            pass
-
-
-def machine_facts(root: Path) -> dict[str, Any]:
+def machine_facts(root: Path | Place) -> dict[str, Any]:
     """What a reader must know to compare: none of it names the machine."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -93,16 +102,18 @@ def machine_facts(root: Path) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, source: mmap.mmap, flags: int) -> None:
+def _write(path: Path, source: mmap.mmap, flags: int, *, synced: bool) -> None:
     """Preallocated, pieces of 16 MiB, on four threads past the page cache or two through it; synced with its folder."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o644)
     try:
         os.posix_fallocate(file, 0, len(source))
         _each_piece(source, lambda at, piece: os.pwrite(file, piece, at), threads=4 if flags else 2)
-        os.fsync(file)
+        if synced:
+            os.fsync(file)
     finally:
         os.close(file)
-    sync(path.parent)
+    if synced:
+        sync(path.parent)
 
 
 def _read(path: Path, target: mmap.mmap, *, threads: int, flags: int = 0) -> None:
@@ -142,7 +153,7 @@ def _randomise(memory: mmap.mmap) -> None:
         memory[at : at + _PIECE] = noise
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -164,8 +175,12 @@ def _first(path: str, field: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
 
 
-def _file_system(root: Path) -> str:
-    """The type of the mount that the root lies on, the one with the longest path above it."""
+def _file_system(root: Path | Place) -> str:
+    """The type of the mount that the root lies on, the one with the longest path above it; or the protocol."""
+    if isinstance(root, Place):
+        if not root.is_local:
+            return root.url.partition("://")[0]
+        root = root.path
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:

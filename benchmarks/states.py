@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed.tensor as distributed
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -26,26 +27,32 @@ _BLOCK = 1 << 22
 """Elements of the noise that everything is cut from: drawing a gigabyte of normal numbers takes seconds."""
 
 
+_LORA_RANK, _LORA_WIDTH = 8, 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Which state, and how large: all that a process needs to know to make it."""
 
     name: str
-    """"A": a Llama-style model in bfloat16 with float32 AdamW moments. "B": many small tensors."""
+    """"A": a Llama-style model in bfloat16 with float32 AdamW moments. "B": many small tensors. "C": one large tensor.
+    "D": LoRA adapters with their moments."""
     nbytes: int
-    """Of A, over all ranks, approximately; `B` is as large as its tensors make it."""
+    """Of A and of C, over all ranks, approximately; B and D are as large as their tensors make them."""
     layers: int = 8
-    """Of A: 8 make 75 parameters, and 300 tensors with moments and step counts."""
+    """Of A: 8 make 75 parameters, and 300 tensors with moments and step counts. Of D: 8 make 448 tensors."""
     count: int = 20_000
     """Of B."""
     item_nbytes: int = 4096
-    """Of each tensor of B, on each rank."""
+    """Of each tensor of B, over all ranks."""
     tokens: int = 128
     """Of one training step of A, on each rank."""
+    width: int = _LORA_WIDTH
+    """Of the model that D adapts."""
 
     def shrunk(self) -> Shape:
         """The same tensors by number and name with almost no bytes: what saving them costs is the engine's own."""
-        return Shape(self.name, 0, self.layers, self.count, 4, 1)
+        return replace(self, nbytes=0, item_nbytes=4, tokens=1, width=8)
 
 
 class State:
@@ -60,6 +67,7 @@ class State:
         self.tensors = tensors
         self._rank = rank
         self._noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(_SEED))
+        self._work = torch.randn(512, 512)
 
     @property
     def nbytes(self) -> int:
@@ -69,23 +77,32 @@ class State:
     def locals(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, the plain tensor that lies on this rank) of everything."""
         for name, tensor in self.tensors.items():
-            yield name, tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            yield name, _local(tensor)
 
     def fill(self, generation: int) -> None:
-        """Give every tensor content that follows from its name, this rank and `generation` alone."""
-        for name, local in self.locals():
-            start = zlib.crc32(f"{generation}/{self._rank * (local.dim() > 0)}/{name}".encode())
-            _fill(local.detach().view(-1), self._noise, start, positive=name.endswith(("exp_avg_sq", "step")))
+        """Give every tensor content that follows from its name and `generation`: the same whole on any mesh."""
+        for name, tensor in self.tensors.items():
+            start = zlib.crc32(f"{generation}/{name}".encode()) + self._first(tensor)
+            _fill(_local(tensor).detach().view(-1), self._noise, start, positive=name.endswith(("exp_avg_sq", "step")))
 
     def digests(self) -> dict[str, int]:
         """What the state is, tensor by tensor."""
         return {name: zlib.crc32(_bytes(local)) for name, local in self.locals()}
 
     def compute(self) -> None:
-        """The forward and backward pass of one training step: changes nothing that is saved."""
+        """What stands for the forward and backward pass of a training step: keeps the processor busy."""
+        for _ in range(4):
+            self._work = torch.tanh(self._work @ self._work)
 
     def update(self) -> None:
-        """The optimizer step that ends it: changes everything."""
+        """The optimizer step that ends it. Only A has one, and it changes everything."""
+
+    def _first(self, tensor: torch.Tensor) -> int:
+        """The number, in the whole tensor, of the first element that lies on this rank."""
+        if not isinstance(tensor, DTensor):
+            return 0
+        rows = -(-tensor.shape[0] // tensor.device_mesh.size())  # as `torch.chunk` cuts
+        return min(self._rank * rows, tensor.shape[0]) * math.prod(tensor.shape[1:])
 
 
 class _Training(State):
@@ -103,6 +120,7 @@ class _Training(State):
         self._text = torch.randint(model.vocabulary, (1, tokens + 1), generator=draw)
 
     def compute(self) -> None:
+        """The forward and backward pass: changes nothing that is saved."""
         self._optimizer.zero_grad()
         logits = self._model(self._text[:, :-1])
         F.cross_entropy(logits.float().flatten(0, 1), self._text[0, 1:]).backward()
@@ -180,8 +198,8 @@ class MixedAdamW(torch.optim.Optimizer):
 
 
 def make(shape: Shape, *, rank: int, mesh: DeviceMesh | None) -> State:
-    """The state of that shape on this rank, filled. A mesh (one dimension, all ranks) shards it with FSDP2."""
-    state = _make_model(shape, rank, mesh) if shape.name == "A" else _make_many(shape, rank, mesh)
+    """The state of that shape on this rank, filled. A mesh (one dimension, all ranks) shards it, A with FSDP2."""
+    state = _make_model(shape, rank, mesh) if shape.name == "A" else _make_plain(shape, rank, mesh)
     state.fill(0)
     return state
 
@@ -216,13 +234,35 @@ def _wide(width: int) -> int:
     return math.ceil(width * 8 / 3 / 64) * 64
 
 
-def _make_many(shape: Shape, rank: int, mesh: DeviceMesh | None) -> State:
+def _make_plain(shape: Shape, rank: int, mesh: DeviceMesh | None) -> State:
+    """B, C and D: tensors in nested dicts, split by rows."""
     tensors: dict[str, torch.Tensor] = {}
-    for number in range(shape.count):
-        local = torch.empty(shape.item_nbytes // 4)
-        tensors[f"table.{number:05d}"] = local if mesh is None else DTensor.from_local(local, mesh, [Shard(0)])
-    live = {"table": {name.partition(".")[2]: tensor for name, tensor in tensors.items()}}
-    return State(live, tensors, rank)
+    live: dict[str, dict[str, torch.Tensor]] = {}
+    for name, dims, dtype in _plain_tensors(shape):
+        if mesh is None or not dims:
+            tensor = torch.empty(dims, dtype=dtype)
+        else:
+            tensor = distributed.empty(dims, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+        group, _, below = name.partition(".")
+        tensors[name] = live.setdefault(group, {})[below] = tensor
+    return State(dict(live), tensors, rank)
+
+
+def _plain_tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, dimensions, dtype) of every tensor of B, C or D."""
+    if shape.name == "B":
+        for number in range(shape.count):
+            yield f"table.{number:05d}", (shape.item_nbytes // 4,), torch.float32
+    elif shape.name == "C":
+        yield "one.large", (max(1, shape.nbytes // 4096), 1024), torch.float32
+    for layer in range(shape.layers if shape.name == "D" else 0):
+        for part in ("query", "key", "value", "attention_output", "gate", "up", "down"):
+            for side, dims in (("a", (_LORA_RANK, shape.width)), ("b", (shape.width, _LORA_RANK))):
+                name = f"{layer}.{part}.lora_{side}"
+                yield f"adapters.{name}", dims, torch.bfloat16
+                yield f"moments.{name}.exp_avg", dims, torch.float32
+                yield f"moments.{name}.exp_avg_sq", dims, torch.float32
+                yield f"moments.{name}.step", (), torch.float32
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -240,12 +280,15 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def _fill(flat: torch.Tensor, noise: torch.Tensor, start: int, *, positive: bool) -> None:
-    for at in range(0, flat.numel(), _BLOCK // 2):
-        piece = flat[at : at + _BLOCK // 2]
-        first = (start + at * 31) % (_BLOCK - piece.numel())
+    """Element i is element `start + i` of the noise, which repeats itself."""
+    at = 0
+    while at < flat.numel():
+        first = (start + at) % _BLOCK
+        piece = flat[at : at + _BLOCK - first]
         piece.copy_(noise[first : first + piece.numel()]).mul_(0.02)
         if positive:
             piece.abs_().add_(1e-6)
+        at += piece.numel()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
