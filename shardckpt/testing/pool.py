@@ -121,7 +121,9 @@ class ProcessPool:
         forkserver.ensure_running()
         resource_tracker.ensure_running()
         self._folder = tempfile.TemporaryDirectory(prefix="shardckpt-ranks-")
-        self._workers: list[_Worker] = []
+        self._workers: dict[int, _Worker] = {}
+        """By rank: a process never becomes another one. torch keeps meshes, with the place that their process has in
+        them, and gives them again for equal ones."""
         self._numbers = itertools.count()
 
     def run(
@@ -175,25 +177,28 @@ class ProcessPool:
         return outcomes
 
     def _enough(self, count: int) -> list[_Worker]:
-        self._drop([worker for worker in self._workers if not worker.process.is_alive()])
-        while len(self._workers) < count:
-            self._workers.append(_Worker(next(self._numbers), Path(self._folder.name)))
-        return self._workers[:count]
+        self._drop([worker for worker in self._workers.values() if not worker.process.is_alive()])
+        for rank in range(count):
+            if rank not in self._workers:
+                self._workers[rank] = _Worker(next(self._numbers), Path(self._folder.name))
+        return [self._workers[rank] for rank in range(count)]
 
     def _drop(self, workers: Iterable[_Worker]) -> None:
-        for worker in list(workers):
-            self._workers.remove(worker)
-            worker.close(kill=True)
+        dropped = list(workers)
+        for rank, worker in list(self._workers.items()):
+            if worker in dropped:
+                del self._workers[rank]
+                worker.close(kill=True)
 
     def filenos(self) -> Iterator[int]:
         """The file descriptors that the pool holds open, for those who count descriptors."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             yield from worker.filenos
 
     def close(self) -> None:
         """End all processes."""
         while self._workers:
-            self._workers.pop().close(kill=False)
+            self._workers.popitem()[1].close(kill=False)
         self._folder.cleanup()
 
     def __enter__(self) -> ProcessPool:

@@ -153,6 +153,13 @@ def test_only_the_process_that_raised_is_replaced(ranks: ProcessPool) -> None:
     assert before[1] not in after
 
 
+def test_a_process_keeps_its_rank(ranks: ProcessPool) -> None:
+    before = ranks.run(3, pid)
+    ranks.run_settled(3, raise_on_one)
+    after = ranks.run(3, pid)
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
+
+
 def test_a_process_with_a_thread_left_behind_is_not_used_again(ranks: ProcessPool) -> None:
     left = ranks.run(2, leave_a_thread, backend=None)
     assert not set(left) & set(ranks.run(2, pid, backend=None))
