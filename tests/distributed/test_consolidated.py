@@ -89,6 +89,7 @@ def write_placed(rank: int, world_size: int, folder: Path, grid: Grid, placed: l
     return [item.tensor.name for item in placed if not same_bits(found[item.tensor.name], item.tensor.content())]
 
 
+@pytest.mark.slow
 @given(case=placements())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_placement_of_any_tensor(ranks, case):
