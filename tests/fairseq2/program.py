@@ -1,7 +1,7 @@
-"""A training program made of the examples in the documentation of fairseq2's checkpoint manager (v0.4, basics/ckpt.rst).
+"""A training program of the examples in the documentation of fairseq2's checkpoint manager (v0.4, basics/ckpt.rst).
 
 The blocks between the lines are theirs, to the letter; only the import and the constructor are ours. Run it under
-torchrun, with a root: it goes on where it stopped, makes three checkpoints, and leaves what it saw in `seen_<rank>.json`.
+torchrun, with a root: it goes on where it stopped, saves three times, and leaves what it saw in `seen_<rank>.json`.
 """
 
 # fmt: off

@@ -31,7 +31,7 @@ def run(root: Path, size: int) -> list[dict[str, Any]]:
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_examples_of_the_documentation(tmp_path: Path, size: int) -> None:
-    """Started twice: the second time it goes on from the last checkpoint, and its losses go on where the first's end."""
+    """Started twice: the second time it goes on from the last checkpoint."""
     first, again = run(tmp_path, size), run(tmp_path, size)
     for seen in (first, again):
         assert all(rank == seen[0] for rank in seen)
