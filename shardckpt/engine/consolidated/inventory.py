@@ -59,24 +59,31 @@ class Inventory:
     @cached_property
     def digest(self) -> str:
         """Of equal inventories the same, on whatever rank."""
-        text = json.dumps(self.encode(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return _digest(self.encode())
+
+    @cached_property
+    def _spreads(self) -> tuple[str, ...]:
+        """For each layout a digest of its mesh and placements; a mesh itself takes as long to hash as it has ranks."""
+        meshes = [[list(mesh.dims), list(mesh.shape), list(mesh.ranks)] for mesh in self.meshes]
+        return tuple(
+            _digest([None if at.mesh is None else meshes[at.mesh], list(at.placements)]) for at in self.layouts
+        )
+
+    def spread(self, name: str) -> str:
+        """How a tensor lies on a mesh: the same text in all inventories where it lies so."""
+        return self._spreads[self.tensors[name].layout]
 
     def is_plain(self, name: str) -> bool:
         return self.layouts[self.tensors[name].layout].mesh is None
-
-    def layout_of(self, name: str) -> tuple[MeshEntry, tuple[str, ...]]:
-        """The mesh and the placements of a tensor that is not plain."""
-        layout = self.layouts[self.tensors[name].layout]
-        assert layout.mesh is not None
-        return self.meshes[layout.mesh], layout.placements
 
     def writers(self, name: str) -> list[tuple[int, tuple[Block, ...]]]:
         """(rank, what it writes), of a tensor that is not plain."""
         entry = self.tensors[name]
         key = (entry.layout, entry.shape, entry.replica)
         if key not in self._known:
-            mesh, placements = self.layout_of(name)
+            layout = self.layouts[entry.layout]
+            assert layout.mesh is not None
+            mesh, placements = self.meshes[layout.mesh], layout.placements
             found = []
             for position, rank in enumerate(mesh.ranks):
                 coordinate = mesh_coordinate(mesh, position)
@@ -101,3 +108,8 @@ class Replicas:
         chosen = load.index(min(load))
         load[chosen] += entry_nbytes
         return chosen
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -109,7 +109,7 @@ class Whole:
             if inventory.is_plain(name):
                 yield cursor.take(kind.teller, whole(entry.shape), ITEMSIZE[entry.dtype], kind.teller)
                 continue
-            holders = inventory.layout_of(name)
+            holders = inventory.spread(name)
             for rank, blocks in inventory.writers(name):
                 for block in blocks if rank in members else ():
                     yield cursor.take(rank, block, ITEMSIZE[entry.dtype], holders)
