@@ -170,7 +170,7 @@ class Saver:
         try:
             done.result()
         except BaseException as error:
-            if not done.done():  # an interrupt of this wait: the work goes on, and whoever holds it may abort it
+            if not (done.done() and done.exception() is error):  # this wait was interrupted, and the work goes on
                 raise
             work.pending.fail(error)
             work.pending.mark_seen()

@@ -47,6 +47,11 @@ class OpenCheckpoint:
         self._work = saver.open(step)
         self._has_state = self._has_model = self._has_metadata = False
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has failed or was given up."""
+        return self._work.pending.done()
+
     def save_state(self, state: Mapping[str, Any], *, model_key: str, replicated: Collection[str]) -> None:
         """Take a private copy of the state; it may change as soon as this returns."""
         self._once("save_state", self._has_state)

@@ -237,9 +237,9 @@ class TransactionalFace(ABC):
         opened = self._take_open("this")
         try:
             act(opened)
-        except BaseException as error:
-            if isinstance(error, InvalidOperationError) or not isinstance(error, Exception):
-                self._open = opened  # nothing was done, or it was interrupted: the end of the `with` gives it up
+        except BaseException:
+            if not opened.is_over:  # it was out of turn, or the wait for it was interrupted
+                self._open = opened
             raise
         self._open = opened
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from shardckpt.storage.base import Storage
 from shardckpt.testing.gangs import run_ranks
 
 T = TypeVar("T")
+
+NEVER = timedelta(hours=1)
+"""A deadline that no test reaches: a rank that waits for it is one that hangs, and `run_ranks` says so."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,16 @@ class Size:
         return f"{self.dp}x{self.tp}"
 
 
-def on_ranks(size: Size, root: str | Path | Storage, act: Callable[[sc.CheckpointManager, sc.Gangs], T]) -> list[T]:
-    """`act` with a manager on every rank, each a thread; what it gives, by rank."""
+def on_ranks(
+    size: Size,
+    root: str | Path | Storage | Callable[[int], Storage],
+    act: Callable[[sc.CheckpointManager, sc.Gangs], T],
+) -> list[T]:
+    """`act` with a manager on every rank, each a thread; what it gives, by rank. `root` may differ by rank."""
 
     def run(gangs: sc.Gangs) -> T:
-        with sc.CheckpointManager(root, gangs) as manager:
+        own = root(gangs.root.rank) if callable(root) else root
+        with sc.CheckpointManager(own, gangs, timeout=NEVER) as manager:
             return act(manager, gangs)
 
     return run_ranks(size.ranks, run, tp=size.tp)

@@ -11,9 +11,9 @@ import torch
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.fit import Fit, WantedTensor, WantedValue
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources
+from shardckpt.engine.saving.draft import prune
 from shardckpt.engine.sharding import Sharding, as_dtensor, local_shape, mesh_coordinate
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.layout import MODEL_KEY
 from shardckpt.format.manifest import LayoutEntry, Manifest, TensorEntry
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
@@ -31,25 +31,27 @@ class Holdings:
     """The ranks (of those that saved) whose nesting and Python values it takes."""
 
     def nested(self, tree: Any, *, step: int) -> dict[str, Any]:
-        """The nesting with the tensors in it; `CheckpointDamagedError` if one has no place there."""
+        """The nesting, with the tensors in it, of what this rank takes, and of nothing else that its files hold.
+
+        `CheckpointDamagedError` if something has no place there.
+        """
         loaded = {wanted.name: wanted.local for wanted in self.fit.tensors}
-        placed: set[str] = set()
+        wanted = loaded.keys() | {value.key for value in self.fit.values}
+        placed: dict[Path, Any] = {}
 
-        def put(path: Path, leaf: Any) -> Any:
+        def place(path: Path, leaf: Any) -> None:
             name = join_path(path)
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            placed.add(name)
-            local = loaded[name]
-            assert local is not None
-            return as_dtensor(local, *self.shardings[name]) if name in self.shardings else local
+            local = loaded.get(name) if isinstance(leaf, torch.Tensor) else None
+            if local is not None:
+                placed[path] = as_dtensor(local, *self.shardings[name]) if name in self.shardings else local
+            elif name in wanted:
+                placed[path] = leaf
 
-        state = map_leaves(tree or {}, put) or {}
-        missing = sorted(loaded.keys() - placed)
+        map_leaves(tree or {}, place)
+        missing = sorted(wanted - {join_path(path) for path in placed})
         if missing:
             raise CheckpointDamagedError(f"no file of step {step} says where {missing[0]} belongs", step=step)
-        state.pop(MODEL_KEY, None)
-        return dict(state)
+        return dict(prune(tree or {}, placed))
 
 
 def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:

@@ -129,7 +129,7 @@ class Sources:
     def trees_of(self, rank: int) -> list[str]:
         """The files whose trees together hold what that rank held, its own first."""
         if rank not in self._trees:
-            present = {file.name for file in self._manifest.files if file.tree is not None}
+            present = {file.name for file in self._manifest.files if file.tree is not None and file.kind in HOMES}
             names = [*(self.files_of(rank, home) for home in HOMES), *self._elsewhere(rank)]
             self._trees[rank] = [name for name in dict.fromkeys(names) if name in present]
         return self._trees[rank]
