@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +139,7 @@ class Saver:
         if self._closed:
             raise CheckpointSaveError(f"step {step} was not saved: the manager is closed already", step=step)
         try:
-            step_folder(step)
+            step_folder(step := operator.index(step))
         except (ValueError, TypeError) as error:
             raise InvalidStateError(f"{step!r} cannot be saved as a step: {error}") from error
         scope = f"save/{step}/{self._tries[step]}"

@@ -37,7 +37,6 @@ class OpenCheckpoint:
     def __init__(
         self, storage: Storage, saver: Saver, reader: StateReader, at: Coordinates, *, step: int, timeout: timedelta
     ) -> None:
-        self.step = step
         self.score: float | None = None
         self._storage = storage
         self._saver = saver
@@ -45,6 +44,7 @@ class OpenCheckpoint:
         self._at = at
         self._timeout = timeout
         self._work = saver.open(step)
+        self.step = self._work.pending.step
         self._has_state = self._has_model = self._has_metadata = False
 
     @property
