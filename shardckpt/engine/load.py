@@ -1,13 +1,15 @@
 """Load one step: compare, read what is needed, check, agree, and only then change the state.
 
 Runs on the caller's thread of every rank, in conversation over a gang of its own. Whatever goes wrong on one rank
-is an error on all, and the state is then as it was.
+is an error on all, and the state is then as it was; the error says so if it is not (see `Fetch.fill`).
 """
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -64,10 +66,11 @@ class Loader:
         """Fill the parts. Raises the same error on every rank: `CheckpointMismatchError` where state and checkpoint
         differ, `CheckpointDamagedError` where stored bytes are not what was written, `CheckpointLoadError` else."""
         try:
-            self._compare(parts, policy)
-            sums = self._together(lambda: within(self._timeout, lambda: self._read(parts), what="reading"), "read")
-            self._join(sums)
-            self._together(lambda: self._apply(parts), "apply")
+            with _uncollected():
+                self._compare(parts, policy)
+                sums = self._together(lambda: within(self._timeout, lambda: self._read(parts), what="reading"), "read")
+                self._join(sums)
+                self._together(lambda: self._apply(parts), "apply")
         except BaseException as error:
             forget_made_up_state(parts)
             if isinstance(error, GangError):
@@ -100,8 +103,9 @@ class Loader:
     def _everything(self) -> dict[str, Any]:
         self._fill({})
         files = [file for rank in self._holdings.ranks for file in self._sources.trees_of(rank)]
-        tree = self._contents.subtree(list(dict.fromkeys(files)), ())
-        return self._holdings.nested(tree, step=self._manifest.step)
+        own = self._contents.subtree(list(dict.fromkeys(files)), ())
+        others = [self._contents.subtree([file], ()) for file in self._holdings.elsewhere]
+        return self._holdings.nested(own, others, step=self._manifest.step)
 
     def _compare(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Every difference of every rank, in one error on all ranks."""
@@ -125,6 +129,7 @@ class Loader:
         needs = self._needs()
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
         trees = [file for rank in self._tree_ranks() for file in self._sources.trees_of(rank)]
+        trees += self._holdings.elsewhere
         files = {need[1] for need in needs} | set(frames)
         self._contents.check_sizes(frames)
         self._contents.open(files, trees)
@@ -263,3 +268,16 @@ def _place(target: torch.Tensor, need: Need) -> torch.Tensor:
     if need.region.lengths == tuple(target.shape):
         return target
     return target[tuple(slice(at, at + n) for at, n in zip(need.target, need.region.lengths, strict=True))]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python looks for no garbage meanwhile, in no thread: it would look through all objects again and again while a
+    load makes many of them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -339,7 +339,7 @@ def test_parameters_that_want_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of memory")
 def test_a_load_needs_no_memory_for_the_state(tmp_path: Path) -> None:
-    state = {"w": torch.randn(24 * MIB), "many": {str(n): torch.randn(MIB // 64) for n in range(64)}}
+    state = {"w": torch.randn(36 * MIB), "many": {str(n): torch.randn(MIB // 64) for n in range(64)}}
     expected = state["w"].clone()
     with sc.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, state).result()
@@ -351,7 +351,7 @@ def test_a_load_needs_no_memory_for_the_state(tmp_path: Path) -> None:
         checkpoints.load(1, state)
         used = memory("VmHWM") - before
     assert torch.equal(state["w"], expected)
-    assert used < 40 * MIB, "of 100 MiB"
+    assert used < 70 * MIB, "of 160 MiB"
 
 
 def memory(field: str) -> int:
