@@ -169,9 +169,11 @@ def local_shape(sharding: Sharding, shape: tuple[int, ...]) -> tuple[int, ...]:
 def as_dtensor(local: torch.Tensor, sharding: Sharding, shape: tuple[int, ...]) -> torch.Tensor:
     """A DTensor again, of this rank's part, on a mesh that equals the one that it was saved from.
 
-    The mesh makes no process groups: such a tensor is to be copied into one of the training's, whose mesh compares
-    equal (`model.load_state_dict`), or asked for its local part. Without an initialised `torch.distributed` the part
-    is given back as it is, which is right where it is the whole. Called on the training's thread.
+    The mesh has the groups of the training that are made of the same ranks, and makes none. An optimizer keeps such a
+    tensor as it is, so that it must be good for whatever is done with it later. Where the training has no such group
+    it can only be copied (`model.load_state_dict`), or asked for its local part. Without an initialised
+    `torch.distributed` the part is given back as it is, which is right where it is the whole. Called on the
+    training's thread.
     """
     if not dist.is_initialized():
         return local
@@ -187,15 +189,38 @@ def as_dtensor(local: torch.Tensor, sharding: Sharding, shape: tuple[int, ...]) 
 
 def _mesh(entry: MeshEntry, given: tuple[str, ...]) -> DeviceMesh:
     kind = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    grid = torch.tensor(entry.ranks).view(entry.shape)
-    unnamed = entry.dims == _names(entry.dims)
-    mesh = DeviceMesh(kind, grid, mesh_dim_names=None if unnamed else entry.dims, _init_backend=False)
-    if not given:
-        return mesh
-    if not hasattr(mesh, "_dim_group_names"):  # 2026-11, torch 2.13: slicing looks the names of the groups up
-        groupless: Any = mesh
-        groupless._dim_group_names = [f"none{dim}" for dim in range(mesh.ndim)]
-    return mesh[given]
+    grid = torch.tensor(entry.ranks, dtype=torch.int).view(entry.shape)
+    names = None if entry.dims == _names(entry.dims) else entry.dims
+    groups = _groups(entry)
+    if len(groups) == 1 == len(entry.dims):
+        mesh = DeviceMesh.from_group(groups[0], kind, grid, mesh_dim_names=names)
+    elif groups and names is not None:
+        mesh = DeviceMesh.from_group(groups, kind, grid, mesh_dim_names=names)
+    else:
+        mesh = DeviceMesh(kind, grid, mesh_dim_names=names, _init_backend=False)
+        if not hasattr(mesh, "_dim_group_names"):  # 2026-11, torch 2.13: slicing looks the names of the groups up
+            groupless: Any = mesh
+            groupless._dim_group_names = [f"none{dim}" for dim in range(mesh.ndim)]
+    return mesh[given] if given else mesh
+
+
+def _groups(entry: MeshEntry) -> list[Any]:
+    """The training's group along each dimension of the mesh, seen from this rank; none if one is not there.
+
+    Of several groups of the same ranks the one that was made first: the same on all ranks, which make them in one
+    order.
+    """
+    rank = dist.get_rank()
+    if rank not in entry.ranks:
+        return []
+    groups: dict[tuple[int, ...], Any] = {}
+    for group in dist.distributed_c10d._world.pg_map:  # 2026-11: torch has no public list of them
+        groups.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+    places = {mesh_coordinate(entry, position): member for position, member in enumerate(entry.ranks)}
+    at = mesh_coordinate(entry, entry.ranks.index(rank))
+    along = [[(*at[:dim], i, *at[dim + 1 :]) for i in range(size)] for dim, size in enumerate(entry.shape)]
+    lines = [tuple(places[place] for place in line) for line in along]
+    return [groups[line] for line in lines] if all(line in groups for line in lines) else []
 
 
 def _read_placement(text: str) -> Any:

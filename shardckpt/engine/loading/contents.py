@@ -112,7 +112,7 @@ class Contents:
             if merged is None or node is None:
                 merged = node if merged is None else merged
             else:
-                merged = _merge(merged, node)
+                merged = merge(merged, node)
         return merged
 
     def _file_crc(self, name: str) -> int:
@@ -151,16 +151,16 @@ class Contents:
         )
 
 
-def _merge(one: Any, other: Any) -> Any:
+def merge(one: Any, other: Any) -> Any:
     """Two trees of one nesting whose leaves complete each other; where both have one, the first's is taken.
 
     A None in a list is a place that is filled elsewhere; in a dict it is a value.
     """
     if isinstance(one, dict) and isinstance(other, dict):
-        both = {key: _merge(one[key], other[key]) for key in one if key in other}
+        both = {key: merge(one[key], other[key]) for key in one if key in other}
         return {
             key: both[key] if key in both else one.get(key, other.get(key)) for key in dict.fromkeys((*one, *other))
         }
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return [b if a is None else _merge(a, b) for a, b in zip(one, other, strict=True)]
+        return [b if a is None else merge(a, b) for a, b in zip(one, other, strict=True)]
     return one

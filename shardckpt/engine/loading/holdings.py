@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.loading.contents import merge
 from shardckpt.engine.loading.fit import Fit, WantedTensor, WantedValue
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources
 from shardckpt.engine.saving.draft import prune
@@ -29,29 +31,42 @@ class Holdings:
     """Of a tensor that was a DTensor: how it lies, and its global shape."""
     ranks: tuple[int, ...] = ()
     """The ranks (of those that saved) whose nesting and Python values it takes."""
+    elsewhere: dict[str, None] = field(default_factory=dict)
+    """Files of other ranks, which stored shards that this rank held as well; they say where these belong."""
 
-    def nested(self, tree: Any, *, step: int) -> dict[str, Any]:
+    def nested(self, own: Any, others: Iterable[Any], *, step: int) -> dict[str, Any]:
         """The nesting, with the tensors in it, of what this rank takes, and of nothing else that its files hold.
 
-        `CheckpointDamagedError` if something has no place there.
+        `own` is the nesting of the files of `ranks`, `others` those of `elsewhere`; of these only tensors are taken
+        that the others before them lack. `CheckpointDamagedError` if something has no place anywhere.
         """
-        loaded = {wanted.name: wanted.local for wanted in self.fit.tensors}
-        wanted = loaded.keys() | {value.key for value in self.fit.values}
+        tensors = {wanted.name: wanted.local for wanted in self.fit.tensors}
+        left = tensors.keys() | {value.key for value in self.fit.values}
+        state: Any = {}
+        for number, tree in enumerate((own, *others)):
+            placed = self._placed(tree or {}, left if number == 0 else left & tensors.keys(), tensors)
+            left -= {join_path(path) for path in placed}
+            state = merge(state, prune(tree or {}, placed))
+        if left:
+            raise CheckpointDamagedError(f"no file of step {step} says where {min(left)} belongs", step=step)
+        return dict(state)
+
+    def _placed(self, tree: Any, names: Collection[str], tensors: Mapping[str, torch.Tensor | None]) -> dict[Path, Any]:
+        """Where these are in a nesting, and what is to lie there."""
         placed: dict[Path, Any] = {}
 
         def place(path: Path, leaf: Any) -> None:
             name = join_path(path)
-            local = loaded.get(name) if isinstance(leaf, torch.Tensor) else None
-            if local is not None:
-                placed[path] = as_dtensor(local, *self.shardings[name]) if name in self.shardings else local
-            elif name in wanted:
+            local = tensors.get(name)
+            if name not in names or isinstance(leaf, torch.Tensor) != (local is not None):
+                return
+            if local is None:
                 placed[path] = leaf
+            else:
+                placed[path] = as_dtensor(local, *self.shardings[name]) if name in self.shardings else local
 
-        map_leaves(tree or {}, place)
-        missing = sorted(wanted - {join_path(path) for path in placed})
-        if missing:
-            raise CheckpointDamagedError(f"no file of step {step} says where {missing[0]} belongs", step=step)
-        return dict(prune(tree or {}, placed))
+        map_leaves(tree, place)
+        return placed
 
 
 def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:
@@ -75,7 +90,11 @@ def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:
         if entry is None:
             found.fit.values.append(WantedValue(name, (), "fail"))
         else:
-            _want(found, name, entry, _sharding(manifest, entry, at if same else None), manifest)
+            sharding = _sharding(manifest, entry, at if same else None)
+            _want(found, name, entry, sharding, manifest)
+            writer = _writer(manifest, entry, sharding)
+            if writer not in (None, rank):
+                found.elsewhere[sources.files_of(writer, "rank")] = None
     found.ranks = tuple(ranks)
     found.fit.trees[""] = found.ranks
     return found
@@ -97,6 +116,17 @@ def _want(found: Holdings, name: str, entry: TensorEntry, sharding: Sharding | N
         boxes, own = ((Box(zeros, shape, zeros),) if math.prod(shape) else ()), shape
     local = torch.empty(own, dtype=getattr(torch, entry.dtype))
     found.fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, "fail"))
+
+
+def _writer(manifest: Manifest, entry: TensorEntry, sharding: Sharding | None) -> int | None:
+    """The rank that stored this rank's shard, in its own file; None if it lies in a file that ranks hold alike."""
+    layout = manifest.layouts[entry.layout]
+    if layout.mesh is None or layout.home != "rank":
+        return None
+    if sharding is None:  # the same everywhere
+        mesh = manifest.meshes[layout.mesh]
+        sharding = Sharding(mesh, layout.placements, mesh_coordinate(mesh, 0))
+    return sharding.writer(entry.replica)
 
 
 def _sharding(manifest: Manifest, entry: TensorEntry, at: Coordinates | None) -> Sharding | None:
