@@ -66,6 +66,11 @@ REST = {"optimizer", "step_nr", "epoch"}
 MODEL = {"model", "model_key"}
 
 
+def told(value: Size | Collection[str]) -> str:
+    """The same in every process, which the text of a set is not."""
+    return str(value) if isinstance(value, Size) else " ".join(sorted(value)) or "none"
+
+
 @pytest.mark.parametrize(
     ("size", "replicated", "files"),
     [
@@ -105,7 +110,7 @@ MODEL = {"model", "model_key"}
             {"model.0.pt": MODEL, "model.1.pt": MODEL} | {f"rank_{rank}.pt": REST for rank in range(4)},
         ),
     ],
-    ids=str,
+    ids=told,
 )
 def test_the_table_of_fairseq2(size: Size, replicated: Collection[str], files: dict[str, set[str]]) -> None:
     """It is what the rules below say; they are then tried for every size and case."""
