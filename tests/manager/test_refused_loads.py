@@ -187,7 +187,12 @@ OTHERS: list[tuple[Size, Size, set[str], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("before", "after", "replicated", "named"), OTHERS, ids=str)
+def told(value: object) -> str:
+    """The same in every process, which the text of a set is not."""
+    return "+".join(sorted(value)) or "none" if isinstance(value, (set, tuple)) else str(value)
+
+
+@pytest.mark.parametrize(("before", "after", "replicated", "named"), OTHERS, ids=told)
 def test_another_number_of_ranks(
     tmp_path: Path, before: Size, after: Size, replicated: set[str], named: tuple[str, ...]
 ) -> None:
