@@ -131,7 +131,7 @@ class ProcessPool:
         world_size: int,
         fn: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = 100.0,
         backend: str | None = "gloo",
     ) -> list[Any]:
         """What `fn(rank, world_size, folder, *args)` returned, by rank; `RanksFailedError` if any did not return.
@@ -153,7 +153,7 @@ class ProcessPool:
         world_size: int,
         fn: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = 100.0,
         backend: str | None = "gloo",
     ) -> list[Outcome]:
         """Like `run`, for tests of failures: how it ended on each rank; no rank's error is raised."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,8 @@ class S3Server:
     """Where it is, and what to give `open_storage` to reach it."""
 
     endpoint: str
-    bucket: str = "test-bucket"
+    bucket: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
+    """Its own: what one server of moto holds, all later ones in the same process hold, too."""
 
     @property
     def options(self) -> Mapping[str, Any]:
