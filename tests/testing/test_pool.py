@@ -13,6 +13,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardckpt.errors import CheckpointMismatchError
 from shardckpt.testing.pool import Outcome, ProcessPool, RankHungError, RankLostError, RanksFailedError
@@ -87,6 +89,26 @@ def wait_in_vain(rank: int, world_size: int, folder: Path) -> None:
 
 def unpicklable(rank: int, world_size: int, folder: Path) -> object:
     return threading.Lock()
+
+
+def places_of_a_copy(rank: int, world_size: int, folder: Path, others: int) -> tuple[list[str], list[str], list[float]]:
+    """Groups of the mesh, and of what an operation on its tensor gave, in a world that has `others` groups besides."""
+    for _ in range(others):
+        dist.new_group()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    copy = distribute_tensor(torch.arange(8.0), mesh, [Shard(0), Shard(0)]).detach()
+    names = [[group.group_name for group in m.get_all_groups()] for m in (mesh, copy.device_mesh)]
+    return names[0], names[1], copy.full_tensor().tolist()
+
+
+def test_no_mesh_of_an_earlier_call_is_met(ranks: ProcessPool) -> None:
+    """torch caches what an operation makes of a placement, with its mesh, and asks with any mesh that is equal."""
+    before = ranks.run(4, pid)
+    for others in (0, 3, 1):
+        for mesh, copy, values in ranks.run(4, places_of_a_copy, others):
+            assert copy == mesh
+            assert values == list(range(8))
+    assert ranks.run(4, pid) == before
 
 
 def test_ranks_meet_in_a_process_group(ranks: ProcessPool) -> None:
