@@ -9,14 +9,16 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Literal
 
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
+from shardckpt.storage.posix.choose import Chooser
 from shardckpt.storage.posix.explain import explained
 from shardckpt.storage.posix.folders import open_folder, opened_folder, regular_or_folder, remove_tree, sync_descriptor
 from shardckpt.storage.posix.map import MappedFile
 from shardckpt.storage.posix.read import read_runs
 from shardckpt.storage.posix.syscalls import EXCHANGE, Entry, rename_new, renameat2
-from shardckpt.storage.posix.write import METHODS, MethodName, WriteMethod, write_parts
+from shardckpt.storage.posix.write import METHODS, MethodName, WriteMethod
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a planted FIFO must not make open() wait
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -33,18 +35,23 @@ class LocalStorage:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], *, write: WriteMethod | MethodName = "direct", read_threads: int = 2
+        self,
+        root: str | os.PathLike[str],
+        *,
+        write: WriteMethod | MethodName | Literal["auto"] = "auto",
+        read_threads: int = 2,
     ) -> None:
         """`root` is made absolute now (a later chdir does not move it); nothing is created or opened yet.
 
+        `write`: by which way; "auto" tries them all on the first large file, and keeps to the fastest.
         More than two read threads make cold reads slower and warm ones hardly faster on the disks measured so far.
         """
         self._root = os.path.abspath(os.path.expanduser(root))
-        self._write = METHODS[write] if isinstance(write, str) else write
+        self._chooser = Chooser(None if write == "auto" else METHODS[write] if isinstance(write, str) else write)
         self._read_threads = read_threads
 
     def __repr__(self) -> str:
-        return f"LocalStorage({self._root!r}, write={self._write.way!r})"
+        return f"LocalStorage({self._root!r}, write={self.write_method.way!r})"
 
     @property
     def url(self) -> str:
@@ -52,7 +59,8 @@ class LocalStorage:
 
     @property
     def write_method(self) -> WriteMethod:
-        return self._write
+        """What is used now."""
+        return self._chooser.method
 
     def path_of(self, key: str) -> str:
         """The path of a key, for people and for tools that map files. Opening it by path follows links: check first."""
@@ -83,7 +91,7 @@ class LocalStorage:
                 again = partial(_open_again, folder, name, file)
                 with explained(what):
                     _file(os.fstat(file))
-                return write_parts(file, parts, method=self._write, reopen=again, what=what, offset=offset)
+                return self._chooser.write(file, parts, reopen=again, what=what, offset=offset)
             finally:
                 with explained(what):
                     os.close(file)  # NFS tells of a full disk here, too
@@ -96,7 +104,7 @@ class LocalStorage:
         try:
             try:
                 again = partial(_open_again, folder, name, file)
-                nbytes = write_parts(file, parts, method=self._write, reopen=again, what=what)
+                nbytes = self._chooser.write(file, parts, reopen=again, what=what)
             finally:
                 with explained(what):
                     os.close(file)  # NFS tells of a full disk here, too

@@ -140,9 +140,9 @@ def _watch_meshes() -> weakref.WeakSet[DeviceMesh]:
 def _forget(meshes: weakref.WeakSet[DeviceMesh]) -> bool:
     """Make torch forget the meshes of a process group that is gone; whether it did.
 
-    Its caches of what an operation makes of a placement hold meshes, and are asked with any mesh that is equal: one of the
-    same ranks and names. In the next call's process group its groups have other names, or have it on some ranks only (a
-    process that was replaced starts to count anew): a collective then fails, hangs, or speaks to others.
+    Its caches of what an operation makes of a placement hold meshes, and are asked with any mesh that is equal: one of
+    the same ranks and names. In the next call's process group the groups have other names, or on some ranks only (a
+    process that was replaced has empty caches): a collective then fails, hangs, or speaks to others.
     """
     if not meshes:
         return True

@@ -51,7 +51,7 @@ class WriteMethod:
 # In a second run direct gave 3.20 to 3.47 with any of 1, 2, 4 threads x 8, 16, 32 MiB, dontcache 2.91, buffered 0.73.
 # So direct is the default: as fast as anything here, it leaves the processor and the page cache to the training (the
 # others copy every byte once), and what it cannot take (memory off a page, a file system without it) goes the way of
-# "dontcache" by itself. Which is fastest depends on machine and load; a probe of the root may choose better.
+# "dontcache" by itself. Which is fastest depends on machine and load: `choose` finds out.
 METHODS: dict[MethodName, WriteMethod] = {
     "buffered": WriteMethod("buffered", threads=2, piece_nbytes=8 * MiB),
     "direct": WriteMethod("direct", threads=4, piece_nbytes=16 * MiB),
