@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
-import functools
-import gc
 import os
 import pickle
 import sys
 import threading
 import traceback
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import _redistribute
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+from shardckpt.testing.meshes import Meshes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ def serve(connection: Connection, output: Path, faults: Path) -> None:
     case the process ends itself, and when the process crashes.
     """
     torch.set_num_threads(1)
-    meshes = _watch_meshes()
+    meshes = Meshes()
     with output.open("wb", buffering=0) as printed, faults.open("wb", buffering=0) as dumped:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
@@ -98,7 +94,7 @@ def serve(connection: Connection, output: Path, faults: Path) -> None:
             connection.send_bytes(answer)
 
 
-def _do(call: Call, meshes: weakref.WeakSet[DeviceMesh]) -> Returned | Raised:
+def _do(call: Call, meshes: Meshes) -> Returned | Raised:
     threads = set(threading.enumerate())
     try:
         if call.backend is not None:
@@ -119,42 +115,8 @@ def _do(call: Call, meshes: weakref.WeakSet[DeviceMesh]) -> Returned | Raised:
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-    clean = not left_over and all(thread in threads for thread in threading.enumerate()) and _forget(meshes)
+    clean = not left_over and all(thread in threads for thread in threading.enumerate()) and meshes.forget()
     return Returned(value, clean)
-
-
-def _watch_meshes() -> weakref.WeakSet[DeviceMesh]:
-    """All meshes that are made in this process from now on, as long as they live."""
-    meshes: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
-    make = DeviceMesh.__init__
-
-    @functools.wraps(make)
-    def made(self: DeviceMesh, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        meshes.add(self)
-
-    DeviceMesh.__init__ = made  # type: ignore[method-assign]
-    return meshes
-
-
-def _forget(meshes: weakref.WeakSet[DeviceMesh]) -> bool:
-    """Make torch forget the meshes of a process group that is gone; whether it did.
-
-    Its caches of what an operation makes of a placement hold meshes, and are asked with any mesh that is equal: one of
-    the same ranks and names. In the next call's process group the groups have other names, or on some ranks only (a
-    process that was replaced has empty caches): a collective then fails, hangs, or speaks to others.
-    """
-    if not meshes:
-        return True
-    _clear_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    caches = [known for known in gc.get_objects() if type(known) is functools._lru_cache_wrapper]
-    for cache in caches:
-        if str(cache.__module__).startswith("torch.distributed."):
-            cache.cache_clear()
-    for _ in range(2):  # a tensor may outlive a first collection with its Python object, and take its mesh along
-        gc.collect()
-    return not meshes
 
 
 def _raised(error: BaseException) -> Raised:
