@@ -9,7 +9,7 @@ import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.dcp.image import seal_in_place
-from shardckpt.engine.saving.draft import Draft, private, record_number
+from shardckpt.engine.saving.draft import Draft, record_number
 from shardckpt.engine.saving.plan import FilePlan
 from shardckpt.engine.sharding import check_tensor
 from shardckpt.errors import (
@@ -24,7 +24,7 @@ from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, chec
 from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.format.placement import Box
 from shardckpt.format.reduced import may_be_doomed
-from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, decode_tree, map_leaves
+from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, decode_tree, map_leaves, spell_tree
 from shardckpt.state import Path, join_path
 from shardckpt.storage.base import Read, Storage
 
@@ -81,7 +81,7 @@ def put_metadata(storage: Storage, prefix: str, metadata: Mapping[str, Any], *, 
         tree = map_leaves(dict(metadata), lambda path, leaf: _leaf(draft, path, leaf))
     except UnsafeValueError as error:
         raise InvalidStateError(f"metadata: {error}") from error
-    plan = FilePlan(name, "replicated", tuple(draft.records), tuple(draft.boxes), tree)
+    plan = FilePlan(name, "replicated", tuple(draft.records), tuple(draft.boxes), spell_tree(tree))
     sealed = seal_in_place(plan, rank=writer)
     storage.put(f"{prefix}/{name}", sealed.parts)
     at = sealed.entry
@@ -95,7 +95,7 @@ def _leaf(draft: Draft, path: Path, leaf: Any) -> Any:
             check_value(leaf)
         except UnsafeValueError as error:
             raise InvalidStateError(f"metadata: {name}: {error}") from error
-        return private(leaf)
+        return leaf
     dtype, shape, zeros = check_tensor(name, leaf), tuple(leaf.shape), (0,) * leaf.ndim
     if hasattr(leaf, "full_tensor"):
         raise InvalidStateError(f"metadata: {name} is sharded; put it into the state, or store its full_tensor()")

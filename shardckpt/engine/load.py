@@ -6,16 +6,15 @@ is an error on all, and the state is then as it was; the error says so if it is 
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.loading.borrow import fetch_from
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_stored, overlaps
@@ -66,7 +65,7 @@ class Loader:
         """Fill the parts. Raises the same error on every rank: `CheckpointMismatchError` where state and checkpoint
         differ, `CheckpointDamagedError` where stored bytes are not what was written, `CheckpointLoadError` else."""
         try:
-            with _uncollected():
+            with uncollected():
                 self._compare(parts, policy)
                 sums = self._together(lambda: within(self._timeout, lambda: self._read(parts), what="reading"), "read")
                 self._join(sums)
@@ -268,16 +267,3 @@ def _place(target: torch.Tensor, need: Need) -> torch.Tensor:
     if need.region.lengths == tuple(target.shape):
         return target
     return target[tuple(slice(at, at + n) for at, n in zip(need.target, need.region.lengths, strict=True))]
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python looks for no garbage meanwhile, in no thread: it would look through all objects again and again while a
-    load makes many of them."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -6,14 +6,13 @@ save thread has a gang of its own; the training's process groups are never used.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -21,11 +20,12 @@ from shardckpt.engine.carry import carry
 from shardckpt.engine.committing.receipts import TableBook, describe_own
 from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.progress import SaveReport
+from shardckpt.engine.saving.again import Planner
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
-from shardckpt.engine.saving.plan import plan_save
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
 from shardckpt.engine.saving.write import Receipt, Sealed, write_files
@@ -39,8 +39,7 @@ from shardckpt.storage.base import RenamingStorage, Storage
 
 _log = logging.getLogger(__name__)
 
-_FAREWELL = timedelta(seconds=5)
-"""How long a rank that gives up tries to tell the others so."""
+_FAREWELL = timedelta(seconds=5)  # how long a rank that gives up tries to tell the others so
 
 
 class Saver:
@@ -65,7 +64,7 @@ class Saver:
         self._timeout = timeout
         self._on_commit = on_commit
         self._stager = Stager(in_ranges=isinstance(storage, RenamingStorage))
-        self._hooks = StepHooks()
+        self._planner, self._hooks = Planner(coordinates), StepHooks()
         self._tries: Counter[int] = Counter()
         self._book = TableBook()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardckpt-save")
@@ -86,7 +85,8 @@ class Saver:
         with work.pending.stalling():
             self.drain()
             try:
-                self._stage_now(work, take_parts(), options)
+                with uncollected():
+                    self._stage_now(work, take_parts(), options)
             except BaseException as error:
                 work.error = error
             here = work.error  # what the save thread runs into from now on comes up in the `PendingSave`
@@ -132,7 +132,7 @@ class Saver:
         if work.pending.done():
             return
         error = CheckpointSaveError(f"step {work.pending.step} was not saved: {reason}", step=work.pending.step)
-        with contextlib.suppress(CheckpointError):
+        with suppress(CheckpointError):
             self._jointly(work, lambda: self._agree(work, lambda: _raise(error), "abort", timeout=_FAREWELL))
 
     def _new(self, step: int) -> Work:
@@ -199,7 +199,7 @@ class Saver:
     def _stage_now(self, work: Work, parts: Sequence[Part], options: SaveOptions) -> None:
         work.options = options
         check_metadata(options.metadata)
-        work.plan = plan_save(parts, self._at, model_key=options.model_key, replicated=options.replicated)
+        work.plan = self._planner.plan(parts, model_key=options.model_key, replicated=options.replicated)
         work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
         work.pending.report.nbytes = work.staging.nbytes
         memory = memory_of_optimizers(parts) if options.overlap else frozenset()
@@ -260,7 +260,7 @@ class Saver:
         if work.error is not None:
             raise work.error
         if work.plan is None or work.staging is None:  # no state, only files that are written already
-            work.plan = plan_save((), self._at)
+            work.plan = self._planner.plan(())
             work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
         sealed = work.staging.seal()
         began = time.perf_counter()

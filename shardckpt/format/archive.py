@@ -123,7 +123,11 @@ def write_crcs(
     layout: ArchiveLayout, image: memoryview, crcs: Sequence[int], *, within: tuple[int, int] | None = None
 ) -> None:
     """Put each record's CRC into its local header; `within` as for `write_headers`."""
-    start, end = within or (0, layout.tail)
+    if within is None:  # the usual case, and there may be 20,000
+        for slot, crc in zip(layout.slots, crcs, strict=True):
+            _PUT_CRC(image, slot.header + CRC_AT, crc)
+        return
+    start, end = within
     for slot, crc in zip(layout.slots, crcs, strict=True):
         if slot.header < end and slot.data > start:
             _PUT_CRC(image, slot.header + CRC_AT, crc)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardckpt.format.checksum import all_from_hex, to_hex
+from shardckpt.format.checksum import all_from_hex
 from shardckpt.format.placement import Box, Piece
 
 FORMAT = 1
@@ -23,6 +24,8 @@ MAX_DIMS = 64
 MAX_NUMBERS = 1 << 21
 """Ranks that all lists of a record may name together: far more than any job has, far less than memory holds."""
 _TOO_LARGE = 1 << 62
+_CRCS = ',"crc32":"'
+"""What comes before them; no name before it can hold it, for quotes in names are escaped."""
 
 ITEMSIZE = {
     **dict.fromkeys(("bool", "uint8", "int8", "bits8", "bits1x8", "bits2x4", "bits4x2", "float4_e2m1fn_x2"), 1),
@@ -70,8 +73,25 @@ class ArchiveIndex:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class IndexText:
+    """An index without its CRCs: what stays the same from save to save, made once."""
+
+    before: bytes
+    after: bytes
+
+    def with_crcs(self, crcs: Sequence[int]) -> bytes:
+        """The index; `crcs` are those of its records. Its length does not depend on them."""
+        return b"".join((self.before, struct.pack(f">{len(crcs)}I", *crcs).hex().encode(), self.after))
+
+
 def encode_index(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) -> bytes:
     """JSON whose length does not depend on the CRCs."""
+    return index_text(records, boxes).with_crcs([record.crc for record in records])
+
+
+def index_text(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) -> IndexText:
+    """The index but for the CRCs, whatever they are in `records`."""
     content = {
         "format": FORMAT,
         "records": {
@@ -79,7 +99,7 @@ def encode_index(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) ->
             "shape": [r.shape for r in records],
             "at": [r.at for r in records],
             "nbytes": [r.nbytes for r in records],
-            "crc32": "".join(to_hex(r.crc) for r in records),
+            "crc32": "",
         },
         "tensors": {
             "name": [b.name for b in boxes],
@@ -90,7 +110,8 @@ def encode_index(records: Sequence[StoredRecord], boxes: Sequence[StoredBox]) ->
             "local": _sparse([b.box.local if any(b.box.local) else None for b in boxes]),
         },
     }
-    return json.dumps(content, separators=(",", ":")).encode()
+    before, crcs, after = json.dumps(content, separators=(",", ":")).partition(_CRCS)
+    return IndexText((before + crcs).encode(), after.encode())
 
 
 def decode_index(data: bytes, file_nbytes: int) -> ArchiveIndex:
@@ -181,6 +202,22 @@ def as_text(value: Any) -> str:
     if type(value) is not str:
         raise ValueError(f"{str(value)[:40]!r} should be a text")
     return value
+
+
+def as_texts(values: Any) -> tuple[str, ...]:
+    """A list of texts, from a file; `ValueError` for anything else."""
+    if type(values) is not list:
+        raise ValueError("a list of texts is needed")
+    return tuple([as_text(value) for value in values])
+
+
+def as_json_has_it(metadata: Mapping[str, Any]) -> Any:
+    """The user's own metadata, as it will be read; `ValueError` for what JSON does not have."""
+    try:
+        return json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dicts): {error}"
+        raise ValueError(reason) from error
 
 
 def as_dtype(value: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from shardckpt.format.checksum import from_hex, to_hex
@@ -18,11 +18,13 @@ from shardckpt.format.consistency import check_manifest
 from shardckpt.format.index import (
     MAX_NUMBERS,
     as_dtype,
+    as_json_has_it,
     as_numbers,
     as_pieces,
     as_shape,
     as_size,
     as_text,
+    as_texts,
     as_truth,
     count_numbers,
     load_json,
@@ -94,6 +96,8 @@ class Table:
     ranks: tuple[int, ...]
     tensors: Mapping[str, TensorEntry]
     values: Mapping[str, Home]
+    text: str = field(default="", init=False, compare=False, repr=False)
+    """Its JSON, if that has been made already (see `spelled`). Of a copy with `replace` it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +165,18 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "layouts": [
             {k: v for k, v in asdict(at).items() if v or k not in ("pieces", "given")} for at in manifest.layouts
         ],
-        "tables": [encode_table(table) for table in manifest.tables],
+        "tables": (),
         "differ": manifest.differ,
         "versions": dict(manifest.versions),
-        "metadata": _as_json_has_it(manifest.metadata),
+        "metadata": as_json_has_it(manifest.metadata),
     }
     if manifest.model_key != "model":
         content["model_key"] = manifest.model_key
     if manifest.model_only:
         content["model_only"] = True
-    lines = ",\n".join(f'"{key}": {json.dumps(value, separators=(",", ":"))}' for key, value in content.items())
+    texts = {key: _dumps(value) for key, value in content.items()}
+    texts["tables"] = f"[{','.join(table.text or _dumps(encode_table(table)) for table in manifest.tables)}]"
+    lines = ",\n".join(f'"{key}": {text}' for key, text in texts.items())
     body = f"{{\n{lines},\n"
     return f'{body}"sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
 
@@ -220,13 +226,24 @@ def encode_table(table: Table) -> dict[str, Any]:
     }
 
 
+def spelled(table: Table) -> Table:
+    """The same table, which keeps its JSON: for one that stands in the records of many steps."""
+    same = replace(table)
+    object.__setattr__(same, "text", _dumps(encode_table(table)))
+    return same
+
+
+def _dumps(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
 def decode_table(content: Mapping[str, Any]) -> Table:
     """A table from JSON; whether its layouts are there is for the record to say."""
     columns = content["tensors"]
     rows = zip(columns["dtype"], columns["shape"], columns["layout"], columns["replica"], strict=True)
     entries = [TensorEntry(as_dtype(d), as_shape(s), as_size(at), as_size(copy)) for d, s, at, copy in rows]
-    names = _texts(columns["name"])
-    values = [(key, home) for home in HOMES for key in _texts(content["values"][home])]
+    names = as_texts(columns["name"])
+    values = [(key, home) for home in HOMES for key in as_texts(content["values"][home])]
     keys = {*names, *(key for key, _ in values)}
     if len(keys) != len(names) + len(values):
         raise ValueError("a key of a table is given twice")
@@ -257,7 +274,7 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
         meshes=tuple([_decode_mesh(mesh) for mesh in content["meshes"]]),
         layouts=tuple([_decode_layout(layout) for layout in content["layouts"]]),
         tables=tuple([decode_table(table) for table in content["tables"]]),
-        differ=_texts(content["differ"]),
+        differ=as_texts(content["differ"]),
         mesh_sizes={key: as_size(size) for key, size in content["mesh"].items()},
         versions={key: as_text(text) for key, text in content["versions"].items()},
         metadata={**content["metadata"]},
@@ -271,26 +288,12 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
 
 
 def _decode_mesh(content: Mapping[str, Any]) -> MeshEntry:
-    return MeshEntry(_texts(content["dims"]), as_shape(content["shape"]), as_numbers(content["ranks"]))
+    return MeshEntry(as_texts(content["dims"]), as_shape(content["shape"]), as_numbers(content["ranks"]))
 
 
 def _decode_layout(content: Mapping[str, Any]) -> LayoutEntry:
     home, mesh, pieces = content["home"], content["mesh"], as_pieces(content.get("pieces", []))
     if home not in HOMES:
         raise ValueError(f"{str(home)[:40]!r} is no kind of file")
-    given = _texts(content.get("given", []))
-    return LayoutEntry(home, None if mesh is None else as_size(mesh), _texts(content["placements"]), pieces, given)
-
-
-def _as_json_has_it(metadata: Mapping[str, Any]) -> Any:
-    try:
-        return json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = f"the metadata of a checkpoint must be JSON (texts, numbers, lists, dicts): {error}"
-        raise ValueError(reason) from error
-
-
-def _texts(values: Any) -> tuple[str, ...]:
-    if type(values) is not list:
-        raise ValueError("a list of texts is needed")
-    return tuple([as_text(value) for value in values])
+    given = as_texts(content.get("given", []))
+    return LayoutEntry(home, None if mesh is None else as_size(mesh), as_texts(content["placements"]), pieces, given)

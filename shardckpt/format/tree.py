@@ -10,11 +10,12 @@ from __future__ import annotations
 import codecs
 import functools
 import io
+import itertools
 import math
 import pickle
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,28 @@ class TensorRef:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ValueRef:
+    """Stands for a value in a tree that is to be pickled: its number in `SpelledTree.values`."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpelledTree:
+    """A pickle in pieces; a number stands for a value, spelled by itself: from save to save only values are new."""
+
+    pieces: tuple[bytes | int, ...]
+    values: tuple[bytes, ...] = ()
+
+    def encode(self) -> bytes:
+        """The pickle."""
+        return b"".join([self.values[piece] if type(piece) is int else piece for piece in self.pieces])  # type: ignore[misc]
+
+
+_REFS = (TensorRef, ValueRef)
+
+
 class UnsafeValueError(ValueError):
     """A value that torch's `weights_only` loading would refuse."""
 
@@ -50,10 +73,16 @@ def encode_tree(tree: Any) -> bytes:
     `UnsafeValueError` for a tensor or a `TensorRef` elsewhere, and whatever `pickle` raises for other values; what it
     takes may still be refused when it is read: see `check_value`.
     """
-    pieces = [b"\x80\x02"]
+    return spell_tree(tree).encode()
+
+
+def spell_tree(tree: Any, values: Sequence[bytes] = ()) -> SpelledTree:
+    """The same in pieces, where `ValueRef`s may stand for `values`, which `spell_value` gave."""
+    pieces: list[bytes | int] = []
     _spell(tree, pieces.append, 0)
-    pieces.append(b".")
-    return b"".join(pieces)
+    runs = [(kind, list(those)) for kind, those in itertools.groupby([b"\x80\x02", *pieces, b"."], type)]
+    joined = itertools.chain(*(run if kind is int else [b"".join(run)] for kind, run in runs))  # type: ignore[arg-type]
+    return SpelledTree(tuple(joined), tuple(values))
 
 
 def decode_tree(data: bytes) -> Any:
@@ -88,12 +117,19 @@ def map_leaves(tree: Any, visit: Callable[[tuple[Any, ...], Any], Any], path: tu
     """
     if len(path) > MAX_LEVELS:
         raise UnsafeValueError(f"more than {MAX_LEVELS} containers within each other below {path[0]!r}; flatten them")
-    if (isinstance(tree, dict) or hasattr(tree, "keys")) and len(tree):
-        return {key: map_leaves(item, visit, (*path, key)) for key, item in tree.items()}
-    if type(tree) in (list, tuple) and _holds(tree, (torch.Tensor, dict), 0):
+    if isinstance(tree, torch.Tensor) or not is_branch(tree):
+        return visit(path, tree)
+    if type(tree) in (list, tuple):
         items = [map_leaves(item, visit, (*path, i)) for i, item in enumerate(tree)]
         return items if type(tree) is list else tuple(items)
-    return visit(path, tree)
+    return {key: map_leaves(item, visit, (*path, key)) for key, item in tree.items()}
+
+
+def is_branch(node: Any) -> bool:
+    """Whether `map_leaves` enters it. Not for tensors, which are leaves."""
+    if type(node) in (list, tuple):
+        return _holds(node, (torch.Tensor, dict), 0)
+    return (isinstance(node, dict) or hasattr(node, "keys")) and len(node) > 0
 
 
 def _holds(items: Iterable[Any], kinds: tuple[type, ...], depth: int) -> bool:
@@ -110,10 +146,12 @@ def _holds(items: Iterable[Any], kinds: tuple[type, ...], depth: int) -> bool:
     return False
 
 
-def _spell(node: Any, put: Callable[[bytes], None], depth: int) -> None:
+def _spell(node: Any, put: Callable[[bytes | int], None], depth: int) -> None:
     """Opcodes for a tree. Nothing here is memoised, so that each value may use the memo as it likes."""
     kind = type(node)
-    if kind is TensorRef:
+    if kind is ValueRef:
+        put(node.number)
+    elif kind is TensorRef:
         before, after = _spell_tensor(node.dtype, node.shape)
         number = str(node.record).encode()
         put(before)
@@ -121,19 +159,19 @@ def _spell(node: Any, put: Callable[[bytes], None], depth: int) -> None:
         put(after)
     elif depth > 2 * MAX_LEVELS:
         raise UnsafeValueError(f"more than {2 * MAX_LEVELS} containers within each other")
-    elif kind is dict and _holds(node.values(), (TensorRef,), 0):
+    elif kind is dict and _holds(node.values(), _REFS, 0):
         put(b"}(")
         for key, item in node.items():
-            put(_spell_text(key) if type(key) is str else _spell_value(key))
+            put(_spell_text(key) if type(key) is str else spell_value(key))
             _spell(item, put, depth + 1)
         put(b"u")
-    elif kind in (list, tuple) and _holds(node, (TensorRef,), 0):
+    elif kind in (list, tuple) and _holds(node, _REFS, 0):
         put(b"](" if kind is list else b"(")
         for item in node:
             _spell(item, put, depth + 1)
         put(b"e" if kind is list else b"t")
     else:
-        put(_spell_value(node))
+        put(spell_value(node))
 
 
 def _spell_text(text: str) -> bytes:
@@ -153,13 +191,13 @@ def _spell_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, by
         last = b"ctorch\n" + str(dtype).removeprefix("torch.").encode() + b"\n"
         numel *= dtype.itemsize
     before = [b"ctorch._utils\n", function, b"\n((", _spell_text("storage"), b"c", storage, b"\n"]
-    numbers = [_spell_value(number) for number in (numel, 0, tuple(shape), contiguous_stride(shape))]
+    numbers = [spell_value(number) for number in (numel, 0, tuple(shape), contiguous_stride(shape))]
     after = [_spell_text("cpu"), numbers[0], b"tQ", *numbers[1:], b"\x89ccollections\nOrderedDict\n)R", last, b"tR"]
     return b"".join(before), b"".join(after)
 
 
-def _spell_value(value: Any) -> bytes:
-    """The pickle of a value without its first opcode (the protocol) and its last (stop)."""
+def spell_value(value: Any) -> bytes:
+    """The pickle of a value without its first opcode (the protocol) and its last (stop); errors as of `encode_tree`."""
     data = _dump(value)
     if _HAS_EMPTY_BYTES in data:
         data = _dump(_with_empty_bytes(value))
@@ -174,7 +212,7 @@ def _dump(value: Any) -> bytes:
 
 class _ValuePickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, (torch.Tensor, TensorRef)):
+        if isinstance(obj, (torch.Tensor, *_REFS)):
             raise UnsafeValueError("a tensor inside an opaque container; use dicts, lists and plain tuples")
         return NotImplemented
 

@@ -27,7 +27,7 @@ class Meshes:
             make(mesh, *args, **kwargs)
             self._alive.add(mesh)
 
-        DeviceMesh.__init__ = made  # type: ignore[method-assign]
+        DeviceMesh.__init__ = made  # type: ignore[assignment, method-assign]
 
     def forget(self) -> bool:
         """Make torch forget the meshes of a process group that is gone; whether it did.

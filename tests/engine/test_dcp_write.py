@@ -27,6 +27,7 @@ from shardckpt.engine.saving.draft import PlannedRecord
 from shardckpt.engine.saving.plan import FilePlan, SavePlan
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.format.manifest import Table
+from shardckpt.format.tree import spell_tree
 from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, Storage
 from shardckpt.testing.faults import FailingStorage, on
 from tests.engine.states import Net, assert_same, snapshot, train, training
@@ -90,7 +91,7 @@ def test_the_file_is_that_of_our_own_save(tmp_path: Path) -> None:
     records = tuple(
         PlannedRecord(t, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.itemsize) for t in tensors
     )
-    file = FilePlan("rank_0.pt", "rank", records, (), {"value": 1})
+    file = FilePlan("rank_0.pt", "rank", records, (), spell_tree({"value": 1}))
     stager = Stager()
     try:
         staging = stager.prepare(SavePlan((file,), (), (), Table((0,), {}, {}), {}, {}), rank=0)

@@ -42,6 +42,7 @@ POWERS: dict[str, tuple[str, ...]] = {
         # Where DCP's vocabulary or DTensor is spoken:
         "shardckpt/state.py",
         "shardckpt/engine/sharding.py",
+        "shardckpt/engine/saving/again.py",
         "shardckpt/engine/saving/plan.py",
         "shardckpt/engine/loading/fetch.py",
         "shardckpt/engine/consolidated/flat.py",

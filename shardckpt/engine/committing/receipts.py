@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, Sealed, SealedFile
-from shardckpt.format.checksum import value_digest
 from shardckpt.format.manifest import (
     FileEntry,
     LayoutEntry,
@@ -24,13 +23,23 @@ from shardckpt.format.manifest import (
     Table,
     decode_table,
     encode_table,
+    spelled,
 )
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
 
-Tables = list[tuple[list[MeshEntry], list[LayoutEntry], Table]]
+Tables = Iterable[tuple[list[MeshEntry], list[LayoutEntry], Table]]
 """Each kind of table, with the meshes and layouts that its numbers refer to; its `ranks` hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """All tables of a record, with the meshes and layouts that all their numbers refer to."""
+
+    meshes: tuple[MeshEntry, ...]
+    layouts: tuple[LayoutEntry, ...]
+    tables: tuple[Table, ...]
 
 
 def describe_own(
@@ -74,21 +83,20 @@ def _expected(group: str, receipts: Sequence[Receipt]) -> list[Receipt]:
 
 
 def compose_manifest(
-    step: int, attempt: str, created: str, receipts: Sequence[Receipt], tables: Tables, metadata: dict[str, Any]
+    step: int, attempt: str, created: str, receipts: Sequence[Receipt], tables: Merged, metadata: dict[str, Any]
 ) -> Manifest:
     """The record of all receipts. On rank 0. `ValueError` if some bytes of a file were written twice or by nobody."""
     files = sorted((file for receipt in receipts for file in receipt.files), key=lambda file: file.name)
     _check_written(files, receipts)
-    meshes, layouts, merged = _merge_tables(tables)
     return Manifest(
         step=step,
         attempt=attempt,
         created=created,
         shard_of=tuple(receipt.shard for receipt in receipts),
         files=tuple(files),
-        meshes=meshes,
-        layouts=layouts,
-        tables=merged,
+        meshes=tables.meshes,
+        layouts=tables.layouts,
+        tables=tables.tables,
         differ=_differing(receipts),
         mesh_sizes=_sizes(receipts),
         versions={"shardckpt": _version(), "torch": torch.__version__, "python": platform.python_version()},
@@ -125,10 +133,12 @@ class TableBook:
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
+        self._ranks_of: dict[str, list[int]] = {}
+        self._merged = Merged((), (), ())
 
     def exchange(
         self, gang: Gang, plan: SavePlan, receipts: Sequence[Receipt] | None, *, timeout: timedelta, step: int
-    ) -> Tables:
+    ) -> Merged:
         """Rank 0 asks one rank of each kind that it does not know; gives the tables on rank 0, nothing elsewhere."""
         ranks_of: dict[str, list[int]] = {}
         for receipt in receipts or ():
@@ -143,8 +153,13 @@ class TableBook:
             for content in together_gather(gang, own, phase="tables", timeout=timeout, step=step) or ():
                 if content is not None:
                     self._known[_digest_of(content)] = content
-        self._known = {digest: self._known[digest] for digest in ranks_of}
-        return [_decode_tables(self._known[digest], ranks) for digest, ranks in ranks_of.items()]
+        if ranks_of != self._ranks_of:
+            self._known = {digest: self._known[digest] for digest in ranks_of}
+            self._merged = merge_tables(
+                _decode_tables(self._known[digest], ranks) for digest, ranks in ranks_of.items()
+            )
+            self._ranks_of = ranks_of
+        return self._merged
 
 
 def held_of(files: Any, alike: Mapping[str, Mapping[str, str]]) -> Any:
@@ -184,7 +199,7 @@ def _has_siblings(kind: str, at: Coordinates) -> bool:
 
 def _value_digests(plan: SavePlan, kind: str) -> dict[str, str]:
     """Values by their text: equal values have equal texts, whatever objects they share."""
-    return {key: value_digest(plan.values[key]) for key, home in plan.table.values.items() if home == kind}
+    return {key: plan.values[key] for key, home in plan.table.values.items() if home == kind}
 
 
 def _digest_of(content: Any) -> str:
@@ -201,7 +216,9 @@ def _encode_tables(plan: SavePlan) -> dict[str, Any]:
 
 
 def _table_digest(plan: SavePlan) -> str:
-    return _digest_of(_encode_tables(plan))
+    if "digest" not in plan.notes:
+        plan.notes["digest"] = _digest_of(_encode_tables(plan))
+    return str(plan.notes["digest"])
 
 
 def _decode_tables(content: Any, ranks: list[int]) -> tuple[list[MeshEntry], list[LayoutEntry], Table]:
@@ -213,7 +230,7 @@ def _decode_tables(content: Any, ranks: list[int]) -> tuple[list[MeshEntry], lis
     return meshes, layouts, replace(decode_table(content["table"]), ranks=tuple(ranks))
 
 
-def _merge_tables(tables: Tables) -> tuple[tuple[MeshEntry, ...], tuple[LayoutEntry, ...], tuple[Table, ...]]:
+def merge_tables(tables: Tables) -> Merged:
     """One numbering of meshes and layouts for all tables."""
     meshes: dict[MeshEntry, int] = {}
     layouts: dict[LayoutEntry, int] = {}
@@ -224,8 +241,8 @@ def _merge_tables(tables: Tables) -> tuple[tuple[MeshEntry, ...], tuple[LayoutEn
             mesh = None if layout.mesh is None else meshes.setdefault(own_meshes[layout.mesh], len(meshes))
             numbers.append(layouts.setdefault(replace(layout, mesh=mesh), len(layouts)))
         tensors = {name: replace(entry, layout=numbers[entry.layout]) for name, entry in table.tensors.items()}
-        merged.append(replace(table, tensors=tensors))
-    return tuple(meshes), tuple(layouts), tuple(merged)
+        merged.append(spelled(replace(table, tensors=tensors)))
+    return Merged(tuple(meshes), tuple(layouts), tuple(merged))
 
 
 def _differing(receipts: Sequence[Receipt]) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shardckpt.engine.committing.receipts import Tables, compose_manifest
+from shardckpt.engine.committing.receipts import compose_manifest, merge_tables
 from shardckpt.engine.saving.write import Receipt
 from shardckpt.errors import CheckpointSaveError
-from shardckpt.format.manifest import LayoutEntry, Manifest, Table, TensorEntry
+from shardckpt.format.manifest import LayoutEntry, Manifest, MeshEntry, Table, TensorEntry
 from shardckpt.format.placement import Piece
 
 
@@ -94,7 +94,7 @@ def compose(attempt: Attempt, written: Sequence[Written], *, created: str) -> Ma
     tensors = {name: _entry(name, parts, layouts) for name, parts in _by_name(written).items()}
     listed = {name for report in written if report.keys is not None for name in report.keys.tensors}
     added = [name for name in tensors if name not in listed]  # a planner may bring in names in its global plan
-    tables: Tables = []
+    tables: list[tuple[list[MeshEntry], list[LayoutEntry], Table]] = []
     for digest, ranks in attempt.groups.items():
         keys = written[ranks[0]].keys
         if keys is None or keys.digest != digest:
@@ -102,7 +102,8 @@ def compose(attempt: Attempt, written: Sequence[Written], *, created: str) -> Ma
         present = [name for name in (*keys.tensors, *added) if name in tensors]
         table = Table(ranks, {name: tensors[name] for name in present}, dict.fromkeys(keys.values, "rank"))
         tables.append(([], list(layouts), table))
-    return compose_manifest(attempt.step, attempt.attempt, created, [w.receipt for w in written], tables, {})
+    receipts, merged = [w.receipt for w in written], merge_tables(tables)
+    return compose_manifest(attempt.step, attempt.attempt, created, receipts, merged, {})
 
 
 def difference(written: Sequence[Written]) -> str:

@@ -22,7 +22,6 @@ from shardckpt.format.archive import LARGE, ArchiveLayout, Slot, file_crc, lay_o
 from shardckpt.format.checksum import crc32, to_hex
 from shardckpt.format.index import StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry
-from shardckpt.format.tree import encode_tree
 
 
 def seal_in_place(file: FilePlan, *, rank: int, threads: int = 2) -> SealedFile:
@@ -41,7 +40,7 @@ def seal_in_place(file: FilePlan, *, rank: int, threads: int = 2) -> SealedFile:
     for slot, content in zip(layout.slots, contents, strict=True):
         if slot.nbytes < LARGE:
             view[slot.data : slot.end] = content
-    tail = make_tail(layout, crcs, _index(file, layout, crcs), encode_tree(file.tree))
+    tail = make_tail(layout, crcs, _index(file, layout, crcs), file.tree.encode())
     nbytes, crc = layout.tail + len(tail.content), file_crc(layout, view, crcs, tail)
     entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
     parts = (*_parts(layout.slots, contents, view), memoryview(tail.content))

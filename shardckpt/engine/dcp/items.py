@@ -16,10 +16,11 @@ from shardckpt.engine.saving.draft import PlannedRecord
 from shardckpt.engine.saving.plan import FilePlan
 from shardckpt.engine.sharding import check_tensor
 from shardckpt.errors import InvalidStateError
+from shardckpt.format.checksum import value_digest
 from shardckpt.format.index import ITEMSIZE, StoredBox
 from shardckpt.format.layout import rank_file
 from shardckpt.format.placement import Box
-from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves
+from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves, spell_tree
 from shardckpt.state import Path
 
 
@@ -44,7 +45,8 @@ class Content:
 
     file: FilePlan
     boxes: tuple[WrittenBox, ...]
-    values: Mapping[str, Any]
+    values: Mapping[str, str]
+    """A digest of each."""
     held: tuple[tuple[str, torch.Tensor], ...]
     """Tensors that are not sharded and that another rank writes."""
 
@@ -70,13 +72,14 @@ def collect(plan: SavePlan, planner: SavePlanner, own: OwnItems, *, rank: int) -
             draft.add_tensor(item)
     for item in values.values():
         draft.add_value(item)
-    file = FilePlan(rank_file(rank), "rank", tuple(draft.records), tuple(draft.boxes), _nest(draft.leaves, own.paths))
+    tree = spell_tree(_nest(draft.leaves, own.paths))
+    file = FilePlan(rank_file(rank), "rank", tuple(draft.records), tuple(draft.boxes), tree)
     written = {item.index for item in plan.items}
     held = [item for item in own.unsharded if item.index not in written]
     return Content(
         file,
         tuple(draft.written),
-        {name: draft.leaves[name] for name in values},
+        {name: value_digest(draft.leaves[name]) for name in values},
         tuple((item.index.fqn, draft.resolve(item)[0]) for item in held),
     )
 

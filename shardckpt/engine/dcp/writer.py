@@ -189,7 +189,7 @@ class DcpWriter(StorageWriter):  # type: ignore[misc, unused-ignore]
         if own is None or not isinstance(task, Assignment) or task.once != self._once:
             raise self._stale_plan()
         content = collect(plan, planner, own, rank=task.rank)
-        sealed = [seal_in_place(content.file, rank=task.rank)] if content.file.tree else []
+        sealed = [seal_in_place(content.file, rank=task.rank)] if content.file.records or content.values else []
         began = time.perf_counter()
         for file in sealed:
             self._storage.put(f"{task.prefix}/{file.entry.name}", file.parts)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +12,7 @@ from shardckpt.format.index import ITEMSIZE, StoredBox
 from shardckpt.state import Path
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRecord:
+class PlannedRecord(NamedTuple):
     """A tensor of this rank that becomes one record: `tensor` is local (never a DTensor), not yet copied."""
 
     tensor: torch.Tensor
@@ -32,6 +30,9 @@ class Draft:
     known: dict[tuple[Any, ...], int] = field(default_factory=dict)
     leaves: dict[Path, Any] = field(default_factory=dict)
     values: list[str] = field(default_factory=list)
+    """Keys of the Python values; `leaves` has a `ValueRef` with the position here."""
+    spelled: list[bytes] = field(default_factory=list)
+    """The values."""
 
 
 def record_number(draft: Draft, local: torch.Tensor, dtype: str) -> int:
@@ -51,11 +52,6 @@ def record_number(draft: Draft, local: torch.Tensor, dtype: str) -> int:
         number = draft.known[memory] = len(draft.records)
         draft.records.append(PlannedRecord(local.detach(), dtype, tuple(local.shape), nbytes))
     return number
-
-
-def private(value: Any) -> Any:
-    """The value, copied unless it can never change: training goes on before it is pickled."""
-    return value if type(value) in (type(None), bool, int, float, str, bytes) else copy.deepcopy(value)
 
 
 _GONE = object()

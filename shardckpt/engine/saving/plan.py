@@ -21,14 +21,24 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.saving.draft import Draft, PlannedRecord, private, prune, record_number
+from shardckpt.engine.saving.draft import Draft, PlannedRecord, prune, record_number
 from shardckpt.engine.sharding import Sharding, check_tensor, describe
 from shardckpt.errors import InvalidStateError
+from shardckpt.format.checksum import value_digest
 from shardckpt.format.index import ITEMSIZE, StoredBox
 from shardckpt.format.layout import MODEL_KEY, model_file, rank_file, replicated_file
 from shardckpt.format.manifest import Home, LayoutEntry, MeshEntry, Table, TensorEntry
 from shardckpt.format.placement import Box
-from shardckpt.format.tree import TensorRef, UnsafeValueError, check_value, map_leaves
+from shardckpt.format.tree import (
+    SpelledTree,
+    TensorRef,
+    UnsafeValueError,
+    ValueRef,
+    check_value,
+    map_leaves,
+    spell_tree,
+    spell_value,
+)
 from shardckpt.state import Part, Path, join_path, put_together
 
 
@@ -40,10 +50,10 @@ class FilePlan:
     home: Home
     records: tuple[PlannedRecord, ...]
     boxes: tuple[StoredBox, ...]
-    tree: Any
-    """The nested state of this file: `TensorRef`s for tensors, and private copies of the Python values."""
+    tree: SpelledTree
+    """The nested state of this file. Its values are spelled already: training goes on, and may change them."""
     values: tuple[str, ...] = ()
-    """Keys of the Python values in the tree."""
+    """Keys of `tree.values`."""
     sharers: int = 1
     """How many ranks plan this very file, and share the writing."""
     place: int = 0
@@ -54,6 +64,8 @@ class FilePlan:
 class SavePlan:
     """What this rank writes, what it holds (`table`, with its `meshes` and `layouts`), and what it leaves to others.
 
+    `values` has a digest of each Python value, by key.
+
     `alike` are the tensors of this rank that are taken to be the same as what another rank writes in its own file, in
     groups that all their holders have alike; `copied` names those that this rank writes for others. All holders sum
     them up, and what is in files that they share, so that a difference is found and never lost.
@@ -63,9 +75,11 @@ class SavePlan:
     meshes: tuple[MeshEntry, ...]
     layouts: tuple[LayoutEntry, ...]
     table: Table
-    values: Mapping[str, Any]
+    values: Mapping[str, str]
     alike: Mapping[str, tuple[tuple[str, torch.Tensor], ...]]
     copied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What others have worked out of `table`, `meshes` and `layouts`, which stay the same from save to save."""
 
 
 def plan_save(
@@ -95,7 +109,7 @@ class _Planner:
         self._layouts: dict[LayoutEntry, int] = {}
         self._tensors: dict[str, TensorEntry] = {}
         self._values: dict[str, Home] = {}
-        self._value_of: dict[str, Any] = {}
+        self._value_of: dict[str, str] = {}
         self._drafts: dict[Home, Draft] = {}
         self._load: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         self._alike: dict[str, list[tuple[str, torch.Tensor]]] = {}
@@ -161,10 +175,7 @@ class _Planner:
             self._alike.setdefault(group, []).append((name, local.detach()))
 
     def _add_value(self, part: Part, path: Path, name: str, value: Any) -> None:
-        try:
-            check_value(value)
-        except UnsafeValueError as error:
-            raise InvalidStateError(f"{name}: {error}") from error
+        spelled, self._value_of[name] = take_value(name, value)
         declared = not self._replicated.isdisjoint((path[0], "*"))
         home: Home = "rank"
         if path[0] == self._model_key and self._model_is_alike and (self._at.dp_size == 1 or declared):
@@ -173,8 +184,9 @@ class _Planner:
             home = "replicated"
         self._values[name] = home
         draft = self._draft(home)
-        draft.leaves[path] = self._value_of[name] = private(value)
+        draft.leaves[path] = ValueRef(len(draft.values))
         draft.values.append(name)
+        draft.spelled.append(spelled)
 
     def _is_alike(self, part: Part, sharding: Sharding | None) -> bool:
         """Whether the ranks of this shard hold this tensor alike, by its placements or by what it belongs to."""
@@ -237,8 +249,17 @@ class _Planner:
         name, sharers, place = self._file_name(home), 1, 0
         if home != "rank":
             sharers, place = self._at.dp_size, self._at.dp_ranks.index(self._at.rank)
-        records, boxes = tuple(draft.records), tuple(draft.boxes)
-        return FilePlan(name, home, records, boxes, content, tuple(draft.values), sharers, place)
+        records, boxes, spelled = tuple(draft.records), tuple(draft.boxes), spell_tree(content, draft.spelled)
+        return FilePlan(name, home, records, boxes, spelled, tuple(draft.values), sharers, place)
+
+
+def take_value(name: str, value: Any) -> tuple[bytes, str]:
+    """A Python value as it is now, spelled, and its digest. `InvalidStateError` for one that cannot be stored."""
+    try:
+        check_value(value)
+        return spell_value(value), value_digest(value)
+    except UnsafeValueError as error:
+        raise InvalidStateError(f"{name}: {error}") from error
 
 
 def home_file(home: Home, rank: int, shard: int, shards: int) -> str:

@@ -6,14 +6,13 @@ too; the copies of parameters and optimizer state run on the save thread while t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shardckpt.engine.saving.draft import PlannedRecord
-from shardckpt.engine.saving.image import Image
+from shardckpt.engine.saving.image import Image, copy_small, slices
 from shardckpt.engine.saving.plan import FilePlan, SavePlan
 from shardckpt.engine.saving.share import Share, share_out
 from shardckpt.engine.saving.write import Sealed, SealedFile, SealedRange
@@ -29,13 +28,9 @@ from shardckpt.format.archive import (
     write_headers,
 )
 from shardckpt.format.checksum import crc32, to_hex, value_digest
-from shardckpt.format.index import StoredRecord, encode_index
+from shardckpt.format.index import IndexText, StoredRecord, index_text
 from shardckpt.format.manifest import FileEntry, Home
-from shardckpt.format.tree import encode_tree
 from shardckpt.storage.transfer.several import for_each
-
-_SLICE = 32 << 20
-"""Bytes copied in one call: small enough to share a large tensor between threads, large enough not to show."""
 
 _TAIL, _TAIL_OF_RECORD = 1 << 20, 1 << 10
 """Room for index, pickle and directory: bytes of address space, which cost nothing until they are touched."""
@@ -129,6 +124,12 @@ class _FileStage:
         self._share = Share(0, 0, tail=True, whole=True)
         self._targets: list[torch.Tensor] = []
         self._file: FilePlan | None = None
+        self._small: list[int] = []
+        self._others: list[int] = []
+        self._spans: list[tuple[int, int]] = []
+        self._index: IndexText | None = None
+        self._kinds: list[tuple[str, int, str]] = []
+        """Of each box its tensor, its record, and the beginning of its digest."""
         self._crcs: list[int | None] = []
         self._headers_due = False
 
@@ -153,9 +154,12 @@ class _FileStage:
 
     def lay_out(self, file: FilePlan, *, in_ranges: bool) -> None:
         """On the caller's thread, so it touches no page: fresh memory costs a tenth of a second per 100 MB."""
-        signature = [(record.dtype, record.shape) for record in file.records]
+        is_again = self._file is not None and file.boxes is self._file.boxes  # of a plan that was made again
+        signature = self._signature if is_again else [(record.dtype, record.shape) for record in file.records]
         if signature != self._signature:
             self._layout = lay_out([record.nbytes for record in file.records])
+        if not is_again:
+            self._index, self._kinds = None, []
         self._file = file
         self._crcs = [None] * len(file.records)
         who: dict[str, Any] = {"home": file.home, "sharers": file.sharers, "place": file.place}
@@ -168,25 +172,31 @@ class _FileStage:
                 self.image.tensor(slot.data, record.tensor.dtype, record.shape)
                 for slot, record in zip(self._layout.slots, file.records, strict=True)
             ]
+            self._sort_records()
+
+    def _sort_records(self) -> None:
+        """Which records are copied together, and which one by one."""
+        slots = self._layout.slots
+        self._small = [n for n, slot in enumerate(slots) if 0 < slot.nbytes < LARGE and self._is_staged(slot)]
+        small = set(self._small)
+        self._others = [n for n, slot in enumerate(slots) if slot.nbytes and n not in small]
+        self._spans = [(slot.data, slot.end) for slot in slots]
 
     def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
         """What is to be done now for the wanted tensors: copies into the image, sums of what is not copied."""
         assert self._file is not None
-        small_targets, small_sources = [], []
-        for number, record in enumerate(self._file.records):
-            slot, target = self._layout.slots[number], self._targets[number]
-            if not record.nbytes or not wanted(record.tensor):
+        records, targets = self._file.records, self._targets
+        for number in self._others:
+            slot, tensor = self._layout.slots[number], records[number].tensor
+            if not wanted(tensor):
                 continue
             if not self._is_staged(slot):
-                yield self._sum_job(number, record.tensor)
-            if record.nbytes < LARGE:
-                if self._is_staged(slot):
-                    small_targets.append(target)
-                    small_sources.append(record.tensor)
-            elif self._share.touches(slot.data, slot.end):
-                yield from _slices(target, record.tensor, slot.data, self._share)
-        if small_targets:
-            yield lambda: _copy_small(small_targets, small_sources)
+                yield self._sum_job(number, tensor)
+            if slot.nbytes >= LARGE and self._share.touches(slot.data, slot.end):
+                yield from slices(targets[number], tensor, slot.data, self._share)
+        small = [number for number in self._small if wanted(records[number].tensor)]
+        if small:
+            yield lambda: copy_small([targets[n] for n in small], [records[n].tensor for n in small])
 
     def _is_staged(self, slot: Slot) -> bool:
         """Whether all of a record comes into the image. Whoever makes the tail needs all small ones for its sum."""
@@ -203,7 +213,7 @@ class _FileStage:
         assert self._file is not None
         layout, file, share, view = self._layout, self._file, self._share, self.image.view
         crcs = self._all_crcs(view, threads)
-        self.digests = _digests(file, crcs)
+        self.digests = self._all_digests(crcs)
         if share.is_empty:
             return None
         within = None if share.tail else share.range  # whoever makes the tail sums up all headers
@@ -214,6 +224,7 @@ class _FileStage:
         if not share.tail:
             return SealedRange(file.name, (view[share.start : share.end],), share.start, share.end)
         tail = self._tail(crcs)
+        self._file = replace(file, records=())  # nothing of a state is held from one save to the next
         nbytes, crc = layout.tail + len(tail.content), file_crc(layout, view, crcs, tail)
         entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
         return SealedFile(entry, self._with_tail(tail.content), dict(self.digests), share.start, share.whole)
@@ -227,10 +238,17 @@ class _FileStage:
             self._crcs[number] = crc32(view[slots[number].data : slots[number].end])
 
         for_each(large, sum_up, threads=threads)
-        for number, crc in enumerate(self._crcs):
-            if crc is None:
-                sum_up(number)
-        return [crc for crc in self._crcs if crc is not None]
+        pairs = zip(self._crcs, self._spans, strict=True)
+        return [crc32(view[start:end]) if crc is None else crc for crc, (start, end) in pairs]
+
+    def _all_digests(self, crcs: Sequence[int]) -> dict[str, str]:
+        """By tensor."""
+        assert self._file is not None
+        if not self._kinds:
+            records = self._file.records
+            kinds = [(stored.name, stored.record, records[stored.record]) for stored in self._file.boxes]
+            self._kinds = [(name, number, _kind(record.dtype, record.shape)) for name, number, record in kinds]
+        return {name: f"{kind}{crcs[number]:08x}" for name, number, kind in self._kinds}
 
     def _with_tail(self, tail: bytes) -> tuple[memoryview, ...]:
         """The image with its tail behind it; a tail that is larger than any that was thought of stays by itself."""
@@ -242,59 +260,23 @@ class _FileStage:
 
     def _tail(self, crcs: Sequence[int]) -> Tail:
         assert self._file is not None
-        records = [
-            StoredRecord(record.dtype, record.shape, slot.data, slot.nbytes, crc)
-            for record, slot, crc in zip(self._file.records, self._layout.slots, crcs, strict=True)
-        ]
-        return make_tail(self._layout, crcs, encode_index(records, self._file.boxes), encode_tree(self._file.tree))
-
-
-def _digests(file: FilePlan, crcs: Sequence[int]) -> dict[str, str]:
-    digests: dict[str, str] = {}
-    for stored in file.boxes:
-        record: PlannedRecord = file.records[stored.record]
-        digests[stored.name] = _digest(record.tensor.dtype, record.shape, crcs[stored.record])
-    return digests
+        if self._index is None:
+            records = [
+                StoredRecord(record.dtype, record.shape, slot.data, slot.nbytes, 0)
+                for record, slot in zip(self._file.records, self._layout.slots, strict=True)
+            ]
+            self._index = index_text(records, self._file.boxes)
+        return make_tail(self._layout, crcs, self._index.with_crcs(crcs), self._file.tree.encode())
 
 
 def _digest(dtype: torch.dtype, shape: tuple[int, ...], crc: int) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{json.dumps(shape, separators=(',', ':'))}{to_hex(crc)}"
+    return _kind(str(dtype).removeprefix("torch."), shape) + to_hex(crc)
+
+
+def _kind(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype}{list(shape)}"
 
 
 def _crc_of(tensor: torch.Tensor) -> int:
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
     return crc32(flat.numpy().data) if flat.numel() else 0
-
-
-def _slices(target: torch.Tensor, source: torch.Tensor, at: int, share: Share) -> Iterable[Callable[[], None]]:
-    """Copies of what lies in the share, of a tensor whose first byte is byte `at` of the file."""
-    itemsize = target.element_size()
-    first, last = max(0, share.start - at), min(target.numel() * itemsize, share.end - at)
-    if source.is_contiguous() and (last - first > _SLICE or last - first < target.numel() * itemsize):
-        flat_target, flat_source = target.view(-1), source.view(-1)
-        for start in range(first // itemsize, -(-last // itemsize), _SLICE // itemsize):
-            end = min(start + _SLICE // itemsize, -(-last // itemsize))
-            yield _copy_job(flat_target[start:end], flat_source[start:end])
-    else:
-        yield _copy_job(target, source)
-
-
-def _copy_job(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
-    def copy() -> None:
-        _raw(target).copy_(_raw(source))
-
-    return copy
-
-
-def _copy_small(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """20,000 small tensors in one call instead of 20,000."""
-    with torch.no_grad():
-        torch._foreach_copy_([_raw(t) for t in targets], [_raw(s) for s in sources])
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or its bytes where torch has no copy for its dtype (bits8, float4, ...)."""
-    name = str(tensor.dtype)
-    if "bits" in name or "float4" in name:
-        return tensor.contiguous().view(torch.uint8)
-    return tensor
