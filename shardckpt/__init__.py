@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardckpt.engine.background.policy import SavePolicy as SavePolicy
     from shardckpt.engine.dcp.reader import DcpReader as DcpReader
     from shardckpt.engine.dcp.writer import DcpWriter as DcpWriter
     from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from shardckpt.errors import CheckpointMismatchError as CheckpointMismatchError
     from shardckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from shardckpt.errors import CheckpointSaveError as CheckpointSaveError
+    from shardckpt.errors import CheckpointSkippedError as CheckpointSkippedError
     from shardckpt.errors import CommitUnknownError as CommitUnknownError
     from shardckpt.errors import Failure as Failure
     from shardckpt.errors import GangError as GangError
@@ -48,6 +50,7 @@ _HOME = {
     "CheckpointMismatchError": "errors",
     "CheckpointNotFoundError": "errors",
     "CheckpointSaveError": "errors",
+    "CheckpointSkippedError": "errors",
     "CommitUnknownError": "errors",
     "DcpReader": "engine.dcp.reader",
     "DcpWriter": "engine.dcp.writer",
@@ -63,6 +66,7 @@ _HOME = {
     "LoadPolicy": "engine.loading.fit",
     "PendingSave": "engine.pending",
     "RngState": "state",
+    "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",
 }
 """Public name -> the module of this package that defines it; tests/house checks it against the imports above."""

@@ -37,6 +37,10 @@ class CheckpointSaveError(CheckpointError):
     """A save did not commit. The older steps are as they were, and the next save may succeed."""
 
 
+class CheckpointSkippedError(CheckpointSaveError):
+    """A save was not made, on purpose: the `SavePolicy` says so of one that comes while others are under way."""
+
+
 class CommitUnknownError(CheckpointSaveError):
     """The storage did not answer whether the record was accepted; nothing was deleted."""
 

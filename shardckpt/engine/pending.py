@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from shardckpt.engine.progress import Progress, SaveReport
-from shardckpt.errors import CheckpointError, CheckpointSaveError
+from shardckpt.errors import CheckpointError, CheckpointSaveError, CheckpointSkippedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,17 @@ class PendingSave:
         """Whether it is over: committed or failed."""
         return self._future.done()
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the policy has passed it over, because others were under way; known, on all ranks, when it is done.
+
+        That is no failure, though `result` raises `CheckpointSkippedError`: there is nothing to give.
+        """
+        return self._future.done() and isinstance(self._future.exception(), CheckpointSkippedError)
+
     def failure(self) -> CheckpointError | None:
-        """The error of a save that is over without a commit, whether or not anybody has looked at it; else None."""
-        error = self._future.exception() if self._future.done() else None
+        """The error of a save that has failed, whether or not anybody has looked at it; else None."""
+        error = self._future.exception() if self._future.done() and not self.skipped else None
         return error if isinstance(error, CheckpointError) or error is None else _as_save_error(error, self.step)
 
     def result(self, timeout: timedelta | None = None) -> CheckpointInfo:
@@ -89,11 +97,12 @@ class PendingSave:
         finally:
             self.report.stall_s += time.perf_counter() - began
 
-    def wait_until_staged(self) -> None:
-        """Called before an optimizer step: hold it until the copy is done, and count the wait."""
-        if not self._copied.is_set():
-            with self.stalling():
-                self._copied.wait()
+    def wait_until_staged(self, timeout: timedelta | None = None) -> bool:
+        """Called before an optimizer step: hold it until the copy is done, and count the wait. False if time is up."""
+        if self._copied.is_set():
+            return True
+        with self.stalling():
+            return self.staged(timeout)
 
     def wait(self) -> None:
         """Wait until it is over, in whatever way. Raises nothing."""
@@ -113,9 +122,10 @@ class PendingSave:
         self._future.set_result(info)
 
     def fail(self, error: BaseException) -> None:
-        """By the save thread: not committed."""
+        """By the save thread, or by whoever finds that it is no more: not committed, unless it is over already."""
         self._copied.set()
-        self._future.set_exception(error)
+        with suppress(InvalidStateError):
+            self._future.set_exception(error)
 
 
 def _as_save_error(error: BaseException, step: int) -> CheckpointSaveError:

@@ -35,7 +35,7 @@ class Progress:
     def __init__(self) -> None:
         self._written = 0
         self._lock = threading.Lock()
-        self._cancelled = threading.Event()
+        self._stopped: BaseException | None = None
 
     @property
     def written(self) -> int:
@@ -47,10 +47,15 @@ class Progress:
             self._written += nbytes
 
     def cancel(self) -> None:
-        """Ask the save to stop before its next file."""
-        self._cancelled.set()
+        """Ask the save to stop before it writes more."""
+        self.stop(InterruptedError("the save was cancelled"))
+
+    def stop(self, reason: BaseException) -> None:
+        """As `cancel`, and say why; the first reason counts."""
+        with self._lock:
+            self._stopped = self._stopped or reason
 
     def check(self) -> None:
-        """Raise `InterruptedError` if the save was cancelled. Called by writers between files."""
-        if self._cancelled.is_set():
-            raise InterruptedError("the save was cancelled")
+        """Raise the reason if the save was asked to stop. Called by writers between pieces."""
+        if self._stopped is not None:
+            raise self._stopped

@@ -6,29 +6,27 @@ save thread has a gang of its own; the training's process groups are never used.
 
 from __future__ import annotations
 
-import logging
 import operator
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
-from shardckpt.engine.carry import carry
-from shardckpt.engine.committing.receipts import TableBook, describe_own
-from shardckpt.engine.committing.transaction import Transaction
+from shardckpt.engine.background.flights import Flights
+from shardckpt.engine.background.policy import SavePolicy
+from shardckpt.engine.background.worker import Worker
+from shardckpt.engine.committing.committer import Committer
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
-from shardckpt.engine.patience import within
+from shardckpt.engine.patience import Limit
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
-from shardckpt.engine.progress import SaveReport
 from shardckpt.engine.saving.again import Planner
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
-from shardckpt.engine.saving.write import Receipt, Sealed, write_files
 from shardckpt.errors import CheckpointError, CheckpointSaveError, InvalidStateError
 from shardckpt.format.layout import step_folder
 from shardckpt.format.manifest import FileEntry
@@ -37,9 +35,8 @@ from shardckpt.gang.together import together
 from shardckpt.state import Part
 from shardckpt.storage.base import RenamingStorage, Storage
 
-_log = logging.getLogger(__name__)
-
-_FAREWELL = timedelta(seconds=5)  # how long a rank that gives up tries to tell the others so
+_FAREWELL = timedelta(seconds=5)
+"""How long a rank that gives up tries to tell the others so."""
 
 
 class Saver:
@@ -56,42 +53,49 @@ class Saver:
         coordinates: Coordinates,
         *,
         timeout: timedelta,
+        policy: SavePolicy | None = None,
         on_commit: Callable[[CheckpointInfo, PendingSave], None] = lambda info, pending: None,
     ) -> None:
-        self._storage = storage
         self._gang = gang
         self._at = coordinates
         self._timeout = timeout
-        self._on_commit = on_commit
-        self._stager = Stager(in_ranges=isinstance(storage, RenamingStorage))
-        self._planner, self._hooks = Planner(coordinates), StepHooks()
+        self._policy = policy or SavePolicy()
+        self._committer = Committer(storage, gang, coordinates, on_commit=on_commit)
+        self._flights = Flights(lambda: Stager(in_ranges=isinstance(storage, RenamingStorage)))
+        self._planner, self._hooks = Planner(coordinates), StepHooks(self.wait_until_staged)
         self._tries: Counter[int] = Counter()
-        self._book = TableBook()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardckpt-save")
-        self._last: PendingSave | None = None
+        self._thread = Worker("shardckpt-save")
+        self._copier = Worker("shardckpt-copy")
         self._closed = False
 
     @property
     def last(self) -> PendingSave | None:
         """The save that was started last."""
-        return self._last
+        return self._flights.last
 
-    def start(self, step: int, take_parts: Callable[[], Sequence[Part]], options: SaveOptions) -> PendingSave:
-        """Begin to save; returns when what training may change next is safe. Waits for an earlier save to be written.
+    def start(self, step: int, take_parts: Callable[[], Sequence[Part]], *, options: SaveOptions) -> PendingSave:
+        """Begin to save; returns when what training may change next is safe. What it does about earlier saves that are
+        still under way is said by the policy.
 
         An error of this rank's state is raised here at once, and on the other ranks by their `PendingSave`.
         """
-        work = self._new(step)
+        work = self._new(step, options.deadline)
+        skipped: CheckpointError | None = None
         with work.pending.stalling():
-            self.drain()
             try:
+                skipped = self._flights.make_room(work.pending.step, self._policy)
+                _raise(skipped)
+                work.stager = self._flights.memory()
                 with uncollected():
                     self._stage_now(work, take_parts(), options)
             except BaseException as error:
                 work.error = error
-            here = work.error  # what the save thread runs into from now on comes up in the `PendingSave`
+            here = work.error  # what other threads run into from now on comes up in the `PendingSave`
+            self._begin_copy(work)
             self.finish(work)
-        if here is not None:
+            if options.staging == "none" and here is None:
+                self._hold(work.pending)
+        if here is not None and here is not skipped:
             work.pending.mark_seen()
             raise here
         return work.pending
@@ -100,7 +104,8 @@ class Saver:
         """Make room for a checkpoint that is put together call by call. Waits for an earlier save to be written."""
         work = self._new(step)
         self.drain()
-        work.attempt = self._attempt(work)
+        work.stager = self._flights.memory()
+        work.attempt = self._committer.attempt(work)
         self._jointly(work, partial(work.attempt.begin, work.scope))
         return work
 
@@ -123,8 +128,8 @@ class Saver:
 
     def finish(self, work: Work) -> PendingSave:
         """Write what is staged, and commit, in the background."""
-        self._last = work.pending
-        self._thread.submit(self._run, work)
+        self._flights.add(work)
+        self._thread.submit(partial(self._committer.run, work)).add_done_callback(partial(_ended, work))
         return work.pending
 
     def abort(self, work: Work, reason: str) -> None:
@@ -135,7 +140,7 @@ class Saver:
         with suppress(CheckpointError):
             self._jointly(work, lambda: self._agree(work, lambda: _raise(error), "abort", timeout=_FAREWELL))
 
-    def _new(self, step: int) -> Work:
+    def _new(self, step: int, deadline: timedelta | None = None) -> Work:
         if self._closed:
             raise CheckpointSaveError(f"step {step} was not saved: the manager is closed already", step=step)
         try:
@@ -144,10 +149,7 @@ class Saver:
             raise InvalidStateError(f"{step!r} cannot be saved as a step: {error}") from error
         scope = f"save/{step}/{self._tries[step]}"
         self._tries[step] += 1
-        return Work(PendingSave(step), scope, time.perf_counter())
-
-    def _attempt(self, work: Work) -> Transaction:
-        return Transaction(self._storage, self._gang, self._book, step=work.pending.step, timeout=self._timeout)
+        return Work(PendingSave(step), scope, time.perf_counter(), Limit.of(self._timeout, deadline))
 
     def _prefix(self, work: Work) -> str:
         assert work.attempt is not None
@@ -181,51 +183,44 @@ class Saver:
 
     def drain(self) -> None:
         """Wait until no save is under way. Raises nothing."""
-        if self._last is not None:
-            self._last.wait()
+        self._flights.drain()
+
+    def of_step(self, step: int) -> PendingSave | None:
+        """The save of that step that is under way, or was the last one."""
+        return self._flights.of_step(step)
 
     def wait_until_staged(self) -> None:
-        """Hold whoever wants to change parameters until the copy is done."""
-        if self._last is not None:
-            self._last.wait_until_staged()
+        """Hold whoever wants to change parameters until all copies are done. Any thread may call."""
+        self._flights.wait_until_staged(self._timeout)
 
     def close(self) -> None:
         """Let the save under way end, then give everything back. Raises nothing."""
         self._closed = True
-        self._thread.shutdown(wait=True)
+        self._thread.close()
+        self._copier.close()
         self._hooks.remove()
-        self._stager.close()
+        self._flights.close()
 
     def _stage_now(self, work: Work, parts: Sequence[Part], options: SaveOptions) -> None:
         work.options = options
         check_metadata(options.metadata)
         work.plan = self._planner.plan(parts, model_key=options.model_key, replicated=options.replicated)
-        work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
+        work.staging = work.stager.prepare(work.plan, rank=self._at.rank, windowed=options.staging == "none")
         work.pending.report.nbytes = work.staging.nbytes
-        memory = memory_of_optimizers(parts) if options.overlap else frozenset()
+        memory = memory_of_optimizers(parts) if options.staging == "overlap" else frozenset()
         work.later = lambda tensor: tensor.data_ptr() in memory
+        if options.verify:
+            work.staging.note()
         work.staging.copy(lambda tensor: not work.later(tensor))
-        self._hooks.install(parts, work.pending)
+        self._hooks.install(parts)
 
-    def _run(self, work: Work) -> None:
-        """On the save thread. Never raises: what happens ends in the `PendingSave`."""
-        pending = work.pending
-        try:
-            self._stage_later(work)
-            info = self._write_and_commit(work)
-        except BaseException as error:
-            pending.fail(as_save_error(error, pending.step))
-            return
-        pending.report.total_s = time.perf_counter() - work.began
-        pending.report.total_nbytes = info.nbytes
-        pending.finish(info)
-        try:
-            self._on_commit(info, pending)
-        except Exception:
-            _log.exception("step %d is committed, but what was to be done after it failed", info.step)
+    def _begin_copy(self, work: Work) -> None:
+        copying = self._copier.submit(partial(self._stage_later, work))
+        work.give_up_copy = partial(self._give_up_copy, work, copying)
+        copying.add_done_callback(partial(_copied, work))
 
     def _stage_later(self, work: Work) -> None:
-        """The copies that training may overlap with. Whatever happens, training is not held longer than this."""
+        """The copies that training may overlap with, on the copying thread. Training is not held longer than this."""
         began = time.perf_counter()
         try:
             if work.error is None and work.staging is not None:
@@ -236,53 +231,20 @@ class Saver:
             work.pending.mark_staged()
             work.pending.report.stage_s = time.perf_counter() - began
 
-    def _write_and_commit(self, work: Work) -> CheckpointInfo:
-        step, report = work.pending.step, work.pending.report
-        attempt = work.attempt or self._attempt(work)
+    def _give_up_copy(self, work: Work, copying: Future[None]) -> None:
+        """The copy takes too long: training goes on and will change what is being copied, so the save must fail."""
+        work.error = work.error or TimeoutError("copying the state took too long")
+        work.stager.forsake()
+        self._copier.give_up(copying)
+        work.pending.mark_staged()
+
+    def _hold(self, pending: PendingSave) -> None:
+        """Until it is over: nothing is copied. Whoever is interrupted may change the state, and it must not go on."""
         try:
-            if work.attempt is None:
-                attempt.begin(work.scope)
-            with _timed(report, "write_s"):
-                attempt.write(lambda prefix: self._write(work, prefix))
-            with _timed(report, "commit_s"):
-                attempt.compare(work.alike)
-                assert work.plan is not None
-                committed = attempt.commit(work.plan, work.options.metadata, model_key=work.options.model_key)
+            pending.wait()
         except BaseException:
-            attempt.abandon()
+            pending.cancel()
             raise
-        report.slowest_rank = committed.slowest_rank
-        url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
-        metadata = dict(work.options.metadata)
-        return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)
-
-    def _write(self, work: Work, prefix: str) -> Receipt:
-        if work.error is not None:
-            raise work.error
-        if work.plan is None or work.staging is None:  # no state, only files that are written already
-            work.plan = self._planner.plan(())
-            work.staging = self._stager.prepare(work.plan, rank=self._at.rank)
-        sealed = work.staging.seal()
-        began = time.perf_counter()
-        work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
-        progress = work.pending.progress
-        try:
-            files = within(self._timeout, lambda: self._put(work, prefix, sealed), what="writing the files")
-        except TimeoutError:
-            progress.cancel()  # at its next part, if it ever comes to it
-            self._stager.forsake()
-            raise
-        seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
-        work.alike = work.staging.alike()
-        return describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
-
-    def _put(self, work: Work, prefix: str, sealed: Sequence[Sealed]) -> tuple[FileEntry, ...]:
-        files = write_files(self._storage, prefix, sealed, work.pending.progress)
-        if self._at.rank:
-            return files
-        for name, content in work.loose.items():
-            self._storage.put(f"{prefix}/{name}", [content])
-        return (*files, *carry(self._storage, prefix))
 
 
 def _raise(error: BaseException | None) -> None:
@@ -290,11 +252,14 @@ def _raise(error: BaseException | None) -> None:
         raise error
 
 
-@contextmanager
-def _timed(report: SaveReport, name: str) -> Iterator[None]:
-    """Put the seconds inside into the report, also when they end in an error."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        setattr(report, name, time.perf_counter() - began)
+def _copied(work: Work, future: Future[None]) -> None:
+    """Also where the thread was ended in the middle of the copy."""
+    work.error = work.error or future.exception()
+    work.pending.mark_staged()
+
+
+def _ended(work: Work, future: Future[None]) -> None:
+    """Also where the thread was ended in the middle of the save: then that is how it went."""
+    error = future.exception()
+    if error is not None:
+        work.pending.fail(as_save_error(error, work.pending.step))

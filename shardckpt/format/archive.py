@@ -112,11 +112,18 @@ def write_headers(layout: ArchiveLayout, image: memoryview, *, within: tuple[int
     """
     start, end = within or (0, layout.tail)
     for slot, (_, content) in zip(layout.front, _FRONT, strict=True):
-        image[slot.header : slot.data] = _local_header(slot, crc32(content))
+        image[slot.header : slot.data] = header_of(slot, crc32(content))
         image[slot.data : slot.end] = content
     for slot in layout.slots:
         if slot.header < end and slot.data > start:
-            image[slot.header : slot.data] = _local_header(slot, 0)
+            image[slot.header : slot.data] = header_of(slot, 0)
+
+
+def front_of(layout: ArchiveLayout) -> bytes:
+    """What comes before the first slot's header."""
+    image = bytearray(layout.front[-1].end)
+    write_headers(layout, memoryview(image), within=(0, 0))
+    return bytes(image)
 
 
 def write_crcs(
@@ -139,7 +146,7 @@ def make_tail(layout: ArchiveLayout, crcs: Sequence[int], index: bytes, tree: by
     index_slot = _place(INDEX_NAME, start, len(index))
     tree_slot = _place("data.pkl", index_slot.end, len(tree))
     index_crc, tree_crc = crc32(index), crc32(tree)
-    pieces = [_local_header(index_slot, index_crc), index, _local_header(tree_slot, tree_crc), tree]
+    pieces = [header_of(index_slot, index_crc), index, header_of(tree_slot, tree_crc), tree]
     directory = bytearray(layout.directory)
     for at, crc in zip(layout.crcs_at, crcs, strict=True):
         _PUT_CRC(directory, at, crc)
@@ -177,7 +184,8 @@ def _zip64_nbytes(nbytes: int) -> int:
     return 20 if nbytes >= _MAX32 else 0
 
 
-def _local_header(slot: Slot, crc: int) -> bytes:
+def header_of(slot: Slot, crc: int) -> bytes:
+    """The local header of a record."""
     name = f"{PREFIX}/{slot.name}".encode()
     wide = slot.nbytes >= _MAX32
     size = _MAX32 if wide else slot.nbytes

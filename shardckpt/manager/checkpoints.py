@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
+from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.fit import LoadPolicy
 from shardckpt.engine.patience import within
@@ -22,6 +24,7 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder, ModelOnlyError, check_asks_for_model_only
 from shardckpt.manager.talk import Talk
+from shardckpt.manager.tally import Tally
 from shardckpt.manager.transactional import TransactionalFace
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.history import History
@@ -55,7 +58,8 @@ class CheckpointManager(TransactionalFace):
         gangs: the processes that act together; found from the environment if not given.
         keep: which steps to keep (`KeepLast(3) | KeepBest(2)`); all, if not given. Pruned after each commit.
         timeout: how long a rank waits for its peers in one phase of a save or load before it gives up.
-        overlap: copy parameters and optimizer state while training goes on to its next optimizer step.
+        saving: how the state is copied, and what becomes of a save that comes while another is under way; see
+            `SavePolicy`. If not given, it overlaps with training, and a save waits for the one before.
         tolerate: how many saves in a row may fail before `save` raises the failure of the last one; up to then a
             failure is logged, and raised by whoever asks for its result, by `wait` and at the end of the `with`.
         storage_options: for fsspec; never logged or recorded.
@@ -68,7 +72,7 @@ class CheckpointManager(TransactionalFace):
         *,
         keep: Policy | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        overlap: bool = True,
+        saving: SavePolicy | None = None,
         tolerate: int = 2,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
@@ -77,16 +81,15 @@ class CheckpointManager(TransactionalFace):
         self._owns_storage = isinstance(root, (str, os.PathLike))
         self._at = Coordinates.of(gangs)
         self._talk = Talk(gangs.fork("load").root, timeout=timeout)
-        self._overlap = overlap
-        self._tolerate = tolerate
-        self._failed_in_a_row = 0
-        self._accounted_for: PendingSave | None = None
+        self._saving = saving or SavePolicy()
+        self._tally = Tally(tolerate=tolerate)
         self._reader = StateReader()
         self._catalog = Catalog(self._storage)
         self._policy = keep or KeepAll()
         self._history = History(self._catalog, self._policy, grace=max(2 * timeout, _GRACE))
         self._save_gang = gangs.fork("save").root
-        self._saver = Saver(self._storage, self._save_gang, self._at, timeout=timeout, on_commit=self._after_commit)
+        terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
+        self._saver = Saver(self._storage, self._save_gang, self._at, **terms)
         self._finder = Finder(self._storage, self._catalog, self._talk, self._at)
         self._open = None
 
@@ -112,12 +115,13 @@ class CheckpointManager(TransactionalFace):
         replicated: Collection[str] = (),
         metadata: Mapping[str, Any] | None = None,
         model_key: str = "model",
+        deadline: timedelta | None = None,
     ) -> PendingSave:
         """Save the state as it is now. Returns when what training may change next is safe, not when it is written.
 
         Parameters and optimizer state of optimizers in the state are copied while training goes on; the next
         `optimizer.step()` waits for the copy by itself, other changes of parameters go under `guard()`. An earlier
-        save that is still being written is waited for.
+        save that is still being written is waited for. (`SavePolicy` has other ways.)
 
         Args:
             step: the training step; saving a step again replaces it at the commit.
@@ -126,18 +130,47 @@ class CheckpointManager(TransactionalFace):
             replicated: top-level keys (or "*") that all data-parallel ranks hold alike: stored once.
             metadata: JSON of yours, kept in the record.
             model_key: the key of the model, whose state goes to `model.<r>.pt`.
+            deadline: if it is not committed this long after the call, it fails; the same on all ranks.
         """
-        self._account_for_last()
         self._none_open("save")
-        options = SaveOptions(model_key, replicated, metadata or {}, self._overlap)
-        return self._saver.start(step, lambda: self._reader.take_apart(state), options)
+        options = SaveOptions(model_key, replicated, metadata or {}, self._saving.staging)
+        options = replace(options, verify=self._saving.verify_copies, deadline=deadline)
+        return self._begin(partial(self._saver.start, step, options=options), partial(self._reader.take_apart, state))
+
+    def _begin(
+        self, start: Callable[[Callable[[], Sequence[Part]]], PendingSave], take_apart: Callable[[], Sequence[Part]]
+    ) -> PendingSave:
+        """Too many failures before are raised as an error of this save, so that ranks that do not know of them yet are
+        told. Where saves wait for those before, all ranks know of the same: those that had to end to make room."""
+        newest = self._saving.in_flight - 1 if self._saving.when_busy == "wait" else 0
+        due: list[CheckpointError] = []
+
+        def account_and_take() -> Sequence[Part]:
+            error = self._tally.account(newest=newest)
+            if error is not None:
+                due.append(error)
+                raise error
+            return take_apart()
+
+        before = self._saver.last
+        try:
+            return start(account_and_take)
+        finally:
+            begun = self._saver.last
+            if begun is not None and begun is not before and not due:
+                self._tally.add(begun)
 
     def wait(self) -> None:
-        """Wait for the save under way; raises its failure, or one that nobody has looked at yet."""
+        """Wait for the saves under way; raises a failure that nobody has looked at yet."""
         self._saver.drain()
-        error = self._saver.last.unseen_error() if self._saver.last is not None else None
+        error = self._tally.unseen()
         if error is not None:
             raise error
+
+    @property
+    def skipped(self) -> int:
+        """How many of the saves that are over were skipped, or given up for a newer one, as `saving` says."""
+        return self._tally.skipped
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -211,28 +244,16 @@ class CheckpointManager(TransactionalFace):
                 self._storage.close()
 
     def _account_for_last(self) -> None:
-        """The failure of the last save, once: logged, until too many in a row have failed. Then it is raised, whoever
-        has looked at it: ranks that did not raise would go on to save alone."""
         self._saver.drain()
-        last = self._saver.last
-        if last is None or last is self._accounted_for:
-            return
-        self._accounted_for = last
-        error = last.failure()
-        self._failed_in_a_row = self._failed_in_a_row + 1 if error is not None else 0
-        if error is None:
-            return
-        unseen = last.unseen_error() is not None
-        if self._failed_in_a_row > self._tolerate:
+        error = self._tally.account()
+        if error is not None:
             raise error
-        if unseen:
-            _log.error("%s (failure %d in a row; training goes on, the next is tried)", error, self._failed_in_a_row)
 
     def _after_commit(self, info: CheckpointInfo, pending: PendingSave) -> None:
         """On the save thread of every rank; rank 0 logs, notes the score and prunes."""
         if self._at.rank == 0:
             report = pending.report
-            # The next save is staged on this thread, and the optimizer waits for that.
+            # The next save is written by this thread.
             work = partial(self._history.committed, info.step)
             deleted = within(self._talk.timeout, work, what="pruning")
             _log.info(

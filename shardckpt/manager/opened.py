@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from shardckpt.engine.carry import put_metadata
 from shardckpt.engine.consolidated.write import write_consolidated
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.patience import within
 from shardckpt.engine.pending import PendingSave
 from shardckpt.engine.save import Saver
 from shardckpt.engine.saving.work import SaveOptions
@@ -55,7 +57,7 @@ class OpenCheckpoint:
     def save_state(self, state: Mapping[str, Any], *, model_key: str, replicated: Collection[str]) -> None:
         """Take a private copy of the state; it may change as soon as this returns."""
         self._once("save_state", self._has_state)
-        options = SaveOptions(model_key, replicated, overlap=False)
+        options = SaveOptions(model_key, replicated, staging="blocking")
         self._saver.stage(self._work, lambda: self._reader.take_apart(state), options)
         self._has_state = True
         if self._has_model and self._is_whole_model_staged():
@@ -71,7 +73,8 @@ class OpenCheckpoint:
 
             def put() -> None:
                 if self._at.leads and metadata is not None:
-                    own.append(put_metadata(self._storage, prefix, metadata, name=name, writer=self._at.rank))
+                    put_it = partial(put_metadata, self._storage, prefix, metadata, name=name, writer=self._at.rank)
+                    own.append(within(self._timeout, put_it, what="writing the metadata"))
 
             together(gang, put, phase="metadata", timeout=self._timeout, step=self.step)
             return own
@@ -129,7 +132,8 @@ class OpenCheckpoint:
         """Make room for the model.pt of the state."""
         dropped = [file for file in self._work.files if file.kind == CONSOLIDATED]
         keys = [f"{prefix}/{file.name}" for file in dropped]
-        together(gang, lambda: self._storage.delete(keys), phase="model", timeout=self._timeout, step=self.step)
+        delete = partial(within, self._timeout, partial(self._storage.delete, keys), what="removing the model")
+        together(gang, delete, phase="model", timeout=self._timeout, step=self.step)
         self._work.files = [file for file in self._work.files if file.kind != CONSOLIDATED]
         return ()
 

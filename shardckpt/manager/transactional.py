@@ -28,6 +28,7 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.manager.finding import Finder
 from shardckpt.manager.opened import OpenCheckpoint
 from shardckpt.manager.talk import Talk
+from shardckpt.manager.tally import Tally
 from shardckpt.run.card import write_model_card
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.deletion import delete_step, preserve_model
@@ -51,6 +52,7 @@ class TransactionalFace(ABC):
     _finder: Finder
     _catalog: Catalog
     _history: History
+    _tally: Tally
     _open: OpenCheckpoint | None
 
     @abstractmethod
@@ -116,6 +118,7 @@ class TransactionalFace(ABC):
         With `blocking=False` this goes on in the background: `result()` of what is given back waits for it.
         """
         pending = self._take_open("commit_checkpoint").commit()
+        self._tally.add(pending)
         if blocking:
             pending.result()
         return pending
@@ -204,10 +207,10 @@ class TransactionalFace(ABC):
         self._talk.from_rank_0(retain, "delete steps")
 
     def _score_step(self, step: int, score: float) -> None:
-        last = self._saver.last
+        pending = self._saver.of_step(step)
 
         def note_or_write() -> None:
-            if last is None or last.step != step or not self._history.note(step, score, over=last.done):
+            if pending is None or not self._history.note(step, score, over=pending.done):
                 self._history.write_score(step, score)
 
         self._talk.enter(f"score/{step}", step=step)

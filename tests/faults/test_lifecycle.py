@@ -181,13 +181,13 @@ class Training:
 
 
 class Copying:
-    """Takes the place of `Staging.copy`: that of parameters, on the save thread, does `before` first."""
+    """Takes the place of `Staging.copy`: that of parameters, on the copying thread, does `before` first."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
         real = Staging.copy
 
         def copy(staging: Staging, wanted: Callable[[torch.Tensor], bool]) -> None:
-            if threading.current_thread().name.startswith("shardckpt-save"):
+            if threading.current_thread().name.startswith("shardckpt-copy"):
                 before()
             real(staging, wanted)
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.committing.receipts import TableBook, compose_manifest, disagreements, explain, held_of
-from shardckpt.engine.patience import within
+from shardckpt.engine.patience import Limit, within
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, decode_receipt
 from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
@@ -30,7 +31,7 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.format.reduced import reduce_to_model
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
-from shardckpt.gang.together import together_gather
+from shardckpt.gang.together import together, together_gather
 from shardckpt.storage.base import Read, Storage
 
 Alike = Mapping[str, Mapping[str, str]]
@@ -49,12 +50,12 @@ class Committed:
 class Transaction:
     """One attempt; made anew for each save. Any method may raise; then `abandon` is to be called."""
 
-    def __init__(self, storage: Storage, gang: Gang, book: TableBook, *, step: int, timeout: timedelta) -> None:
+    def __init__(self, storage: Storage, gang: Gang, book: TableBook, *, step: int, limit: Limit) -> None:
         self._storage = storage
         self._gang = gang
         self._book = book
         self._step = step
-        self._timeout = timeout
+        self._limit = limit
         self._prefix = ""
         self._attempt = ""
         self._receipts: list[Receipt] | None = None
@@ -65,9 +66,11 @@ class Transaction:
         """Where the files of the attempt go, once it has begun."""
         return self._prefix
 
-    def begin(self, scope: str) -> None:
-        """Meet under this name, agree on an attempt id, make room."""
-        self._gang.enter(scope, timeout=self._timeout)
+    def begin(self, scope: str, ready: Callable[[], None] = lambda: None) -> None:
+        """Meet under this name, hear whether all are ready (`ready` raises where one is not), agree on an attempt id,
+        make room."""
+        self._gang.enter(scope, timeout=self._limit.talk)
+        together(self._gang, ready, phase="stage", **self._terms)
         self._attempt = str(announce(self._gang, new_attempt, phase="begin", **self._terms))
         self._prefix = attempt_prefix(self._storage, self._step, self._attempt)
         announce(self._gang, self._make_room, phase="begin", **self._terms)
@@ -103,6 +106,7 @@ class Transaction:
             if not any(table.tensors or table.values for table in manifest.tables):
                 raise CheckpointSaveError("the state that was given is empty on all ranks", step=self._step)
             slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
+            self._limit.check()
             self._put_in_force(manifest)
             return [manifest.nbytes, created, slowest.rank]
 
@@ -123,7 +127,8 @@ class Transaction:
             return manifest
         at, nbytes, crc = one.index
         content = bytearray(nbytes)
-        self._storage.read_into([Read(f"{self._prefix}/{one.name}", at, memoryview(content))])
+        read = [Read(f"{self._prefix}/{one.name}", at, memoryview(content))]
+        within(self._limit.timeout, lambda: self._storage.read_into(read), what="reading the model's index")
         if crc32(content) != crc:
             raise CheckpointSaveError(f"{one.name} is not what was just written: its index is damaged", step=self._step)
         return reduce_to_model(manifest, consolidated=decode_index(bytes(content), one.nbytes)).manifest
@@ -132,16 +137,18 @@ class Transaction:
         """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""
         if self._gang.rank == 0 and self._prefix and not self._may_be_in_force:
             with contextlib.suppress(TimeoutError):
-                within(self._timeout, lambda: abandon_attempt(self._storage, self._prefix), what="removing the attempt")
+                remove = partial(abandon_attempt, self._storage, self._prefix)
+                within(self._limit.timeout, remove, what="removing the attempt")
 
     def _make_room(self) -> None:
-        within(self._timeout, lambda: begin_attempt(self._storage, self._prefix), what="making room for the attempt")
+        make = partial(begin_attempt, self._storage, self._prefix)
+        within(self._limit.work, make, what="making room for the attempt")
 
     def _put_in_force(self, manifest: Any) -> None:
         self._may_be_in_force = True
         try:
             within(
-                self._timeout,
+                self._limit.timeout,
                 lambda: commit_attempt(self._storage, self._prefix, manifest),
                 what="putting the record in force",
             )
@@ -155,4 +162,4 @@ class Transaction:
 
     @property
     def _terms(self) -> dict[str, Any]:
-        return {"timeout": self._timeout, "step": self._step}
+        return {"timeout": self._limit.talk, "step": self._step}

@@ -62,12 +62,18 @@ def is_direct(tensor: torch.Tensor) -> bool:
 
 def contents(fragment: Fragment) -> Iterator[memoryview]:
     """The bytes of a fragment in row-major order: its own memory, or one piece after the other."""
-    if not fragment.nbytes:
+    return contents_of(fragment.tensor, 0, fragment.nbytes)
+
+
+def contents_of(tensor: torch.Tensor, first: int, last: int) -> Iterator[memoryview]:
+    """Bytes `first` to `last` of a tensor, whole elements, in row-major order: of its own memory, or piece by piece."""
+    if first >= last:
         return
-    if is_direct(fragment.tensor):
-        yield _bytes_of(fragment.tensor)
+    if is_direct(tensor):
+        yield _bytes_of(tensor)[first:last]
         return
-    for _, piece in _pieces(fragment.tensor, WINDOW // fragment.tensor.element_size()):
+    size = tensor.element_size()
+    for _, piece in _pieces(tensor, WINDOW // size, first // size, last // size):
         yield _bytes_of(piece)
 
 
@@ -112,10 +118,12 @@ def _sum_with_gaps(record: StoredRecord, runs: Runs, piece: torch.Tensor) -> int
     return int(crc32_combine(total, 0, record.nbytes - runs.offsets[0] - runs.span))
 
 
-def _pieces(tensor: torch.Tensor, numel: int) -> Iterable[tuple[Block, torch.Tensor]]:
-    shape = tuple(tensor.shape)
-    for start in range(0, tensor.numel(), numel):
-        for block in stretch(shape, start, min(start + numel, tensor.numel())):
+def _pieces(
+    tensor: torch.Tensor, numel: int, first: int = 0, last: int | None = None
+) -> Iterable[tuple[Block, torch.Tensor]]:
+    shape, last = tuple(tensor.shape), tensor.numel() if last is None else last
+    for start in range(first, last, numel):
+        for block in stretch(shape, start, min(start + numel, last)):
             yield block, tensor[block.slices]
 
 

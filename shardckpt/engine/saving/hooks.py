@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from shardckpt.engine.pending import PendingSave
 from shardckpt.state import OptimizerOf, Part
 
 
 class StepHooks:
-    """Holds the next step of every optimizer of the state until the save under way has copied what it changes."""
+    """Has the steps of every optimizer of the state wait until the saves under way have copied what they change."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None]) -> None:
+        """`wait` is called before each step, on the thread of the step."""
+        self._wait = wait
         self._handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
-        self._pending: PendingSave | None = None
 
-    def install(self, parts: Sequence[Part], pending: PendingSave) -> None:
+    def install(self, parts: Sequence[Part]) -> None:
         """Called on the training's thread, before `save` returns."""
-        self._pending = pending
         for part in parts:
             if isinstance(part.owner, OptimizerOf) and part.owner.optimizer not in self._handles:
                 self._handles[part.owner.optimizer] = part.owner.optimizer.register_step_pre_hook(self._before_step)
@@ -33,8 +32,7 @@ class StepHooks:
         self._handles.clear()
 
     def _before_step(self, *_: Any) -> None:
-        if self._pending is not None:
-            self._pending.wait_until_staged()
+        self._wait()
 
 
 def memory_of_optimizers(parts: Sequence[Part]) -> frozenset[int]:

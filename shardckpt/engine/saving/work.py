@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 
+from shardckpt.engine.background.policy import StagingMode
 from shardckpt.engine.committing.transaction import Transaction
+from shardckpt.engine.patience import Limit
 from shardckpt.engine.pending import PendingSave
 from shardckpt.engine.saving.plan import SavePlan
-from shardckpt.engine.saving.stage import Staging
-from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, GangError, InvalidStateError
+from shardckpt.engine.saving.stage import Stager, Staging
+from shardckpt.errors import (
+    CheckpointError,
+    CheckpointSaveError,
+    CheckpointSkippedError,
+    CommitUnknownError,
+    GangError,
+    InvalidStateError,
+)
 from shardckpt.format.manifest import FileEntry
 
 
@@ -26,8 +36,11 @@ class SaveOptions:
     """Top-level keys that all data-parallel ranks of a shard hold alike ("*": all)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The user's own JSON, kept in the record; rank 0's is taken."""
-    overlap: bool = True
-    """Copy parameters and optimizer state while training goes on to its next optimizer step."""
+    staging: StagingMode = "overlap"
+    deadline: timedelta | None = None
+    """How long the save may take, from the call on."""
+    verify: bool = False
+    """Sum the state up when it is staged, and again when it is written."""
 
 
 @dataclass(slots=True)
@@ -37,10 +50,14 @@ class Work:
     pending: PendingSave
     scope: str
     began: float
+    limit: Limit
+    stager: Stager = field(default_factory=Stager)
     options: SaveOptions = field(default_factory=SaveOptions)
     plan: SavePlan | None = None
     staging: Staging | None = None
     later: Callable[[torch.Tensor], bool] = lambda _: False
+    give_up_copy: Callable[[], None] = lambda: None
+    """Let the save fail, and training go on, if copying `later` does not come to an end."""
     alike: dict[str, dict[str, str]] = field(default_factory=dict)
     """By group: digests of what this rank holds of the tensors that one rank writes for several."""
     attempt: Transaction | None = None
@@ -51,6 +68,12 @@ class Work:
     """Small files, by name, that are put into the checkpoint but not into its record. On rank 0."""
     error: BaseException | None = None
     """What went wrong before the save thread took over; the other ranks are told."""
+
+    def let_go(self) -> None:
+        """It is over: the state is not held any longer."""
+        if self.staging is not None:
+            self.staging.let_go()
+        self.plan, self.staging, self.later = None, None, lambda _: False
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
@@ -67,8 +90,12 @@ def as_save_error(error: BaseException, step: int) -> CheckpointError:
         return error
     unknown, reason = isinstance(error, CommitUnknownError), str(error)
     if isinstance(error, GangError):
-        unknown = any(failure.kind == CommitUnknownError.__name__ for failure in error.failures.values())
-        reason = error.brief
+        kinds = {failure.kind for failure in error.failures.values()}
+        if kinds == {CheckpointSkippedError.__name__} and not error.absent:
+            skipped = CheckpointSkippedError(next(iter(error.failures.values())).message, step=step)
+            skipped.__cause__ = error
+            return skipped
+        unknown, reason = CommitUnknownError.__name__ in kinds, error.brief
     kind, what = (CommitUnknownError, "may or may not be saved") if unknown else (CheckpointSaveError, "was not saved")
     wrapped = kind(f"step {step} {what}: {reason}", step=step)
     wrapped.__cause__ = error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -37,10 +37,13 @@ class SealedRange:
     """This rank's range of a file whose tail, and so whose entry, is another's: bytes `start` to `end`."""
 
     name: str
-    parts: tuple[memoryview, ...]
+    parts: Iterable[memoryview]
     start: int
     end: int
 
+
+_PIECE = 32 << 20
+"""Bytes between two looks at whether to stop; whole pages, and pieces of any storage."""
 
 Sealed: TypeAlias = SealedFile | SealedRange
 
@@ -81,6 +84,34 @@ def decode_receipt(content: Mapping[str, Any]) -> Receipt:
     return Receipt(**{**content, "files": files, "wrote": wrote})
 
 
+class _Pieces(Sequence[memoryview]):
+    """Parts in pieces; before each of them a save that was asked to stop does."""
+
+    def __init__(self, parts: Sequence[memoryview], progress: Progress) -> None:
+        self._pieces = [part[at : at + _PIECE] for part in parts for at in range(0, len(part), _PIECE)]
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: Any) -> Any:
+        self._progress.check()
+        return self._pieces[number]
+
+
+def _watched(parts: Iterable[memoryview], progress: Progress) -> Iterable[memoryview]:
+    """Again a sequence, which can be put again, if `parts` is one."""
+    if isinstance(parts, Sequence):
+        return _Pieces(parts, progress)
+
+    def watched() -> Iterator[memoryview]:
+        for part in parts:
+            progress.check()
+            yield part
+
+    return watched()
+
+
 def write_files(storage: Storage, prefix: str, sealed: Sequence[Sealed], progress: Progress) -> tuple[FileEntry, ...]:
     """Put what is this rank's of its files below `prefix`, durable when it returns; gives the files that it completes.
 
@@ -90,9 +121,9 @@ def write_files(storage: Storage, prefix: str, sealed: Sequence[Sealed], progres
         progress.check()
         key = f"{prefix}/{file.name}"
         if isinstance(file, SealedFile) and file.whole:
-            storage.put(key, file.parts)
+            storage.put(key, _watched(file.parts, progress))
         else:
             assert isinstance(storage, RenamingStorage), "only then are files shared in ranges"
-            storage.put_range(key, file.start, file.parts)
+            storage.put_range(key, file.start, _watched(file.parts, progress))
         progress.add(file.end - file.start)
     return tuple(file.entry for file in sealed if isinstance(file, SealedFile))

@@ -18,7 +18,7 @@ from shardckpt.engine.consolidated.assembling.whole import WholeTensor
 from shardckpt.engine.consolidated.assembling.windows import Windows
 from shardckpt.engine.consolidated.fragments import WINDOW
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.archive import ArchiveLayout, Slot, lay_out, make_tail, write_crcs, write_headers
+from shardckpt.format.archive import ArchiveLayout, Slot, front_of, header_of, lay_out, make_tail
 from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import StoredBox, StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry
@@ -97,13 +97,13 @@ class _Image:
         self._at_once = at_once
         self._pool = Windows()
         self._reading = Reading(parts, torch.empty(at_once * WINDOW, dtype=torch.uint8))
-        self._front = _front(layout)
+        self._front = front_of(layout)
 
     def sums(self) -> Iterator[tuple[int, int]]:
         """(crc, nbytes) of everything in it, in order."""
         yield crc32(self._front), len(self._front)
         for slot, crc in zip(self._layout.slots, self._crcs, strict=True):
-            header = _header(self._layout, slot, crc)
+            header = header_of(slot, crc)
             yield crc32(header), len(header)
             yield crc, slot.nbytes
 
@@ -116,7 +116,7 @@ class _Image:
         for start in range(0, self._layout.tail, WINDOW):
             stop = min(start + WINDOW, self._layout.tail)
             while waiting is not None and waiting[0].header < stop:
-                opened.append(_Open(waiting[0], _header(self._layout, *waiting), Nearby(next(tensors))))
+                opened.append(_Open(waiting[0], header_of(*waiting), Nearby(next(tensors))))
                 waiting = next(coming, None)
             batch.append(self._begin(start, stop, opened))
             opened = [item for item in opened if item.slot.end > stop]
@@ -159,19 +159,3 @@ class _Image:
             f"{tensor.name} is not what its ranks held: of a part of it {self._parts.storage.url} gives other bytes "
             f"than were put there ({files or 'or it has changed in memory meanwhile'}); save again, and test it"
         )
-
-
-def _header(layout: ArchiveLayout, slot: Slot, crc: int) -> bytes:
-    """The local header of one slot: that of the same record right behind the front."""
-    front, nbytes = layout.front[-1].end, slot.data - slot.header
-    image = bytearray(front + nbytes)
-    alone = ArchiveLayout(layout.front, (Slot(slot.name, front, front + nbytes, slot.nbytes),))
-    write_headers(alone, memoryview(image))
-    write_crcs(alone, memoryview(image), [crc])
-    return bytes(image[front:])
-
-
-def _front(layout: ArchiveLayout) -> bytes:
-    image = bytearray(layout.front[-1].end)
-    write_headers(ArchiveLayout(layout.front, ()), memoryview(image))
-    return bytes(image)

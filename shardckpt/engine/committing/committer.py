@@ -1,0 +1,133 @@
+"""What the save thread does with a save that is staged: write it, exchange receipts, commit. On every rank."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from shardckpt.engine.carry import carry
+from shardckpt.engine.committing.receipts import TableBook, describe_own
+from shardckpt.engine.committing.transaction import Transaction
+from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.patience import within
+from shardckpt.engine.pending import CheckpointInfo, PendingSave
+from shardckpt.engine.progress import SaveReport
+from shardckpt.engine.saving.plan import plan_save
+from shardckpt.engine.saving.work import Work, as_save_error
+from shardckpt.engine.saving.write import Receipt, Sealed, write_files
+from shardckpt.format.layout import step_folder
+from shardckpt.format.manifest import FileEntry
+from shardckpt.gang.base import Gang
+from shardckpt.storage.base import Storage
+
+_log = logging.getLogger(__name__)
+
+
+class Committer:
+    """Takes saves from staged to committed, one after the other. One per `Saver`; used on its save thread."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        gang: Gang,
+        coordinates: Coordinates,
+        *,
+        on_commit: Callable[[CheckpointInfo, PendingSave], None],
+    ) -> None:
+        self._storage = storage
+        self._gang = gang
+        self._at = coordinates
+        self._on_commit = on_commit
+        self._book = TableBook()
+
+    def attempt(self, work: Work) -> Transaction:
+        """A new attempt to commit it."""
+        return Transaction(self._storage, self._gang, self._book, step=work.pending.step, limit=work.limit)
+
+    def run(self, work: Work) -> None:
+        """Never raises: what happens ends in the `PendingSave`."""
+        pending = work.pending
+        try:
+            info = self._write_and_commit(work)
+        except BaseException as error:
+            work.let_go()  # before it is over, and the next may use the same memory
+            pending.fail(as_save_error(error, pending.step))
+            return
+        work.let_go()
+        pending.report.total_s = time.perf_counter() - work.began
+        pending.report.total_nbytes = info.nbytes
+        pending.finish(info)
+        try:
+            self._on_commit(info, pending)
+        except Exception:
+            _log.exception("step %d is committed, but what was to be done after it failed", info.step)
+
+    def _check_ready(self, work: Work) -> None:
+        """Where all ranks meet, before anything is written: what went wrong here so far is raised."""
+        if not work.pending.staged(work.limit.work):
+            work.give_up_copy()
+        if work.error is not None:
+            raise work.error
+        work.pending.progress.check()
+        work.limit.check()
+
+    def _write_and_commit(self, work: Work) -> CheckpointInfo:
+        step, report = work.pending.step, work.pending.report
+        attempt = work.attempt or self.attempt(work)
+        try:
+            if work.attempt is None:
+                attempt.begin(work.scope, partial(self._check_ready, work))
+            with _timed(report, "write_s"):
+                attempt.write(lambda prefix: self._write(work, prefix))
+            with _timed(report, "commit_s"):
+                attempt.compare(work.alike)
+                assert work.plan is not None
+                committed = attempt.commit(work.plan, work.options.metadata, model_key=work.options.model_key)
+        except BaseException:
+            attempt.abandon()
+            raise
+        report.slowest_rank = committed.slowest_rank
+        url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
+        metadata = dict(work.options.metadata)
+        return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)
+
+    def _write(self, work: Work, prefix: str) -> Receipt:
+        if work.error is not None:
+            raise work.error
+        if work.plan is None or work.staging is None:  # no state, only files that are written already
+            work.plan = plan_save((), self._at)
+            work.staging = work.stager.prepare(work.plan, rank=self._at.rank)
+        sealed = work.staging.seal()
+        began = time.perf_counter()
+        work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
+        progress = work.pending.progress
+        try:
+            files = within(work.limit.work, lambda: self._put(work, prefix, sealed), what="writing the files")
+        except TimeoutError:
+            progress.cancel()  # at its next part, if it ever comes to it
+            work.stager.forsake()
+            raise
+        seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
+        work.alike = work.staging.alike()
+        return describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
+
+    def _put(self, work: Work, prefix: str, sealed: Sequence[Sealed]) -> tuple[FileEntry, ...]:
+        files = write_files(self._storage, prefix, sealed, work.pending.progress)
+        if self._at.rank:
+            return files
+        for name, content in work.loose.items():
+            self._storage.put(f"{prefix}/{name}", [content])
+        return (*files, *carry(self._storage, prefix))
+
+
+@contextmanager
+def _timed(report: SaveReport, name: str) -> Iterator[None]:
+    """Put the seconds inside into the report, also when they end in an error."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(report, name, time.perf_counter() - began)
