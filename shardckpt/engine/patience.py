@@ -13,7 +13,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-_LAST_WORD = timedelta(seconds=5)
+_LAST_WORD = timedelta(seconds=2)
 """How long after its end the ranks of a save still listen to each other, so that all hear who was late."""
 
 

@@ -191,7 +191,7 @@ class Saver:
 
     def wait_until_staged(self) -> None:
         """Hold whoever wants to change parameters until all copies are done. Any thread may call."""
-        self._flights.wait_until_staged(self._timeout)
+        self._flights.wait_until_staged()
 
     def close(self) -> None:
         """Let the save under way end, then give everything back. Raises nothing."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.pending import PendingSave
@@ -69,10 +68,10 @@ class Flights:
         for work in self._works:
             work.pending.wait()
 
-    def wait_until_staged(self, timeout: timedelta) -> None:
+    def wait_until_staged(self) -> None:
         """Hold whoever wants to change parameters until all copies are done; a copy that hangs is given up."""
         for work in self._works:
-            if not work.pending.wait_until_staged(timeout):
+            if not work.pending.wait_until_staged(work.limit.work):
                 work.give_up_copy()
 
     def close(self) -> None:

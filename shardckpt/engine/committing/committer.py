@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,6 +17,7 @@ from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.progress import SaveReport
 from shardckpt.engine.saving.plan import plan_save
+from shardckpt.engine.saving.stage import Staging
 from shardckpt.engine.saving.work import Work, as_save_error
 from shardckpt.engine.saving.write import Receipt, Sealed, write_files
 from shardckpt.format.layout import step_folder
@@ -50,9 +52,11 @@ class Committer:
     def run(self, work: Work) -> None:
         """Never raises: what happens ends in the `PendingSave`."""
         pending = work.pending
+        attempt = work.attempt or self.attempt(work)
         try:
-            info = self._write_and_commit(work)
+            info = self._write_and_commit(work, attempt)
         except BaseException as error:
+            self._excuse(work, attempt, error)
             work.let_go()  # before it is over, and the next may use the same memory
             pending.fail(as_save_error(error, pending.step))
             return
@@ -74,9 +78,18 @@ class Committer:
         work.pending.progress.check()
         work.limit.check()
 
-    def _write_and_commit(self, work: Work) -> CheckpointInfo:
+    def _excuse(self, work: Work, attempt: Transaction, error: BaseException) -> None:
+        """This rank has failed (or its thread was ended) on the way to the others: they wait for it, and are told."""
+
+        def tell() -> None:
+            raise error
+
+        if not attempt.has_met:
+            with contextlib.suppress(BaseException):  # they raise it, too, and nothing else is lost
+                attempt.begin(work.scope, tell)
+
+    def _write_and_commit(self, work: Work, attempt: Transaction) -> CheckpointInfo:
         step, report = work.pending.step, work.pending.report
-        attempt = work.attempt or self.attempt(work)
         try:
             if work.attempt is None:
                 attempt.begin(work.scope, partial(self._check_ready, work))
@@ -100,27 +113,28 @@ class Committer:
         if work.plan is None or work.staging is None:  # no state, only files that are written already
             work.plan = plan_save((), self._at)
             work.staging = work.stager.prepare(work.plan, rank=self._at.rank)
-        sealed = work.staging.seal()
         began = time.perf_counter()
-        work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
-        progress = work.pending.progress
         try:
-            files = within(work.limit.work, lambda: self._put(work, prefix, sealed), what="writing the files")
-        except TimeoutError:
-            progress.cancel()  # at its next part, if it ever comes to it
-            work.stager.forsake()
+            put = partial(self._put, work, work.staging, prefix)
+            sealed, files = within(work.limit.work, put, what="writing the files")
+        except BaseException as error:
+            if isinstance(error, TimeoutError) or not isinstance(error, Exception):  # whoever writes is left behind
+                work.pending.progress.cancel()  # at its next part, if it ever comes to it
+                work.stager.forsake()
             raise
         seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
         work.alike = work.staging.alike()
         return describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
 
-    def _put(self, work: Work, prefix: str, sealed: Sequence[Sealed]) -> tuple[FileEntry, ...]:
+    def _put(self, work: Work, staging: Staging, prefix: str) -> tuple[list[Sealed], tuple[FileEntry, ...]]:
+        sealed = staging.seal()
+        work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
         files = write_files(self._storage, prefix, sealed, work.pending.progress)
-        if self._at.rank:
-            return files
-        for name, content in work.loose.items():
-            self._storage.put(f"{prefix}/{name}", [content])
-        return (*files, *carry(self._storage, prefix))
+        if self._at.rank == 0:
+            for name, content in work.loose.items():
+                self._storage.put(f"{prefix}/{name}", [content])
+            files = (*files, *carry(self._storage, prefix))
+        return sealed, files
 
 
 @contextmanager

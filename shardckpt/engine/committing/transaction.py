@@ -60,6 +60,8 @@ class Transaction:
         self._attempt = ""
         self._receipts: list[Receipt] | None = None
         self._may_be_in_force = False
+        self.has_met = False
+        """Whether this rank has gone to meet the others. Until then they wait for it."""
 
     @property
     def prefix(self) -> str:
@@ -69,6 +71,7 @@ class Transaction:
     def begin(self, scope: str, ready: Callable[[], None] = lambda: None) -> None:
         """Meet under this name, hear whether all are ready (`ready` raises where one is not), agree on an attempt id,
         make room."""
+        self.has_met = True
         self._gang.enter(scope, timeout=self._limit.talk)
         together(self._gang, ready, phase="stage", **self._terms)
         self._attempt = str(announce(self._gang, new_attempt, phase="begin", **self._terms))
@@ -148,7 +151,7 @@ class Transaction:
         self._may_be_in_force = True
         try:
             within(
-                self._limit.timeout,
+                self._limit.talk,  # not less: whatever it ends with, it is better than not to know
                 lambda: commit_attempt(self._storage, self._prefix, manifest),
                 what="putting the record in force",
             )

@@ -87,7 +87,9 @@ def test_what_comes_while_another_is_under_way_is_skipped(kind: Callable[[], Sto
             gates.open()
         checkpoints.wait()  # what was skipped is no failure
         for each in pending[1:]:
-            with pytest.raises(sc.CheckpointSkippedError, match=r"was skipped: step 1.* is still being saved") as caught:
+            with pytest.raises(
+                sc.CheckpointSkippedError, match=r"was skipped: step 1.* is still being saved"
+            ) as caught:
                 each.result()
             assert caught.value.step == each.step
         checkpoints.save(4, state_of(rank, 4)).result()
