@@ -22,6 +22,14 @@ _LINGER_S = 30.0
 """How long a thread waits for another job before it ends: a worker that nobody closes leaves none behind."""
 
 
+_ENDING = threading.Event()
+
+
+def is_ending() -> bool:
+    """Whether the program is over, and only what it has begun is still done: nobody looks at errors any more."""
+    return _ENDING.is_set()
+
+
 class WorkerLostError(RuntimeError):
     """The thread that did this job was ended from outside, or was given up."""
 
@@ -151,6 +159,7 @@ def _let_end() -> None:
     exception, `sys.exit` or Ctrl-C; `atexit` would be too late: `concurrent.futures` is closed by then, and with it
     what file systems resolve names by.
     """
+    _ENDING.set()
     for worker in list(_LIVING):
         worker.join()
 

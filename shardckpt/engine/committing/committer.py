@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from shardckpt.engine.background.worker import is_ending
 from shardckpt.engine.carry import carry
 from shardckpt.engine.committing.receipts import TableBook, describe_own
 from shardckpt.engine.committing.transaction import Transaction
@@ -59,6 +60,8 @@ class Committer:
             self._excuse(work, attempt, error)
             work.let_go()  # before it is over, and the next may use the same memory
             pending.fail(as_save_error(error, pending.step))
+            if is_ending() and not pending.skipped:
+                _log.error("at the end of the program: %s", pending.failure())
             return
         work.let_go()
         pending.report.total_s = time.perf_counter() - work.began

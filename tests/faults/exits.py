@@ -1,0 +1,149 @@
+"""Programs that end in some way while a save is under way. `python -m tests.faults.exits ROOT` runs all that need one
+process, each in a process of its own that is a fork of this one: importing torch once is enough. `... ROOT NAME` runs
+one that torchrun has started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import shardckpt as sc
+import shardckpt.engine.background.worker  # so that what is registered here to be done at the end is done before
+from shardckpt.storage.local import LocalStorage
+from shardckpt.testing.faults import GatedStorage, on
+
+PATIENCE_S = 60.0
+"""A program that takes longer hangs."""
+
+
+def state() -> dict[str, Any]:
+    torch.manual_seed(1)  # the same on all ranks
+    model = torch.nn.Linear(300, 300)
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+
+def until_the_end(root: Path) -> GatedStorage:
+    """Writes when the interpreter has begun to end, and not before."""
+    gated = GatedStorage(LocalStorage(root), on("put", key=".pt"))
+    threading._register_atexit(gated.open_gate)  # type: ignore[attr-defined]
+    return gated
+
+
+def for_ever(root: Path) -> GatedStorage:
+    return GatedStorage(LocalStorage(root), on("put", key=".pt"), limit=timedelta(hours=1))
+
+
+def save(storage: GatedStorage, **options: Any) -> sc.CheckpointManager:
+    checkpoints = sc.CheckpointManager(storage, **options)
+    checkpoints.save(1, state())
+    assert storage.reached.wait(PATIENCE_S)
+    return checkpoints
+
+
+def simply_ends(root: Path) -> None:
+    save(until_the_end(root))
+
+
+def simply_ends_and_keeps_nothing(root: Path) -> None:
+    """Not even the manager is referred to any more."""
+    del save(until_the_end(root))._storage
+
+
+def exits(root: Path) -> None:
+    save(until_the_end(root))
+    sys.exit(3)
+
+
+def raises(root: Path) -> None:
+    checkpoints = save(until_the_end(root))
+    raise RuntimeError(f"the loss is gone, {checkpoints!r} is not closed")
+
+
+def is_interrupted(root: Path) -> None:
+    with sc.CheckpointManager(root) as checkpoints:
+        checkpoints.save(1, state())
+        signal.raise_signal(signal.SIGINT)
+
+
+def is_interrupted_twice_where_the_storage_hangs(root: Path) -> None:
+    """The second time while it waits for the save, at the end of the `with`."""
+    with sc.CheckpointManager(for_ever(root), timeout=timedelta(seconds=2)) as checkpoints:
+        checkpoints.save(1, state())
+        main = threading.main_thread().ident or 0
+        threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        signal.raise_signal(signal.SIGINT)
+
+
+def ends_where_the_storage_hangs(root: Path) -> None:
+    save(for_ever(root), timeout=timedelta(seconds=1))
+
+
+ALONE: dict[Callable[[Path], None], tuple[int, bool]] = {
+    simply_ends: (0, True),
+    simply_ends_and_keeps_nothing: (0, True),
+    exits: (3, True),
+    raises: (1, True),
+    is_interrupted: (-signal.SIGINT, True),
+    is_interrupted_twice_where_the_storage_hangs: (-signal.SIGINT, False),
+    ends_where_the_storage_hangs: (0, False),
+}
+"""Each program, how it ends, and whether it leaves a checkpoint."""
+
+
+def destroys_the_group_and_raises(root: Path) -> None:
+    """Under torchrun. Of two saves one is under way when the group is destroyed, and one is begun afterwards."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    checkpoints = sc.CheckpointManager(root, timeout=timedelta(seconds=60))
+    checkpoints.save(1, state() | {"rank": rank})
+    dist.destroy_process_group()
+    checkpoints.save(2, state())
+    if rank:
+        raise RuntimeError("the loss of rank 1 is gone")
+
+
+def run_alone(root: Path) -> dict[str, Any] | None:
+    """How each ended; None in the processes that end in these ways."""
+    children: dict[str, int] = {}
+    with sc.CheckpointManager(root / "first") as checkpoints:  # has imported whatever is imported at its first use
+        checkpoints.save(1, state())
+    assert threading.active_count() == 1
+    for program in ALONE:
+        child = os.fork()
+        if not child:
+            sys.stdout = sys.stderr
+            program(root / program.__name__)
+            return None
+        children[program.__name__] = child
+    end = time.monotonic() + PATIENCE_S
+    return {name: _status(child, end) for name, child in children.items()}
+
+
+def _status(child: int, end: float) -> int | str:
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        threading.Event().wait(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hangs"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if len(sys.argv) > 2:
+        globals()[sys.argv[2]](Path(sys.argv[1]))
+    elif (found := run_alone(Path(sys.argv[1]))) is not None:
+        print(json.dumps(found))
