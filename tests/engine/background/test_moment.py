@@ -7,7 +7,7 @@ for it. So whatever changes them without waiting is found in the checkpoint.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -113,7 +113,7 @@ MUTATIONS = [name for name in vars(Loop) if not name.startswith("_") and name no
 
 
 @pytest.fixture(autouse=True)
-def as_late_as_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def as_late_as_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy of what an optimizer changes begins when somebody waits for it."""
     awaited = threading.Event()
     copy, until_staged, wait = Staging.copy, PendingSave.wait_until_staged, PendingSave.wait
@@ -135,7 +135,6 @@ def as_late_as_possible(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.E
     monkeypatch.setattr(Staging, "copy", late)
     monkeypatch.setattr(PendingSave, "wait_until_staged", waiting(until_staged))
     monkeypatch.setattr(PendingSave, "wait", waiting(wait))
-    yield awaited
 
 
 def run(kind: str, acts: list[str], *, compiled: bool = False, **saving: Any) -> None:

@@ -1,4 +1,4 @@
-"""The three ways to stage: the same bytes, the memory each takes, and what is noticed when the state changes meanwhile."""
+"""The three ways to stage: their bytes, their memory, and what is noticed when the state changes meanwhile."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_the_check_of_copies_finds_an_image_that_was_damaged(tmp_path: Path, mon
         LocalStorage(tmp_path), saving=sc.SavePolicy(staging="blocking", verify_copies=True)
     ) as checkpoints:
         monkeypatch.setattr(Staging, "copy", copy)
-        with pytest.raises(sc.CheckpointSaveError, match="changed .*: w"):
+        with pytest.raises(sc.CheckpointSaveError, match=r"changed .*: w\. "):
             checkpoints.save(1, {"w": torch.ones(5)}).result(LIMIT)
         monkeypatch.setattr(Staging, "copy", real)
         checkpoints.save(1, {"w": torch.ones(5)}).result(LIMIT)

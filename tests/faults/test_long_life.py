@@ -1,0 +1,57 @@
+"""Two hundred saves in a row leave nothing behind: memory, threads, descriptors and /dev/shm as after the third."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+
+import shardckpt as sc
+
+SAVES = 200
+SETTLED = 3
+GROWTH = 3 << 20
+"""Bytes that the process may have grown by since: pages of Python's and of malloc's own. It was 1.1 MB (2026-11)."""
+
+
+@dataclass(frozen=True)
+class Held:
+    threads: tuple[str, ...]
+    files: int
+    shared: tuple[str, ...]
+    nbytes: int
+
+
+def held() -> Held:
+    gc.collect()
+    threads = tuple(sorted(thread.name for thread in threading.enumerate()))
+    mine = tuple(name for name in os.listdir("/dev/shm") if str(os.getpid()) in name)
+    nbytes = psutil.Process().memory_info().rss
+    return Held(threads, len(os.listdir("/proc/self/fd")), mine, nbytes)
+
+
+def test_two_hundred_saves(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "optimizer": optimizer, "rng": sc.RngState(), "values": {"losses": [0.5]}}
+    saving, levels = sc.SavePolicy(verify_copies=True), list[Held]()
+    with sc.CheckpointManager(tmp_path, keep=sc.KeepLast(2), saving=saving) as checkpoints:
+        for step in range(1, SAVES + 1):
+            model(torch.ones(2, 64)).sum().backward()
+            optimizer.step()
+            checkpoints.save(step, state).result(timedelta(seconds=30))
+            checkpoints._saver._thread.join()  # and what comes after the commit
+            if step in (SETTLED, SAVES) or step % 20 == 0:
+                levels.append(held())
+        assert checkpoints.steps() == [SAVES - 1, SAVES]
+    first = levels[0]
+    for level in levels[1:]:
+        assert (level.threads, level.files, level.shared) == (first.threads, first.files, first.shared)
+    assert first.threads.count("shardckpt-save") == first.threads.count("shardckpt-copy") == 1
+    assert levels[-1].nbytes - first.nbytes < GROWTH
