@@ -53,10 +53,6 @@ class Gates:
 
         self.storages = [GatedStorage(self.place, lambda op: held(op) and ".pt" in op.key) for _ in range(RANKS)]
 
-    def open(self) -> None:
-        for storage in self.storages:
-            storage.open_gate()
-
 
 def on_ranks(
     storage: Callable[[int], Storage],
@@ -83,8 +79,7 @@ def test_what_comes_while_another_is_under_way_is_skipped(kind: Callable[[], Sto
         assert gates.storages[rank].reached.wait(LIMIT_S)
         pending += [checkpoints.save(step, state_of(rank, step)) for step in (2, 3)]
         assert not any(each.done() for each in pending), "to skip waits for nobody"
-        if rank == 0:
-            gates.open()
+        gates.storages[rank].open_gate()
         checkpoints.wait()  # what was skipped is no failure
         for each in pending[1:]:
             with pytest.raises(
@@ -197,10 +192,9 @@ def test_a_file_is_given_up_in_the_middle(by: str) -> None:
 
 def test_as_many_as_are_allowed_are_under_way_each_with_its_own_copy() -> None:
     gates = Gates(MemoryStorage(), (1, 2, 3))
-    third = threading.Event()
 
     def act(checkpoints: sc.CheckpointManager, rank: int) -> Any:
-        state = state_of(rank, 1)
+        state, third = state_of(rank, 1), threading.Event()
         first = checkpoints.save(1, state)
         assert gates.storages[rank].reached.wait(LIMIT_S)
         state["w"].add_(1.0)
@@ -210,7 +204,7 @@ def test_as_many_as_are_allowed_are_under_way_each_with_its_own_copy() -> None:
         assert not first.done()
         state["w"].add_(1.0)
         state["step"] = 3
-        opener = threading.Thread(target=lambda: third.wait(0.2) or gates.open())
+        opener = threading.Thread(target=lambda: third.wait(0.2) or gates.storages[rank].open_gate())
         opener.start()
         checkpoints.save(3, state)  # for this one the first had to end
         third.set()
@@ -274,7 +268,7 @@ def test_a_deadline_that_has_passed_in_the_queue() -> None:
         first = checkpoints.save(1, state_of(rank, 1))
         assert gates.storages[rank].reached.wait(LIMIT_S)
         second = checkpoints.save(2, state_of(rank, 2), deadline=timedelta(0))
-        gates.open()
+        gates.storages[rank].open_gate()
         with pytest.raises(sc.CheckpointSaveError, match="deadline"):
             second.result(LIMIT)
         first.result(LIMIT)
