@@ -1,5 +1,8 @@
 """Save one step: plan and stage on the caller's thread, then write, exchange receipts and commit on the save thread.
 
+What training changes only in an optimizer's step is copied on a thread of its own: the save thread may be busy with an
+earlier save, and training waits for the copy, not for the writing.
+
 Each phase runs in `together`: it ends on every rank with success, or with one error that names who failed. The
 save thread has a gang of its own; the training's process groups are never used.
 """

@@ -45,7 +45,7 @@ def for_ever(root: Path) -> GatedStorage:
 
 
 def save(storage: GatedStorage, **options: Any) -> sc.CheckpointManager:
-    checkpoints = sc.CheckpointManager(storage, **options)
+    checkpoints = sc.CheckpointManager(storage, saving=sc.SavePolicy(in_flight=2), **options)
     checkpoints.save(1, state())
     assert storage.reached.wait(PATIENCE_S)
     return checkpoints
@@ -89,11 +89,21 @@ def ends_where_the_storage_hangs(root: Path) -> None:
     save(for_ever(root), timeout=timedelta(seconds=1))
 
 
+def forks_meanwhile(root: Path) -> None:
+    """As a data loader does. The end of the child must not wait for the save, nor do it."""
+    checkpoints = save(until_the_end(root))
+    checkpoints.save(2, state(), deadline=timedelta(seconds=PATIENCE_S))  # not begun yet
+    child = os.fork()
+    if child and _status(child, time.monotonic() + PATIENCE_S / 2) != 0:
+        os._exit(9)
+
+
 ALONE: dict[Callable[[Path], None], tuple[int, bool]] = {
     simply_ends: (0, True),
     simply_ends_and_keeps_nothing: (0, True),
     exits: (3, True),
     raises: (1, True),
+    forks_meanwhile: (0, True),
     is_interrupted: (-signal.SIGINT, True),
     is_interrupted_twice_where_the_storage_hangs: (-signal.SIGINT, False),
     ends_where_the_storage_hangs: (0, False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures.thread  # its exit hook must be registered before ours: hooks run last in, first out
 import logging
+import os
 import threading
 import weakref
 from collections import deque
@@ -164,5 +165,7 @@ def _let_end() -> None:
         worker.join()
 
 
+# A forked child (of a data loader, say) has none of the threads: what they were to do is not the child's to do.
+os.register_at_fork(after_in_child=_LIVING.clear)
 _register = getattr(threading, "_register_atexit", atexit.register)  # as `concurrent.futures` does, Python >= 3.9
 _register(_let_end)

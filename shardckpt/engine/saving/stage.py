@@ -1,7 +1,7 @@
 """Stage: copy this rank's part of the state to its final place in the images of its files. The snapshot is the file.
 
 `Stager.prepare` runs on the caller's thread and only lays out; the copies of what may change at once run there
-too; the copies of parameters and optimizer state run on the save thread while the next forward and backward run.
+too; the copies of parameters and optimizer state run on the copying thread while the next forward and backward run.
 """
 
 from __future__ import annotations
