@@ -88,7 +88,7 @@ def as_save_error(error: BaseException, step: int) -> CheckpointError:
     """What `result` raises: always of the tree, always with the step and the cause."""
     if isinstance(error, CheckpointSaveError):
         return error
-    unknown, reason = isinstance(error, CommitUnknownError), str(error)
+    unknown, reason = isinstance(error, CommitUnknownError), str(error) or type(error).__name__
     if isinstance(error, GangError):
         kinds = {failure.kind for failure in error.failures.values()}
         if kinds == {CheckpointSkippedError.__name__} and not error.absent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.engine.pending import PendingSave
 from shardckpt.storage.base import Buffer, Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import StorageWrapper
@@ -163,6 +165,33 @@ class Parts(StorageWrapper):
             yield part
             self.begun.set()
             assert self.gate.wait(LIMIT_S)
+
+
+def test_who_is_interrupted_while_waiting_for_room_saves_nothing_by_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not leave the other ranks waiting: the save that was to come fails, with that as the reason."""
+    gates, real = Gates(MemoryStorage(), (1,)), PendingSave.wait
+    main = threading.main_thread().ident or 0
+    interrupter = threading.Thread(target=lambda: signal.pthread_kill(main, signal.SIGINT))
+
+    def wait(pending: PendingSave) -> None:
+        if not interrupter.ident:
+            interrupter.start()
+        real(pending)
+
+    with sc.CheckpointManager(gates.storages[0], sc.Gangs.local(), timeout=LIMIT) as checkpoints:
+        checkpoints.save(1, state_of(0, 1))
+        assert gates.storages[0].reached.wait(LIMIT_S)
+        monkeypatch.setattr(PendingSave, "wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, state_of(0, 2))
+        interrupter.join()
+        gates.storages[0].open_gate()
+        last = checkpoints._saver.last
+        assert last is not None
+        with pytest.raises(sc.CheckpointSaveError, match=r"step 2 was not saved: .*KeyboardInterrupt"):
+            last.result(LIMIT)
+        checkpoints.save(3, state_of(0, 3)).result(LIMIT)
+        assert loads(checkpoints, 0) == [1, 3]
 
 
 @pytest.mark.parametrize("by", ["cancel", "replace"])
