@@ -159,7 +159,7 @@ acts = st.lists(st.sampled_from([*MUTATIONS, "save", "save"]), min_size=1, max_s
 
 @pytest.mark.parametrize("kind", MAKE)
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
