@@ -104,9 +104,9 @@ class PendingSave:
         with self.stalling():
             return self.staged(timeout)
 
-    def wait(self) -> None:
-        """Wait until it is over, in whatever way. Raises nothing."""
-        wait_for_futures([self._future])
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait until it is over, in whatever way; False if that took too long. Raises nothing."""
+        return not wait_for_futures([self._future], None if timeout is None else timeout.total_seconds()).not_done
 
     def mark_seen(self) -> None:
         """The failure has been raised elsewhere."""

@@ -61,7 +61,7 @@ class Saver:
     ) -> None:
         self._gang = gang
         self._at = coordinates
-        self._timeout = timeout
+        self.timeout = timeout  # of a phase; may be lowered between saves
         self._policy = policy or SavePolicy()
         self._committer = Committer(storage, gang, coordinates, on_commit=on_commit)
         self._flights = Flights(lambda: Stager(in_ranges=isinstance(storage, RenamingStorage)))
@@ -152,14 +152,14 @@ class Saver:
             raise InvalidStateError(f"{step!r} cannot be saved as a step: {error}") from error
         scope = f"save/{step}/{self._tries[step]}"
         self._tries[step] += 1
-        return Work(PendingSave(step), scope, time.perf_counter(), Limit.of(self._timeout, deadline))
+        return Work(PendingSave(step), scope, time.perf_counter(), Limit.of(self.timeout, deadline))
 
     def _prefix(self, work: Work) -> str:
         assert work.attempt is not None
         return work.attempt.prefix
 
     def _agree(self, work: Work, act: Callable[[], object], phase: str, *, timeout: timedelta | None = None) -> None:
-        together(self._gang, act, phase=phase, timeout=timeout or self._timeout, step=work.pending.step)
+        together(self._gang, act, phase=phase, timeout=timeout or self.timeout, step=work.pending.step)
 
     def _jointly(self, work: Work, act: Callable[[], object]) -> None:
         """Do it on the save thread, and wait. If it fails, the attempt is over; interrupts go on as they are."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from shardckpt.errors import GangError
+
+if TYPE_CHECKING:
+    from shardckpt.gang.wire.mailbox import Line
 
 Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | dict[str, Json]"
 """What a message may hold. Messages are JSON and never pickles: a peer cannot make us run code."""
@@ -70,6 +73,10 @@ class Gang(Protocol):
         Called by all ranks of this gang (also by those outside), with the same arguments or, for
         disjoint groups made at once, with each rank's own group.
         """
+        ...
+
+    def line(self) -> Line | None:
+        """Keys of this gang's own, past its conversations, for other threads; None for a gang of one."""
         ...
 
     def close(self) -> None:

@@ -44,6 +44,9 @@ class LocalGang:
     def subgang(self, ranks: Sequence[int], name: str) -> LocalGang | None:
         return LocalGang(name) if 0 in ranks else None
 
+    def line(self) -> None:
+        return None
+
     def close(self) -> None:
         self._entered = False
 

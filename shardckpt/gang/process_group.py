@@ -17,7 +17,7 @@ from shardckpt.gang.base import Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.store import Deadline, StoreGang, last_seen
 from shardckpt.gang.together import together
-from shardckpt.gang.wire.mailbox import SilentError, Store
+from shardckpt.gang.wire.mailbox import Line, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 from shardckpt.gang.wire.star import LinkError, Star
 
@@ -134,6 +134,9 @@ class ProcessGroupGang:
         return ProcessGroupGang(
             self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, interface=self._interface
         )
+
+    def line(self) -> Line:
+        return self._meeting.line()
 
     def close(self) -> None:
         self._conversation = ""

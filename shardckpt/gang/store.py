@@ -13,7 +13,7 @@ from typing import Any
 from shardckpt.errors import GangError
 from shardckpt.gang.base import Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
-from shardckpt.gang.wire.mailbox import Mailbox, SilentError, Store
+from shardckpt.gang.wire.mailbox import Line, Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 
 _HERE, _ELSEWHERE = "here", "elsewhere"
@@ -123,6 +123,9 @@ class StoreGang:
         self._subgangs[name] += 1
         members = uuid.uuid5(uuid.NAMESPACE_OID, "-".join(map(str, ranks))).hex[:16]
         return f"{self._nonce}/{name}.{self._subgangs[name]}.{members}"
+
+    def line(self) -> Line:
+        return Line(self._make_store, f"shardckpt/{self._nonce}/line")
 
     def close(self) -> None:
         self._conversation = ""

@@ -23,6 +23,7 @@ from shardckpt.errors import CheckpointError, GangError
 from shardckpt.format.manifest import Manifest
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder, ModelOnlyError, check_asks_for_model_only
+from shardckpt.manager.stopping import StoppingFace
 from shardckpt.manager.talk import Talk
 from shardckpt.manager.tally import Tally
 from shardckpt.manager.transactional import TransactionalFace
@@ -39,7 +40,7 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace):
+class CheckpointManager(TransactionalFace, StoppingFace):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -76,7 +77,7 @@ class CheckpointManager(TransactionalFace):
         tolerate: int = 2,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        gangs = gangs or Gangs.from_env()
+        self._gangs = gangs = gangs or Gangs.from_env()
         self._storage = _storage(root, storage_options)
         self._owns_storage = isinstance(root, (str, os.PathLike))
         self._at = Coordinates.of(gangs)
@@ -134,7 +135,7 @@ class CheckpointManager(TransactionalFace):
         """
         self._none_open("save")
         options = SaveOptions(model_key, replicated, metadata or {}, self._saving.staging)
-        options = replace(options, verify=self._saving.verify_copies, deadline=deadline)
+        options = replace(options, verify=self._saving.verify_copies, deadline=self._in_budget(deadline))
         return self._begin(partial(self._saver.start, step, options=options), partial(self._reader.take_apart, state))
 
     def _begin(
@@ -237,6 +238,7 @@ class CheckpointManager(TransactionalFace):
             self._give_up("the manager was closed before commit_checkpoint()")
             self.wait()
         finally:
+            self._stop_watching()
             self._saver.close()
             self._save_gang.close()
             self._talk.close()

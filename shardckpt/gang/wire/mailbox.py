@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
@@ -199,6 +200,19 @@ class Mailbox:
 
     def close(self) -> None:
         self._watchdog.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What another thread needs to speak with other ranks past the conversations of a gang: a store, and a prefix."""
+
+    make_store: Callable[[], Store]
+    """Gives a client for one thread."""
+    prefix: str
+    """The same on all ranks, and used by nobody else."""
+
+    def key(self, *parts: object) -> str:
+        return "/".join([self.prefix, *map(str, parts)])
 
 
 def _collect(store: Store, keys: Mapping[int, str], timeout_s: float) -> dict[int, Any]:
