@@ -13,9 +13,21 @@ if TYPE_CHECKING:
     from shardckpt.engine.background.policy import SavePolicy as SavePolicy
     from shardckpt.engine.dcp.reader import DcpReader as DcpReader
     from shardckpt.engine.dcp.writer import DcpWriter as DcpWriter
+    from shardckpt.engine.events.kinds import Committed as Committed
+    from shardckpt.engine.events.kinds import Deleted as Deleted
+    from shardckpt.engine.events.kinds import Event as Event
+    from shardckpt.engine.events.kinds import Loaded as Loaded
+    from shardckpt.engine.events.kinds import SaveFailed as SaveFailed
+    from shardckpt.engine.events.kinds import SaveSkipped as SaveSkipped
+    from shardckpt.engine.events.kinds import SaveStarted as SaveStarted
+    from shardckpt.engine.events.kinds import Staged as Staged
+    from shardckpt.engine.events.kinds import StopAgreed as StopAgreed
+    from shardckpt.engine.events.kinds import Written as Written
+    from shardckpt.engine.events.trace import Trace as Trace
     from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
     from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
     from shardckpt.engine.pending import PendingSave as PendingSave
+    from shardckpt.engine.progress import Phase as Phase
     from shardckpt.engine.progress import SaveReport as SaveReport
     from shardckpt.errors import CheckpointDamagedError as CheckpointDamagedError
     from shardckpt.errors import CheckpointDeleteError as CheckpointDeleteError
@@ -52,8 +64,11 @@ _HOME = {
     "CheckpointSaveError": "errors",
     "CheckpointSkippedError": "errors",
     "CommitUnknownError": "errors",
+    "Committed": "engine.events.kinds",
     "DcpReader": "engine.dcp.reader",
     "DcpWriter": "engine.dcp.writer",
+    "Deleted": "engine.events.kinds",
+    "Event": "engine.events.kinds",
     "Failure": "errors",
     "GangError": "errors",
     "Gangs": "gang.gangs",
@@ -64,10 +79,19 @@ _HOME = {
     "KeepEvery": "run.retention",
     "KeepLast": "run.retention",
     "LoadPolicy": "engine.loading.fit",
+    "Loaded": "engine.events.kinds",
     "PendingSave": "engine.pending",
+    "Phase": "engine.progress",
     "RngState": "state",
+    "SaveFailed": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",
+    "SaveSkipped": "engine.events.kinds",
+    "SaveStarted": "engine.events.kinds",
+    "Staged": "engine.events.kinds",
+    "StopAgreed": "engine.events.kinds",
+    "Trace": "engine.events.trace",
+    "Written": "engine.events.kinds",
 }
 """Public name -> the module of this package that defines it; tests/house checks it against the imports above."""
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
-from shardckpt.engine.progress import Progress, SaveReport
+from shardckpt.engine.events.kinds import Committed, Event, SaveFailed, SaveSkipped, Staged
+from shardckpt.engine.progress import Phase, Progress, SaveReport
 from shardckpt.errors import CheckpointError, CheckpointSaveError, CheckpointSkippedError
 
 
@@ -33,14 +33,24 @@ class CheckpointInfo:
     """By `resume`: newer steps that were passed over, and why."""
 
 
+Tell: TypeAlias = Callable[..., None]
+"""`EventStream.tell`: a kind of event, the step, and what the event holds."""
+
+
+def _nobody(kind: type[Event], step: int, /, **what: Any) -> None:
+    """Where there is no stream of events."""
+
+
 class PendingSave:
     """What `save` gives back: the save goes on by itself. Any thread may look; each rank has its own."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, tell: Tell = _nobody) -> None:
         self.step = step
+        self.tell = tell
         self.report = SaveReport(step)
         self.progress = Progress()
         self._copied = threading.Event()
+        self._lock = threading.Lock()
         self._future: Future[CheckpointInfo] = Future()
         self._seen = False
 
@@ -88,20 +98,15 @@ class PendingSave:
         self._seen = True
         return self.failure()
 
-    @contextmanager
-    def stalling(self) -> Iterator[None]:
+    def stalling(self, phase: str = "save") -> AbstractContextManager[None]:
         """Count the time inside as stall of the training."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.report.stall_s += time.perf_counter() - began
+        return self.report.phase(phase)
 
     def wait_until_staged(self, timeout: timedelta | None = None) -> bool:
         """Called before an optimizer step: hold it until the copy is done, and count the wait. False if time is up."""
         if self._copied.is_set():
             return True
-        with self.stalling():
+        with self.stalling("wait"):
             return self.staged(timeout)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -113,19 +118,37 @@ class PendingSave:
         self._seen = True
 
     def mark_staged(self) -> None:
-        """By the save thread: training may change everything again."""
-        self._copied.set()
+        """Training may change everything again. Any thread; the first time counts."""
+        with self._lock:
+            if not self._copied.is_set():
+                self.tell(Staged, self.step, seconds=self.report.stage_s)
+                self._copied.set()
 
-    def finish(self, info: CheckpointInfo) -> None:
-        """By the save thread: committed."""
+    def finish(self, info: CheckpointInfo, others: Sequence[tuple[int, tuple[Phase, ...]]] = ()) -> None:
+        """By the save thread: committed. `others` is for those who listen to events."""
         self._copied.set()
-        self._future.set_result(info)
+        try:
+            self.tell(Committed, self.step, report=self.report.frozen(), others=tuple(others))
+        finally:
+            self._future.set_result(info)
 
     def fail(self, error: BaseException) -> None:
         """By the save thread, or by whoever finds that it is no more: not committed, unless it is over already."""
         self._copied.set()
-        with suppress(InvalidStateError):
-            self._future.set_exception(error)
+        with self._lock:
+            if self._future.done():
+                return
+            try:
+                self._tell_of(error)
+            finally:
+                self._future.set_exception(error)
+
+    def _tell_of(self, error: BaseException) -> None:
+        if isinstance(error, CheckpointSkippedError):
+            self.tell(SaveSkipped, self.step, reason=str(error))
+        else:
+            told = {"error": str(error).partition("\n")[0], "kind": type(error).__name__}
+            self.tell(SaveFailed, self.step, report=self.report.frozen(), **told)
 
 
 def _as_save_error(error: BaseException, step: int) -> CheckpointSaveError:

@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+HELD = ("save", "wait")
+"""Phases in which training stands still: in `save` itself, and waiting for the copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Something that took time: `save`, `wait` (of training, for the copy), `stage`, `meet` (the other ranks), `write`
+    (in it `seal`, the checksums, and `put`; the rest is waiting for other ranks), `commit`, `load`."""
+
+    name: str
+    began: float
+    """Seconds since 1970, by this machine's clock."""
+    seconds: float
+    thread: str
+
+    @property
+    def ended(self) -> float:
+        return self.began + self.seconds
 
 
 @dataclass(slots=True)
@@ -22,11 +44,48 @@ class SaveReport:
     commit_s: float = 0.0
     total_s: float = 0.0
     slowest_rank: int | None = None
-    """The rank whose write took longest; known on rank 0."""
+    """The rank whose write took longest, once it is committed."""
+    slowest_s: float = 0.0
+    """How long that took."""
+    phases: list[Phase] = field(default_factory=list)
+    """In the order in which they ended."""
+    _epoch: float = field(default_factory=lambda: time.time() - time.perf_counter(), repr=False, compare=False)
 
     @property
     def rate(self) -> float:
         return self.total_nbytes / self.total_s if self.total_s else 0.0
+
+    @property
+    def write_rate(self) -> float:
+        """Bytes per second of this rank while it wrote, checksums included."""
+        return self.nbytes / self.write_s if self.write_s else 0.0
+
+    @property
+    def overlap_s(self) -> float:
+        """How long the copy ran while training went on, too."""
+        copies = [phase for phase in self.phases if phase.name == "stage"]
+        held = [phase for phase in self.phases if phase.name in HELD]
+        both = sum(max(0.0, min(a.ended, b.ended) - max(a.began, b.began)) for a in copies for b in held)
+        return max(0.0, sum(copy.seconds for copy in copies) - both)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is done inside is this phase, also when it ends in an error. Any thread."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            thread = threading.current_thread().name
+            self.phases.append(Phase(name, self._epoch + began, seconds, thread))
+            if name in HELD:
+                self.stall_s += seconds
+            elif hasattr(self, f"{name}_s"):
+                setattr(self, f"{name}_s", seconds)
+
+    def frozen(self) -> SaveReport:
+        """A copy that nobody changes any more."""
+        return replace(self, phases=list(self.phases))
 
 
 class Progress:

@@ -23,9 +23,10 @@ from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.background.worker import Worker
 from shardckpt.engine.committing.committer import Committer
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.events.kinds import SaveStarted
 from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.patience import Limit
-from shardckpt.engine.pending import CheckpointInfo, PendingSave
+from shardckpt.engine.pending import CheckpointInfo, PendingSave, Tell
 from shardckpt.engine.saving.again import Planner
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.stage import Stager
@@ -58,11 +59,13 @@ class Saver:
         timeout: timedelta,
         policy: SavePolicy | None = None,
         on_commit: Callable[[CheckpointInfo, PendingSave], None] = lambda info, pending: None,
+        tell: Tell = lambda kind, step, /, **what: None,
     ) -> None:
         self._gang = gang
         self._at = coordinates
         self.timeout = timeout  # of a phase; may be lowered between saves
         self._policy = policy or SavePolicy()
+        self._tell = tell
         self._committer = Committer(storage, gang, coordinates, on_commit=on_commit)
         self._flights = Flights(lambda: Stager(in_ranges=isinstance(storage, RenamingStorage)))
         self._planner, self._hooks = Planner(coordinates), StepHooks(self.wait_until_staged)
@@ -75,6 +78,10 @@ class Saver:
     def last(self) -> PendingSave | None:
         """The save that was started last."""
         return self._flights.last
+
+    def under_way(self) -> list[PendingSave]:
+        """The saves that are not over yet, in order."""
+        return [work.pending for work in self._flights.under_way()]
 
     def start(self, step: int, take_parts: Callable[[], Sequence[Part]], *, options: SaveOptions) -> PendingSave:
         """Begin to save; returns when what training may change next is safe. What it does about earlier saves that are
@@ -152,7 +159,8 @@ class Saver:
             raise InvalidStateError(f"{step!r} cannot be saved as a step: {error}") from error
         scope = f"save/{step}/{self._tries[step]}"
         self._tries[step] += 1
-        return Work(PendingSave(step), scope, time.perf_counter(), Limit.of(self.timeout, deadline))
+        self._tell(SaveStarted, step)
+        return Work(PendingSave(step, self._tell), scope, time.perf_counter(), Limit.of(self.timeout, deadline))
 
     def _prefix(self, work: Work) -> str:
         assert work.attempt is not None
@@ -224,15 +232,14 @@ class Saver:
 
     def _stage_later(self, work: Work) -> None:
         """The copies that training may overlap with, on the copying thread. Training is not held longer than this."""
-        began = time.perf_counter()
         try:
             if work.error is None and work.staging is not None:
-                work.staging.copy(work.later)
+                with work.pending.report.phase("stage"):
+                    work.staging.copy(work.later)
         except BaseException as error:
             work.error = error
         finally:
             work.pending.mark_staged()
-            work.pending.report.stage_s = time.perf_counter() - began
 
     def _give_up_copy(self, work: Work, copying: Future[None]) -> None:
         """The copy takes too long: training goes on and will change what is being copied, so the save must fail."""

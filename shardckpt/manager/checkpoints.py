@@ -14,6 +14,8 @@ from typing import Any, cast
 
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.events.kinds import Deleted
+from shardckpt.engine.events.stream import EventStream, Subscriber
 from shardckpt.engine.loading.fit import LoadPolicy
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
@@ -87,11 +89,13 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         self._reader = StateReader()
         self._catalog = Catalog(self._storage)
         self._policy = keep or KeepAll()
-        self._history = History(self._catalog, self._policy, grace=max(2 * timeout, _GRACE))
+        self._events = EventStream(self._at.rank)
+        grace, on_deleted = max(2 * timeout, _GRACE), partial(self._events.tell, Deleted)
+        self._history = History(self._catalog, self._policy, grace=grace, on_deleted=on_deleted)
         self._save_gang = gangs.fork("save").root
         terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
-        self._saver = Saver(self._storage, self._save_gang, self._at, **terms)
-        self._finder = Finder(self._storage, self._catalog, self._talk, self._at)
+        self._saver = Saver(self._storage, self._save_gang, self._at, **terms, tell=self._events.tell)
+        self._finder = Finder(self._storage, self._catalog, self._talk, self._at, self._events.tell)
         self._open = None
 
     def __enter__(self) -> CheckpointManager:
@@ -173,6 +177,14 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         """How many of the saves that are over were skipped, or given up for a newer one, as `saving` says."""
         return self._tally.skipped
 
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Have it called with every `Event` of this rank from now on; call what is given back to end that.
+
+        It is called in a thread of its own, one event after the other. Whatever it raises is logged and harms nobody.
+        By any rank by itself.
+        """
+        return self._events.subscribe(subscriber)
+
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around anything but `optimizer.step()` that changes parameters (EMA, manual updates): waits for the copy."""
@@ -205,8 +217,8 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         self._saver.drain()
         self._talk.enter(f"load/{step}", step=step)
         folder, manifest = self._finder.record(step)
-        loader = self._finder.loader(folder, manifest)
-        loader.load(self._take_apart(state, manifest, policy or LoadPolicy()), policy or LoadPolicy())
+        with self._finder.loading(folder, manifest) as loader:
+            loader.load(self._take_apart(state, manifest, policy or LoadPolicy()), policy or LoadPolicy())
         return self._finder.info(folder, manifest)
 
     def _take_apart(self, state: MutableMapping[str, Any], manifest: Manifest, policy: LoadPolicy) -> list[Part]:
@@ -242,6 +254,7 @@ class CheckpointManager(TransactionalFace, StoppingFace):
             self._saver.close()
             self._save_gang.close()
             self._talk.close()
+            self._events.close()
             if self._owns_storage:
                 self._storage.close()
 

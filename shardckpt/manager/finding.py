@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.events.kinds import Loaded
 from shardckpt.engine.load import Loader
-from shardckpt.engine.pending import CheckpointInfo
+from shardckpt.engine.pending import CheckpointInfo, Tell
 from shardckpt.errors import (
     CheckpointDamagedError,
     CheckpointLoadError,
@@ -37,6 +40,7 @@ class Finder:
     catalog: Catalog
     talk: Talk
     at: Coordinates
+    tell: Tell = lambda kind, step, /, **what: None
 
     def record(self, step: int) -> tuple[str, Manifest]:
         """The folder and the record of a step. Rank 0 reads, all are told. In a conversation."""
@@ -48,9 +52,13 @@ class Finder:
         folder, record = self.talk.from_rank_0(read, "read the record", step=step)
         return str(folder), decode_manifest(str(record).encode())
 
-    def loader(self, folder: str, manifest: Manifest) -> Loader:
+    @contextmanager
+    def loading(self, folder: str, manifest: Manifest) -> Iterator[Loader]:
+        """Who loads it; when that has succeeded, it is told."""
         gang, timeout = self.talk.gang, self.talk.timeout
-        return Loader(self.storage, gang, self.at, folder=folder, manifest=manifest, timeout=timeout)
+        began = time.perf_counter()
+        yield Loader(self.storage, gang, self.at, folder=folder, manifest=manifest, timeout=timeout)
+        self.tell(Loaded, manifest.step, seconds=time.perf_counter() - began, nbytes=manifest.nbytes)
 
     def info(self, folder: str, manifest: Manifest) -> CheckpointInfo:
         """What a caller is told of a step."""

@@ -7,6 +7,8 @@ import signal
 import time
 from datetime import timedelta
 
+from shardckpt.engine.events.kinds import StopAgreed
+from shardckpt.engine.events.stream import EventStream
 from shardckpt.engine.save import Saver
 from shardckpt.errors import InvalidOperationError
 from shardckpt.gang.gangs import Gangs
@@ -30,6 +32,7 @@ class StoppingFace:
     _gangs: Gangs
     _saver: Saver
     _talk: Talk
+    _events: EventStream
     _stop: Stop | None = None
 
     def stop_on(self, *signals: int, budget: timedelta = timedelta(seconds=30)) -> None:
@@ -45,7 +48,7 @@ class StoppingFace:
         """
         if self._stop is not None:
             raise InvalidOperationError("stop_on was called before: give it all signals at once")
-        self._stop = Stop(self._gangs.fork("stop"), signals or _USUAL, budget)
+        self._stop = Stop(self._gangs.fork("stop"), signals or _USUAL, budget, self._events)
 
     def request_stop(self, reason: str = "the program asked for it") -> None:
         """What a signal does, for notices that come in another way. By any thread of any rank, after `stop_on`."""
@@ -84,7 +87,8 @@ class StoppingFace:
 class Stop:
     """One rank's part: its signals, the agreement with the others, and the time that is left."""
 
-    def __init__(self, gangs: Gangs, signals: tuple[int, ...], budget: timedelta) -> None:
+    def __init__(self, gangs: Gangs, signals: tuple[int, ...], budget: timedelta, events: EventStream) -> None:
+        self._events = events
         self._budget_s = budget.total_seconds()
         self._ends = float("inf")
         self._halt = Halt(gangs.root, patience=budget / _SHARE, on_decision=self._told)
@@ -107,11 +111,13 @@ class Stop:
         return timedelta(seconds=max(0.0, self._ends - time.monotonic()))
 
     def make_way(self, saver: Saver) -> None:
-        """Let an earlier save end in half of the time that is left; then cancel this rank's part, and so the save."""
-        last = saver.last
-        if last is not None and not last.wait(self.left() / 2):
-            _log.warning("step %d is still being written, but the last step is more urgent: cancelled", last.step)
-            last.cancel()
+        """Let earlier saves end in half of the time that is left; then cancel this rank's part, and so the save."""
+        for earlier in saver.under_way():
+            if not earlier.wait(self.left() / 2):
+                text = "step %d is still being written, but the last step is more urgent: it is cancelled"
+                _log.warning(text, earlier.step)
+                earlier.cancel()
+                earlier.wait(self.left() / 2)
 
     def close(self) -> None:
         self._signals.close()
@@ -119,4 +125,5 @@ class Stop:
 
     def _told(self, decision: Decision) -> None:
         self._ends = min(self._ends, time.monotonic() + self._budget_s)
+        self._events.tell(StopAgreed, decision.step, reason=decision.reason, absent=decision.absent)
         _log.warning("%s: all ranks stop at step %d, or the next one they ask about", decision.reason, decision.step)

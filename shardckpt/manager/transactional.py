@@ -138,7 +138,8 @@ class TransactionalFace(ABC):
         self._saver.drain()
         self._talk.enter(f"load/{step_nr}", step=step_nr)
         folder, manifest = self._finder.record(step_nr)
-        return self._finder.loader(folder, manifest).load_everything()
+        with self._finder.loading(folder, manifest) as loader:
+            return loader.load_everything()
 
     def load_last_checkpoint(self) -> tuple[int, dict[str, Any]]:
         """The newest step that is good, and its state. `CheckpointNotFoundError` if there is no step.
@@ -179,7 +180,7 @@ class TransactionalFace(ABC):
         """Delete a committed step, or all of it but its model. A crash leaves that, or the whole step."""
         self._saver.drain()
         self._talk.enter(f"delete/{step_nr}", step=step_nr)
-        work = _Deletion(self._catalog, step_nr, missing_ok=missing_ok, preserve=preserve_model)
+        work = _Deletion(self._history, self._catalog, step_nr, missing_ok=missing_ok, preserve=preserve_model)
         self._talk.from_rank_0(work.run, "delete", step=step_nr)
 
     def keep_last_n_checkpoints(self, n: int, *, preserve_model: bool = False) -> None:
@@ -275,8 +276,9 @@ def _at_least_one(n: int) -> int:
 class _Deletion:
     """What rank 0 does to delete a step."""
 
-    def __init__(self, catalog: Catalog, step: int, *, missing_ok: bool, preserve: bool) -> None:
-        self._catalog, self._step, self._missing_ok, self._preserve = catalog, step, missing_ok, preserve
+    def __init__(self, history: History, catalog: Catalog, step: int, *, missing_ok: bool, preserve: bool) -> None:
+        self._history, self._catalog = history, catalog
+        self._step, self._missing_ok, self._preserve = step, missing_ok, preserve
 
     def run(self) -> None:
         try:
@@ -285,6 +287,7 @@ class _Deletion:
                 preserve_model(self._catalog.storage, entry)
             else:
                 delete_step(self._catalog.storage, entry, manifest=self._record(entry))
+            self._history.on_deleted(self._step)
         except CheckpointNotFoundError as error:
             if not self._missing_ok:
                 raise CheckpointDeleteError(str(error), step=self._step) from error

@@ -19,8 +19,16 @@ _log = logging.getLogger(__name__)
 class History:
     """One per manager. `committed` runs on the save thread of rank 0, all else on the training's thread there."""
 
-    def __init__(self, catalog: Catalog, policy: Policy, *, grace: timedelta) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        policy: Policy,
+        *,
+        grace: timedelta,
+        on_deleted: Callable[[int], None] = lambda step: None,
+    ) -> None:
         self._catalog = catalog
+        self.on_deleted = on_deleted
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
         self._due: dict[int, float] = {}
@@ -57,7 +65,7 @@ class History:
         """
         with self._lock:
             protected = dict(self._protected)
-        return retain(self._catalog, policy, preserve_model=preserve_model, protected=protected)
+        return self._told(retain(self._catalog, policy, preserve_model=preserve_model, protected=protected))
 
     def committed(self, step: int) -> list[int]:
         """After a commit: write the score that was waiting, prune, and give the deleted steps.
@@ -77,7 +85,12 @@ class History:
         except Exception:
             _log.exception("step %d is committed, but the leftovers of other saves were not looked at", step)
         try:
-            return [gone.step for gone in retain(self._catalog, self._policy, protected=protected)]
+            return [gone.step for gone in self._told(retain(self._catalog, self._policy, protected=protected))]
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
+
+    def _told(self, deleted: list[Deleted]) -> list[Deleted]:
+        for gone in deleted:
+            self.on_deleted(gone.step)
+        return deleted

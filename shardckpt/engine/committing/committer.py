@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from shardckpt.engine.background.worker import is_ending
@@ -14,9 +14,9 @@ from shardckpt.engine.carry import carry
 from shardckpt.engine.committing.receipts import TableBook, describe_own
 from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.events.kinds import Written
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
-from shardckpt.engine.progress import SaveReport
 from shardckpt.engine.saving.plan import plan_save
 from shardckpt.engine.saving.stage import Staging
 from shardckpt.engine.saving.work import Work, as_save_error
@@ -66,7 +66,7 @@ class Committer:
         work.let_go()
         pending.report.total_s = time.perf_counter() - work.began
         pending.report.total_nbytes = info.nbytes
-        pending.finish(info)
+        pending.finish(info, work.others)
         try:
             self._on_commit(info, pending)
         except Exception:
@@ -95,17 +95,19 @@ class Committer:
         step, report = work.pending.step, work.pending.report
         try:
             if work.attempt is None:
-                attempt.begin(work.scope, partial(self._check_ready, work))
-            with _timed(report, "write_s"):
+                with report.phase("meet"):
+                    attempt.begin(work.scope, partial(self._check_ready, work))
+            with report.phase("write"):
                 attempt.write(lambda prefix: self._write(work, prefix))
-            with _timed(report, "commit_s"):
+            with report.phase("commit"):
                 attempt.compare(work.alike)
                 assert work.plan is not None
                 committed = attempt.commit(work.plan, work.options.metadata, model_key=work.options.model_key)
         except BaseException:
             attempt.abandon()
             raise
-        report.slowest_rank = committed.slowest_rank
+        report.slowest_rank, report.slowest_s = committed.slowest_rank, committed.slowest_s
+        work.others = attempt.phases_of_others()
         url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
         metadata = dict(work.options.metadata)
         return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)
@@ -116,7 +118,7 @@ class Committer:
         if work.plan is None or work.staging is None:  # no state, only files that are written already
             work.plan = plan_save((), self._at)
             work.staging = work.stager.prepare(work.plan, rank=self._at.rank)
-        began = time.perf_counter()
+        report, began = work.pending.report, time.perf_counter()
         try:
             put = partial(self._put, work, work.staging, prefix)
             sealed, files = within(work.limit.work, put, what="writing the files")
@@ -125,26 +127,22 @@ class Committer:
                 work.pending.progress.cancel()  # at its next part, if it ever comes to it
                 work.stager.forsake()
             raise
-        seconds = {"write": time.perf_counter() - began, "stage": work.pending.report.stage_s}
+        seconds = {"write": time.perf_counter() - began, "stage": report.stage_s}
+        work.pending.tell(Written, report.step, seconds=seconds["write"], nbytes=report.nbytes)
         work.alike = work.staging.alike()
-        return describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
+        receipt = describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
+        return replace(receipt, phases=tuple(report.phases))
 
     def _put(self, work: Work, staging: Staging, prefix: str) -> tuple[list[Sealed], tuple[FileEntry, ...]]:
-        sealed = staging.seal()
-        work.pending.report.nbytes = sum(file.end - file.start for file in sealed)
-        files = write_files(self._storage, prefix, sealed, work.pending.progress)
-        if self._at.rank == 0:
-            for name, content in work.loose.items():
-                self._storage.put(f"{prefix}/{name}", [content])
-            files = (*files, *carry(self._storage, prefix))
+        """In a thread of its own."""
+        report = work.pending.report
+        with report.phase("seal"):
+            sealed = staging.seal()
+        report.nbytes = sum(file.end - file.start for file in sealed)
+        with report.phase("put"):
+            files = write_files(self._storage, prefix, sealed, work.pending.progress)
+            if self._at.rank == 0:
+                for name, content in work.loose.items():
+                    self._storage.put(f"{prefix}/{name}", [content])
+                files = (*files, *carry(self._storage, prefix))
         return sealed, files
-
-
-@contextmanager
-def _timed(report: SaveReport, name: str) -> Iterator[None]:
-    """Put the seconds inside into the report, also when they end in an error."""
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        setattr(report, name, time.perf_counter() - began)

@@ -21,6 +21,7 @@ from typing import Any
 from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.committing.receipts import TableBook, compose_manifest, disagreements, explain, held_of
 from shardckpt.engine.patience import Limit, within
+from shardckpt.engine.progress import Phase
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, decode_receipt
 from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
@@ -45,6 +46,7 @@ class Committed:
     nbytes: int
     created: str
     slowest_rank: int
+    slowest_s: float
 
 
 class Transaction:
@@ -111,7 +113,7 @@ class Transaction:
             slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
             self._limit.check()
             self._put_in_force(manifest)
-            return [manifest.nbytes, created, slowest.rank]
+            return [manifest.nbytes, created, slowest.rank, slowest.seconds["write"]]
 
         try:
             return Committed(*announce(self._gang, commit, phase="commit", **self._terms))
@@ -122,6 +124,10 @@ class Transaction:
                 f"whether step {self._step} was committed is not known here, since rank 0 did not say: {error.brief}",
                 step=self._step,
             ) from error
+
+    def phases_of_others(self) -> tuple[tuple[int, tuple[Phase, ...]], ...]:
+        """On rank 0: what the other ranks did until their files were written, and when."""
+        return tuple((receipt.rank, receipt.phases) for receipt in self._receipts or () if receipt.rank)
 
     def _of_model_only(self, manifest: Manifest) -> Manifest:
         """The record of a step without a state: it has the consolidated model, and that alone."""

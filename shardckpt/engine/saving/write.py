@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from shardckpt.engine.progress import Progress
+from shardckpt.engine.progress import Phase, Progress
 from shardckpt.format.manifest import FileEntry, decode_file, encode_file
 from shardckpt.storage.base import RenamingStorage, Storage
 
@@ -64,6 +64,8 @@ class Receipt:
     seconds: Mapping[str, float] = field(default_factory=dict)
     wrote: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By file: which of its bytes (start, end) are this rank's work."""
+    phases: tuple[Phase, ...] = ()
+    """What this rank has done so far, and when."""
 
     def encode(self) -> dict[str, Any]:
         return {
@@ -75,13 +77,15 @@ class Receipt:
             "table": self.table,
             "seconds": dict(self.seconds),
             "wrote": {file: list(extent) for file, extent in self.wrote.items()},
+            "phases": [[each.name, each.began, each.seconds, each.thread] for each in self.phases],
         }
 
 
 def decode_receipt(content: Mapping[str, Any]) -> Receipt:
     files = tuple(decode_file(entry) for entry in content["files"])
     wrote = {file: (start, end) for file, (start, end) in content["wrote"].items()}
-    return Receipt(**{**content, "files": files, "wrote": wrote})
+    phases = tuple(Phase(*each) for each in content["phases"])
+    return Receipt(**{**content, "files": files, "wrote": wrote, "phases": phases})
 
 
 class _Pieces(Sequence[memoryview]):
