@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardckpt.engine.background.manners import Manners as Manners
     from shardckpt.engine.background.policy import SavePolicy as SavePolicy
     from shardckpt.engine.dcp.reader import DcpReader as DcpReader
     from shardckpt.engine.dcp.writer import DcpWriter as DcpWriter
@@ -80,6 +81,7 @@ _HOME = {
     "KeepLast": "run.retention",
     "LoadPolicy": "engine.loading.fit",
     "Loaded": "engine.events.kinds",
+    "Manners": "engine.background.manners",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RngState": "state",

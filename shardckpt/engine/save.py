@@ -19,6 +19,7 @@ from datetime import timedelta
 from functools import partial
 
 from shardckpt.engine.background.flights import Flights
+from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.background.worker import Worker
 from shardckpt.engine.committing.committer import Committer
@@ -59,6 +60,7 @@ class Saver:
         timeout: timedelta,
         policy: SavePolicy | None = None,
         on_commit: Callable[[CheckpointInfo, PendingSave], None] = lambda info, pending: None,
+        manners: Manners | None = None,
         tell: Tell = lambda kind, step, /, **what: None,
     ) -> None:
         self._gang = gang
@@ -66,7 +68,7 @@ class Saver:
         self.timeout = timeout  # of a phase; may be lowered between saves
         self._policy = policy or SavePolicy()
         self._tell = tell
-        self._committer = Committer(storage, gang, coordinates, on_commit=on_commit)
+        self._committer = Committer(storage, gang, coordinates, on_commit=on_commit, manners=manners or Manners())
         self._flights = Flights(lambda: Stager(in_ranges=isinstance(storage, RenamingStorage)))
         self._planner, self._hooks = Planner(coordinates), StepHooks(self.wait_until_staged)
         self._tries: Counter[int] = Counter()

@@ -12,6 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
+from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.kinds import Deleted
@@ -63,6 +64,8 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         timeout: how long a rank waits for its peers in one phase of a save or load before it gives up.
         saving: how the state is copied, and what becomes of a save that comes while another is under way; see
             `SavePolicy`. If not given, it overlaps with training, and a save waits for the one before.
+        manners: how considerate the writing is of the device and the processor; see `Manners`. As fast as it can be, if
+            not given.
         tolerate: how many saves in a row may fail before `save` raises the failure of the last one; up to then a
             failure is logged, and raised by whoever asks for its result, by `wait` and at the end of the `with`.
         storage_options: for fsspec; never logged or recorded.
@@ -76,6 +79,7 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         keep: Policy | None = None,
         timeout: timedelta = timedelta(minutes=30),
         saving: SavePolicy | None = None,
+        manners: Manners | None = None,
         tolerate: int = 2,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
@@ -94,7 +98,8 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         self._history = History(self._catalog, self._policy, grace=grace, on_deleted=on_deleted)
         self._save_gang = gangs.fork("save").root
         terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
-        self._saver = Saver(self._storage, self._save_gang, self._at, **terms, tell=self._events.tell)
+        terms |= {"manners": manners, "tell": self._events.tell}
+        self._saver = Saver(self._storage, self._save_gang, self._at, **terms)
         self._finder = Finder(self._storage, self._catalog, self._talk, self._at, self._events.tell)
         self._open = None
 

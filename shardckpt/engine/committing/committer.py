@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.worker import is_ending
 from shardckpt.engine.carry import carry
 from shardckpt.engine.committing.receipts import TableBook, describe_own
@@ -25,6 +26,7 @@ from shardckpt.format.layout import step_folder
 from shardckpt.format.manifest import FileEntry
 from shardckpt.gang.base import Gang
 from shardckpt.storage.base import Storage
+from shardckpt.storage.transfer.pacing import Pacer
 
 _log = logging.getLogger(__name__)
 
@@ -39,11 +41,14 @@ class Committer:
         coordinates: Coordinates,
         *,
         on_commit: Callable[[CheckpointInfo, PendingSave], None],
+        manners: Manners,
     ) -> None:
         self._storage = storage
         self._gang = gang
         self._at = coordinates
         self._on_commit = on_commit
+        self._manners = manners
+        self._pacer = None if manners.rate is None else Pacer(manners.rate)
         self._book = TableBook()
 
     def attempt(self, work: Work) -> Transaction:
@@ -135,12 +140,14 @@ class Committer:
 
     def _put(self, work: Work, staging: Staging, prefix: str) -> tuple[list[Sealed], tuple[FileEntry, ...]]:
         """In a thread of its own."""
+        self._manners.behave()
         report = work.pending.report
         with report.phase("seal"):
             sealed = staging.seal()
         report.nbytes = sum(file.end - file.start for file in sealed)
         with report.phase("put"):
-            files = write_files(self._storage, prefix, sealed, work.pending.progress)
+            pace = {} if self._pacer is None else {"pace": self._pacer.pace}
+            files = write_files(self._storage, prefix, sealed, work.pending.progress, **pace)
             if self._at.rank == 0:
                 for name, content in work.loose.items():
                     self._storage.put(f"{prefix}/{name}", [content])

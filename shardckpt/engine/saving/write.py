@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -103,6 +103,14 @@ class _Pieces(Sequence[memoryview]):
         return self._pieces[number]
 
 
+Pace: TypeAlias = Callable[[Iterable[memoryview]], Iterable[memoryview]]
+"""Gives the same bytes, each when it may go."""
+
+
+def _at_once(parts: Iterable[memoryview]) -> Iterable[memoryview]:
+    return parts
+
+
 def _watched(parts: Iterable[memoryview], progress: Progress) -> Iterable[memoryview]:
     """Again a sequence, which can be put again, if `parts` is one."""
     if isinstance(parts, Sequence):
@@ -116,7 +124,9 @@ def _watched(parts: Iterable[memoryview], progress: Progress) -> Iterable[memory
     return watched()
 
 
-def write_files(storage: Storage, prefix: str, sealed: Sequence[Sealed], progress: Progress) -> tuple[FileEntry, ...]:
+def write_files(
+    storage: Storage, prefix: str, sealed: Sequence[Sealed], progress: Progress, pace: Pace = _at_once
+) -> tuple[FileEntry, ...]:
     """Put what is this rank's of its files below `prefix`, durable when it returns; gives the files that it completes.
 
     Called on the save thread of every rank.
@@ -125,9 +135,9 @@ def write_files(storage: Storage, prefix: str, sealed: Sequence[Sealed], progres
         progress.check()
         key = f"{prefix}/{file.name}"
         if isinstance(file, SealedFile) and file.whole:
-            storage.put(key, _watched(file.parts, progress))
+            storage.put(key, _watched(pace(file.parts), progress))
         else:
             assert isinstance(storage, RenamingStorage), "only then are files shared in ranges"
-            storage.put_range(key, file.start, _watched(file.parts, progress))
+            storage.put_range(key, file.start, _watched(pace(file.parts), progress))
         progress.add(file.end - file.start)
     return tuple(file.entry for file in sealed if isinstance(file, SealedFile))
