@@ -32,6 +32,7 @@ from shardckpt.engine.saving.again import Planner
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
+from shardckpt.engine.writing.process import ProcessStorage
 from shardckpt.errors import CheckpointError, CheckpointSaveError, InvalidStateError
 from shardckpt.format.layout import step_folder
 from shardckpt.format.manifest import FileEntry
@@ -69,7 +70,8 @@ class Saver:
         self._policy = policy or SavePolicy()
         self._tell = tell
         self._committer = Committer(storage, gang, coordinates, on_commit=on_commit, manners=manners or Manners())
-        self._flights = Flights(lambda: Stager(in_ranges=isinstance(storage, RenamingStorage)))
+        how = {"in_ranges": isinstance(storage, RenamingStorage), "shared": isinstance(storage, ProcessStorage)}
+        self._flights = Flights(lambda: Stager(**how))
         self._planner, self._hooks = Planner(coordinates), StepHooks(self.wait_until_staged)
         self._tries: Counter[int] = Counter()
         self._thread = Worker("shardckpt-save")

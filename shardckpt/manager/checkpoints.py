@@ -22,6 +22,7 @@ from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import Saver
 from shardckpt.engine.saving.work import SaveOptions
+from shardckpt.engine.writing.process import in_other_process
 from shardckpt.errors import CheckpointError, GangError
 from shardckpt.format.manifest import Manifest
 from shardckpt.gang.gangs import Gangs
@@ -98,8 +99,12 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         self._history = History(self._catalog, self._policy, grace=grace, on_deleted=on_deleted)
         self._save_gang = gangs.fork("save").root
         terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
+        self._written: Storage = self._storage
+        if manners is not None and manners.process:
+            self._written = in_other_process(self._storage, root, storage_options, manners)
+            manners = None  # of this process, which does not write
         terms |= {"manners": manners, "tell": self._events.tell}
-        self._saver = Saver(self._storage, self._save_gang, self._at, **terms)
+        self._saver = Saver(self._written, self._save_gang, self._at, **terms)
         self._finder = Finder(self._storage, self._catalog, self._talk, self._at, self._events.tell)
         self._open = None
 
@@ -257,6 +262,8 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         finally:
             self._stop_watching()
             self._saver.close()
+            if self._written is not self._storage:
+                self._written.close()
             self._save_gang.close()
             self._talk.close()
             self._events.close()

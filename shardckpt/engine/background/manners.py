@@ -34,7 +34,7 @@ class Manners:
     concerned, and never the copy of the state, for which training may have to wait.
 
     >>> Manners(rate=200e6, nice=10, io_class="idle")
-    Manners(rate=200000000.0, nice=10, io_class='idle')
+    Manners(rate=200000000.0, nice=10, io_class='idle', process=False)
     """
 
     rate: float | None = None
@@ -47,6 +47,9 @@ class Manners:
     """`ionice` of these threads (Linux): after everybody else ("idle"), or the last of the usual ones ("best-effort").
     Schedulers of devices heed it where there are any (bfq, mq-deadline); what goes through the page cache is written
     by the kernel, which does not."""
+    process: bool = False
+    """Write in another process, which maps the image of the state. For a path or a URL, with `storage_options` of plain
+    values. The process is this rank's own, and replaced when it dies."""
 
     def __post_init__(self) -> None:
         if self.rate is not None and not self.rate > 0:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from shardckpt.engine.saving.share import Share
+from shardckpt.engine.writing.shared import SharedMap
 from shardckpt.format.archive import PAGE
 
 _HUGE = 2 << 20
@@ -22,7 +23,9 @@ class Image:
     2026-11). Huge pages are asked for where the system has them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        """`shared`: the process that writes maps it as well."""
+        self._shared = shared
         self._map: mmap.mmap | None = None
         self._bytes: torch.Tensor | None = None
 
@@ -38,7 +41,10 @@ class Image:
         self.release()
         step = _HUGE if nbytes >= _HUGE else PAGE
         rounded = -(-nbytes // step) * step
-        self._map = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self._shared:
+            self._map = SharedMap(rounded)
+        else:
+            self._map = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a forked loader worker must not make us copy on write
             if hasattr(mmap, advice):
                 self._map.madvise(getattr(mmap, advice))

@@ -22,8 +22,10 @@ from shardckpt.storage.transfer.several import for_each
 class Stager:
     """Keeps the images and layouts from save to save. One per manager; used for one save at a time."""
 
-    def __init__(self, *, in_ranges: bool = False, threads: int = 2) -> None:
-        """`in_ranges`: whether the storage can put ranges of a file, so that several ranks can share one."""
+    def __init__(self, *, in_ranges: bool = False, shared: bool = False, threads: int = 2) -> None:
+        """`in_ranges`: whether the storage can put ranges of a file, so that several ranks can share one. `shared`:
+        whether another process writes."""
+        self._shared = shared
         self._slots: dict[Home, ImagedFile] = {}
         self._in_ranges = in_ranges
         self._threads = threads
@@ -40,7 +42,7 @@ class Stager:
         """
         stages: list[StagedFile] = []
         for file in plan.files:
-            stage = WindowedFile() if windowed else self._slots.setdefault(file.home, ImagedFile())
+            stage = WindowedFile() if windowed else self._slots.setdefault(file.home, ImagedFile(shared=self._shared))
             stage.lay_out(file, in_ranges=self._in_ranges)
             stages.append(stage)
         return Staging(stages, plan, rank=rank, threads=self._threads)

@@ -25,9 +25,9 @@ class ImagedFile(StagedFile):
     Of a file that others write, too, only what lies in this rank's share is copied; the rest is summed up where it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
         super().__init__()
-        self.image = Image()
+        self.image = Image(shared=shared)
         self._targets: list[torch.Tensor] = []
         self._small: list[int] = []
         self._others: list[int] = []

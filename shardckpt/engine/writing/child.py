@@ -1,0 +1,74 @@
+"""What runs in the process that writes. It imports neither torch nor the training program.
+
+It does what it is told on its line, one message after the other, and ends when the line does: with the manager, or with
+the process that it writes for. Signals to the whole job are for that process, and not for this one.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from shardckpt.engine.background.manners import Manners
+from shardckpt.engine.writing.wire import receive, send
+from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.open import open_storage
+from shardckpt.storage.transfer.pacing import Pacer
+
+
+def main(line_file: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=line_file) as line:
+        try:
+            message, _ = receive(line)
+            _serve(line, _Writer(message))
+        except (EOFError, ConnectionError):
+            pass  # nobody is there any more who wants anything written
+
+
+def _serve(line: socket.socket, writer: _Writer) -> None:
+    while True:
+        message, file = receive(line)
+        if file is not None:
+            writer.map(message["map"], file, message["nbytes"])
+            continue
+        try:
+            answer: dict[str, Any] = {"nbytes": writer.put(message)}
+        except OSError as error:
+            answer = {"errno": error.errno, "error": error.strerror or str(error)}
+        except Exception as error:
+            answer = {"errno": None, "error": f"{type(error).__name__}: {error}"}
+        send(line, answer)
+
+
+class _Writer:
+    def __init__(self, told: dict[str, Any]) -> None:
+        self._storage: Storage = open_storage(told["root"], storage_options=told["options"] or None)
+        manners = Manners(**told["manners"])
+        manners.behave()
+        self._pacer = None if manners.rate is None else Pacer(manners.rate)
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def map(self, number: int, file: int, nbytes: int) -> None:
+        self._maps[number] = mmap.mmap(file, nbytes, flags=mmap.MAP_SHARED)
+        os.close(file)
+
+    def put(self, told: dict[str, Any]) -> int:
+        """Write the ranges of maps that are told, one after the other. Maps that are not named any more are let go."""
+        self._maps = {number: self._maps[number] for number in told["living"]}
+        parts: Any = [memoryview(self._maps[number])[start:end] for number, start, end in told["parts"]]
+        if self._pacer is not None:
+            parts = self._pacer.pace(parts)
+        if told["offset"] is None:
+            return self._storage.put(told["key"], parts)
+        assert isinstance(self._storage, RenamingStorage)
+        return self._storage.put_range(told["key"], told["offset"], parts)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

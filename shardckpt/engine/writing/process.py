@@ -1,0 +1,194 @@
+"""A storage whose large puts another process does: checksums of the client, and all that a client does in Python, do
+not share the training's interpreter.
+
+The other process maps the images of the files, and is told ranges of them. It is started at the first put, and anew
+after it has died, or has been killed because a save was cancelled or came to its deadline: that put fails, and the
+next one succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import shardckpt.engine.writing.child as child
+from shardckpt.engine.background.manners import Manners
+from shardckpt.engine.writing.shared import SharedMap, place_in
+from shardckpt.engine.writing.wire import receive, send
+from shardckpt.storage.base import Buffer, Storage
+from shardckpt.storage.wrapping import StorageWrapper
+
+_PACKAGE = Path(child.__file__).parents[3]
+_LOOK_S = 0.1
+"""How often somebody who waits for a put looks whether the save was cancelled."""
+_FAREWELL_S = 5.0
+"""How long the process may take to end by itself when it is told to; it may be in the middle of a system call."""
+
+
+class WriterProcess:
+    """The other process, while there is one. Any thread may call; one put at a time."""
+
+    def __init__(self, root: str, options: Mapping[str, object] | None, manners: Manners) -> None:
+        """`options` travel as JSON, over a line that nobody else can read."""
+        told = {name: value for name, value in asdict(manners).items() if name != "process"}
+        self._told: dict[str, Any] = {"root": root, "options": dict(options or {}), "manners": told}
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._line: socket.socket | None = None
+        self._maps: weakref.WeakKeyDictionary[SharedMap, int] = weakref.WeakKeyDictionary()
+        self._numbers = 0
+
+    @property
+    def pid(self) -> int | None:
+        """None while there is no process."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def put(self, key: str, offset: int | None, parts: Sequence[Buffer]) -> int:
+        """As `Storage.put`, or `put_range` if there is an offset, of parts that all lie in shared memory.
+
+        Parts may raise when they are looked at: then the save was cancelled, and the process is killed.
+        """
+        with self._lock:
+            try:
+                line = self._ready()
+                ranges = [self._range(line, part) for part in parts]
+                send(line, {"key": key, "offset": offset, "parts": ranges, "living": sorted(self._maps.values())})
+                while not select.select([line], [], [], _LOOK_S)[0]:
+                    _ = parts[0]
+                answer, _ = receive(line)
+            except (EOFError, ConnectionError) as error:
+                raise OSError(f"cannot write {key!r}: the process that writes {self._end(kill=True)}") from error
+            except BaseException:
+                self._end(kill=True)
+                raise
+        if "error" in answer:
+            if answer["errno"] is None:
+                raise RuntimeError(f"the process that writes failed: {answer['error']}")
+            raise OSError(answer["errno"], answer["error"])
+        return int(answer["nbytes"])
+
+    def close(self) -> None:
+        """Let the process end, or end it. May be called twice."""
+        with self._lock:
+            self._end(kill=False)
+
+    def _ready(self) -> socket.socket:
+        if self._process is not None and self._process.poll() is not None:
+            self._end(kill=True)  # it died while there was nothing to do, which harms nobody
+        if self._line is not None:
+            return self._line
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from {child.__name__} import main; "
+            # A new session: what a terminal, or a launcher, sends to the training's group is not for it.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"{code}main({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._line = ours
+        self._maps.clear()
+        send(ours, self._told)
+        return ours
+
+    def _range(self, line: socket.socket, part: Buffer) -> tuple[int, int, int]:
+        found = place_in(memoryview(part))
+        assert found is not None, "looked at before"
+        owner, start = found
+        number = self._maps.get(owner)
+        if number is None:
+            number = self._numbers = self._numbers + 1
+            send(line, {"map": number, "nbytes": len(owner)}, file=owner.file)
+            self._maps[owner] = number
+        return number, start, start + memoryview(part).nbytes
+
+    def _end(self, *, kill: bool) -> str:
+        """Be without a process; says how it ended."""
+        process, line, self._process, self._line = self._process, self._line, None, None
+        if line is not None:
+            line.close()
+        if process is None:
+            return "is not there"
+        if not kill:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_FAREWELL_S)
+        ended = process.poll()
+        if ended is None:
+            with suppress(subprocess.TimeoutExpired):  # after an end of the line it may be just about to end
+                ended = process.wait(_LOOK_S) if kill else None
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):  # not as long as it is in a system call that does not return
+            process.wait(_FAREWELL_S)
+        if ended is None:
+            return "was ended"
+        return f"was killed by {signal.Signals(-ended).name}" if ended < 0 else f"ended with status {ended}"
+
+
+class ProcessStorage(StorageWrapper):
+    """Puts of shared memory go to the other process, all else to `inner`, in this one."""
+
+    def __init__(self, inner: Storage, writer: WriterProcess) -> None:
+        super().__init__(inner)
+        self.writer = writer
+        self._seen = False
+        """Whether something that the other process wrote has been seen from here."""
+
+    def put(self, key: str, parts: Iterable[Buffer]) -> int:
+        shared = _shared(parts)
+        return super().put(key, parts) if shared is None else self._put(key, None, shared)
+
+    def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
+        shared = _shared(parts)
+        if shared is not None:
+            return self._put(key, offset, shared)
+        inner: Any = self.inner
+        nbytes: int = inner.put_range(key, offset, parts)
+        return nbytes
+
+    def _put(self, key: str, offset: int | None, parts: Sequence[Buffer]) -> int:
+        nbytes = self.writer.put(key, offset, parts)
+        if not self._seen:
+            found = self.inner.size(key)  # `FileNotFoundError` if the other process has another place of that name
+            if found < (offset or 0) + nbytes:
+                raise OSError(f"the process that writes has written {nbytes} bytes of {key!r}, and here are {found}")
+            self._seen = True
+        return nbytes
+
+    def close(self) -> None:
+        """Of the other process only."""
+        self.writer.close()
+
+
+def in_other_process(
+    storage: Storage, root: object, options: Mapping[str, object] | None, manners: Manners
+) -> ProcessStorage:
+    """`ValueError` where a process by itself could not open the place."""
+    if not isinstance(root, str | os.PathLike):
+        raise ValueError("another process can write to a path or a URL only, and not to a storage that was made here")
+    if not hasattr(os, "memfd_create"):
+        raise ValueError("another process can write on Linux only")
+    place = os.fspath(root)
+    if "://" not in place:
+        place = os.path.abspath(os.path.expanduser(place))
+    made: ProcessStorage = ProcessStorage(storage, WriterProcess(place, options, manners))
+    return made
+
+
+def _shared(parts: Iterable[Buffer]) -> Sequence[Buffer] | None:
+    """The parts, if all of them can be looked at more than once and lie in shared memory."""
+    if isinstance(parts, Sequence) and len(parts) and all(place_in(memoryview(part)) for part in parts):
+        return parts
+    return None
