@@ -1,9 +1,8 @@
-"""A storage whose large puts another process does: checksums of the client, and all that a client does in Python, do
-not share the training's interpreter.
+"""A storage whose large puts another process does, which maps the images of the files and is told ranges of them.
 
-The other process maps the images of the files, and is told ranges of them. It is started at the first put, and anew
-after it has died, or has been killed because a save was cancelled or came to its deadline: that put fails, and the
-next one succeeds.
+It is started at the first put, and anew after it has died, or has been killed because a save was cancelled or came to
+its deadline: that put fails, and the next one succeeds. This is what it is for: a client that hangs or crashes does so
+over there, and can be ended, which no thread can.
 """
 
 from __future__ import annotations
@@ -28,6 +27,20 @@ from shardckpt.engine.writing.shared import SharedMap, place_in
 from shardckpt.engine.writing.wire import receive, send
 from shardckpt.storage.base import Buffer, Storage
 from shardckpt.storage.wrapping import StorageWrapper
+
+# Not for speed, or not here. How much a loop in pure Python gets done beside a save, thousands of rounds per second, and
+# the longest pause of it, medians of 7 alternating saves (S3: 5) with range; 2 cores, on which much else ran:
+#
+#                                    no save           thread writes     process writes
+#   0.5 GB in 100 tensors, disk      76 (57-100)       64 (53-112)       64 (48-121)
+#     longest pause, ms              12 (9-29)         17 (9-33)         19 (6-23)
+#     put, ms                                          258 (243-359)     272 (244-324)
+#   0.2 GB in 20 tensors, S3 (moto)  95 (58-156)       56 (48-84)        60 (44-79)
+#     longest pause, ms              13 (3-16)         52 (33-73)        40 (21-64)
+#     put, s                                           8.7 (5.5-9.5)     6.9 (4.8-10.3)
+#
+# Checksums and system calls let go of the interpreter's lock anyway. What holds it for long is the making of index and
+# record of 20,000 tensors (a pause of 0.1 s and more), which is done here in both cases. So it is off by default.
 
 _PACKAGE = Path(child.__file__).parents[3]
 _LOOK_S = 0.1

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -114,7 +113,6 @@ def test_in_the_middle_of_a_put(tmp_path: Path, how: str) -> None:
 
 @pytest.mark.crash
 def test_of_one_rank_and_all_ranks_know(tmp_path: Path) -> None:
-    threading.Event()
 
     def act(gangs: sc.Gangs) -> tuple[str, list[int]]:
         rank = gangs.root.rank
