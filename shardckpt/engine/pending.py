@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
@@ -49,6 +49,8 @@ class PendingSave:
         self.tell = tell
         self.report = SaveReport(step)
         self.progress = Progress()
+        self.others: tuple[tuple[int, tuple[Phase, ...]], ...] = ()
+        """On rank 0, once it is committed: what the other ranks did, and when."""
         self._copied = threading.Event()
         self._lock = threading.Lock()
         self._future: Future[CheckpointInfo] = Future()
@@ -124,11 +126,11 @@ class PendingSave:
                 self.tell(Staged, self.step, seconds=self.report.stage_s)
                 self._copied.set()
 
-    def finish(self, info: CheckpointInfo, others: Sequence[tuple[int, tuple[Phase, ...]]] = ()) -> None:
-        """By the save thread: committed. `others` is for those who listen to events."""
+    def finish(self, info: CheckpointInfo) -> None:
+        """By the save thread: committed."""
         self._copied.set()
         try:
-            self.tell(Committed, self.step, report=self.report.frozen(), others=tuple(others))
+            self.tell(Committed, self.step, report=self.report.frozen(), others=self.others)
         finally:
             self._future.set_result(info)
 

@@ -85,7 +85,7 @@ class Saver:
 
     def under_way(self) -> list[PendingSave]:
         """The saves that are not over yet, in order."""
-        return [work.pending for work in self._flights.under_way()]
+        return self._flights.under_way()
 
     def start(self, step: int, take_parts: Callable[[], Sequence[Part]], *, options: SaveOptions) -> PendingSave:
         """Begin to save; returns when what training may change next is safe. What it does about earlier saves that are

@@ -31,7 +31,7 @@ class Flights:
 
     def make_room(self, step: int, policy: SavePolicy) -> CheckpointSkippedError | None:
         """Before a save is started; may wait. Gives the reason why it is to be skipped, if it is."""
-        under_way = self.under_way()
+        under_way = self._under_way()
         if len(under_way) >= policy.in_flight and policy.when_busy != "wait":
             busy = ", ".join(str(work.pending.step) for work in under_way)
             if policy.when_busy == "skip":
@@ -42,12 +42,12 @@ class Flights:
         room = policy.in_flight + (policy.when_busy == "replace")
         while len(under_way) >= room:
             under_way[0].pending.wait()
-            under_way = self.under_way()
+            under_way = self._under_way()
         return None
 
     def memory(self) -> Stager:
         """For a save that is about to be staged: memory that none of those under way uses."""
-        used = [work.stager for work in self.under_way()]
+        used = [work.stager for work in self._under_way()]
         free = next((stager for stager in self._stagers if stager not in used), None)
         if free is None:
             free = self._make_stager()
@@ -56,7 +56,11 @@ class Flights:
 
     def add(self, work: Work) -> None:
         """It is under way from now on."""
-        self._works = [*self.under_way(), work]
+        self._works = [*self._under_way(), work]
+
+    def under_way(self) -> list[PendingSave]:
+        """Those that are not over yet, in order."""
+        return [work.pending for work in self._under_way()]
 
     def of_step(self, step: int) -> PendingSave | None:
         """The save of that step that was started last, if it is among those under way or is the last one."""
@@ -79,6 +83,5 @@ class Flights:
         for stager in self._stagers:
             stager.close()
 
-    def under_way(self) -> list[Work]:
-        """Those that are not over yet, in order."""
+    def _under_way(self) -> list[Work]:
         return [work for work in self._works if not work.pending.done()]

@@ -60,7 +60,7 @@ class Manners:
             raise ValueError(f"io_class is one of {', '.join(get_args(IoClass))}, not {self.io_class!r}")
 
     def behave(self) -> None:
-        """Set this thread so, for the rest of its life (it cannot be made less nice again); threads that it starts inherit it."""
+        """Set this thread so, for the rest of its life: none can be made less nice again. Its children inherit it."""
         if self.nice:
             _try("nice", self._be_nice)
         if self.io_class is not None:

@@ -71,7 +71,7 @@ class Committer:
         work.let_go()
         pending.report.total_s = time.perf_counter() - work.began
         pending.report.total_nbytes = info.nbytes
-        pending.finish(info, work.others)
+        pending.finish(info)
         try:
             self._on_commit(info, pending)
         except Exception:
@@ -112,7 +112,7 @@ class Committer:
             attempt.abandon()
             raise
         report.slowest_rank, report.slowest_s = committed.slowest_rank, committed.slowest_s
-        work.others = attempt.phases_of_others()
+        work.pending.others = attempt.phases_of_others()
         url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
         metadata = dict(work.options.metadata)
         return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)

@@ -14,7 +14,6 @@ from shardckpt.engine.background.policy import StagingMode
 from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.patience import Limit
 from shardckpt.engine.pending import PendingSave
-from shardckpt.engine.progress import Phase
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.stage import Stager, Staging
 from shardckpt.errors import (
@@ -67,8 +66,6 @@ class Work:
     """Of this rank, written already."""
     loose: dict[str, bytes] = field(default_factory=dict)
     """Small files, by name, that are put into the checkpoint but not into its record. On rank 0."""
-    others: tuple[tuple[int, tuple[Phase, ...]], ...] = ()
-    """On rank 0, once it is committed: what the other ranks did, and when."""
     error: BaseException | None = None
     """What went wrong before the save thread took over; the other ranks are told."""
 

@@ -28,8 +28,8 @@ from shardckpt.engine.writing.wire import receive, send
 from shardckpt.storage.base import Buffer, Storage
 from shardckpt.storage.wrapping import StorageWrapper
 
-# Not for speed, or not here. How much a loop in pure Python gets done beside a save, thousands of rounds per second, and
-# the longest pause of it, medians of 7 alternating saves (S3: 5) with range; 2 cores, on which much else ran:
+# Not for speed, or not here. How much a loop in pure Python gets done beside a save, in thousands of rounds per second,
+# and its longest pause, medians of 7 alternating saves (S3: 5) with range; 2 cores, on which much else ran:
 #
 #                                    no save           thread writes     process writes
 #   0.5 GB in 100 tensors, disk      76 (57-100)       64 (53-112)       64 (48-121)

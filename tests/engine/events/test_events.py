@@ -59,22 +59,25 @@ def test_a_life_as_it_is_told() -> None:
 
 
 def test_the_report_says_what_each_phase_cost_and_who_was_slowest() -> None:
-    place, over = MemoryStorage(), threading.Event()
+    """Rank 0 writes when rank 1 has begun to, and rank 1 ends when it has taken longer than rank 0 in all."""
+    place, began = MemoryStorage(), time.perf_counter()
+    gates = [GatedStorage(place, on("put", "put_range", key=f"rank_{rank}.pt")) for rank in range(2)]
 
     def act(gangs: sc.Gangs) -> Any:
         heard: list[sc.Event] = []
-        rank = gangs.root.rank
-        own = GatedStorage(place, on("put", key="rank_1.pt")) if rank else place
-        with sc.CheckpointManager(own, gangs) as checkpoints:
+        rank, written = gangs.root.rank, threading.Event()
+        with sc.CheckpointManager(gates[rank], gangs) as checkpoints:
             checkpoints.subscribe(heard.append)
+            checkpoints.subscribe(lambda event: isinstance(event, sc.Written) and written.set())
             pending = checkpoints.save(1, make_state(rank, 1), replicated=("model",))
             if rank == 0:
-                while pending.progress.written == 0:
-                    over.wait(0.001)
-                over.set()
-            else:
-                over.wait()
-                own.open_gate()
+                assert gates[1].reached.wait(20)
+                gates[0].open_gate()
+                assert written.wait(20)
+                took = time.perf_counter() - began
+                while time.perf_counter() < began + 2 * took:
+                    time.sleep(0)
+                gates[1].open_gate()
             pending.result()
         return pending.report, heard
 
@@ -82,14 +85,13 @@ def test_the_report_says_what_each_phase_cost_and_who_was_slowest() -> None:
     for report in (zero, one):
         assert report.slowest_rank == 1
         seconds = {phase.name: phase.seconds for phase in report.phases}
-        assert list(seconds) == ["stage", "save", "meet", "seal", "put", "write", "commit"] or set(seconds) == {
-            *("save", "stage", "meet", "seal", "put", "write", "commit")
-        }
+        assert set(seconds) == {"save", "stage", "meet", "seal", "put", "write", "commit"}
         assert report.write_s == seconds["write"] >= seconds["put"]
         assert report.commit_s == seconds["commit"]
         assert report.total_s > report.write_s
         assert report.write_rate > 0
-    assert zero.slowest_s == one.slowest_s == next(phase.seconds for phase in one.phases if phase.name == "put")
+    assert zero.slowest_s == one.slowest_s
+    assert one.slowest_s >= sum(phase.seconds for phase in one.phases if phase.name in ("seal", "put"))
     (committed,) = [event for event in told if isinstance(event, sc.Committed)]
     ((rank, phases),) = committed.others
     assert rank == 1
