@@ -132,7 +132,8 @@ class WriterProcess:
         """Be without a process; says how it ended."""
         process, line, self._process, self._line = self._process, self._line, None, None
         if line is not None:
-            line.close()
+            with suppress(OSError), line:  # also where a forked child holds the line, too
+                line.shutdown(socket.SHUT_RDWR)
         if process is None:
             return "is not there"
         if not kill:
