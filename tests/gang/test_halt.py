@@ -125,37 +125,43 @@ def test_before_any_step_the_first_one_is_the_last() -> None:
 
 
 def test_a_rank_that_is_gone_is_named_and_the_others_stop_together() -> None:
-    over = threading.Barrier(2)
+    over, gone = threading.Barrier(2), threading.Event()
 
     def act(halt: Halt, rank: int) -> Decision | None:
         if rank == 1:
-            return None  # closes, and is gone
+            halt.close()
+            gone.set()
+            return None
+        assert gone.wait(20)
         assert not halt.ask(1)
         halt.request("now")
         assert once_told(halt, 2) == 2
         over.wait()
         return halt.decision
 
-    zero, gone, two = on_ranks(act, patience=SHORT)
-    assert gone is None
+    zero, one, two = on_ranks(act, patience=SHORT)
+    assert one is None
     assert zero == two
     assert zero.absent == (1,)
 
 
 def test_without_rank_0_the_others_stop_all_the_same() -> None:
-    over = threading.Barrier(2)
+    over, gone = threading.Barrier(2), threading.Event()
 
     def act(halt: Halt, rank: int) -> Decision | None:
         if rank == 0:
+            halt.close()
+            gone.set()
             return None
+        assert gone.wait(20)
         assert not halt.ask(1)
         halt.request("now")
         assert once_told(halt, 2)
         over.wait()
         return halt.decision
 
-    gone, one, two = on_ranks(act, patience=SHORT)
-    assert gone is None
+    zero, one, two = on_ranks(act, patience=SHORT)
+    assert zero is None
     assert 0 in one.absent
     assert 0 in two.absent
 

@@ -98,8 +98,8 @@ def test_without_a_rank_the_others_end_within_the_budget_and_say_who_is_missing(
         checkpoints = sc.CheckpointManager(place, gangs)
         checkpoints.stop_on(USR1, budget=timedelta(seconds=2))
         if rank == 1:  # without a word
-            gone.set()
             checkpoints.close()
+            gone.set()
             return ""
         gone.wait()
         began = time.monotonic()
