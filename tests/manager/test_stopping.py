@@ -149,6 +149,28 @@ def test_a_save_under_way_that_ends_in_time_is_let_end() -> None:
         assert checkpoints.steps() == [1, 2]
 
 
+def test_the_last_save_is_not_skipped_for_one_under_way() -> None:
+    storage = GatedStorage(MemoryStorage(), on("put", key="rank_0.pt"))
+    with local(storage, saving=sc.SavePolicy(when_busy="skip")) as checkpoints:
+        checkpoints.stop_on(USR1)
+        heard: list[sc.Event] = []
+        checkpoints.subscribe(heard.append)
+        checkpoints.save(1, make_state(0, 1))
+        assert storage.reached.wait(20)
+        assert checkpoints.save(2, make_state(0, 2)) is not None  # is skipped
+        strike(USR1)
+        with _other_thread(storage.open_gate):
+            assert checkpoints.should_stop(3)
+        checkpoints.save(3, make_state(0, 3))
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 3]
+    (agreed,) = [event for event in heard if isinstance(event, sc.StopAgreed)]
+    assert (agreed.step, agreed.reason, agreed.absent) == (0, "SIGUSR1", ())
+    (skipped,) = [event for event in heard if isinstance(event, sc.SaveSkipped)]
+    assert skipped.step == 2
+    assert "step 1 is still being saved" in skipped.reason
+
+
 def test_a_signal_during_a_load_ends_the_first_step() -> None:
     place = MemoryStorage()
     with local(place) as checkpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -115,6 +116,20 @@ def test_in_the_middle_of_a_put(tmp_path: Path, how: str) -> None:
         until(lambda: not psutil.pid_exists(victim))
         assert checkpoints.steps() == [1, 3]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_write_that_fails_there_fails_the_step_and_no_more(tmp_path: Path) -> None:
+    """As on a full disk; the process stays."""
+    with local(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(0, 1)).result()
+        pid = writer_of(checkpoints).pid
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (1_000_000, -1))
+        with pytest.raises(sc.CheckpointSaveError, match="larger than the file system"):
+            checkpoints.save(2, large(2)).result()
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+        checkpoints.save(3, large(3)).result()
+        assert checkpoints.steps() == [1, 3]
+        assert writer_of(checkpoints).pid == pid
 
 
 @pytest.mark.crash
