@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,22 @@ class Job:
                 self.pids[int(rank)] = int(pid)
             if len(self.pids) == ranks:
                 return
+        self.agent.kill()
+        self.agent.communicate()
         raise AssertionError("".join(self._said))
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Nothing of it is left, also if the test has failed."""
+        if self.agent.poll() is not None:
+            return  # and its workers with it
+        for pid in self.pids.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.agent.kill()
+        self.agent.communicate()
 
     def end(self) -> tuple[int, str, dict[int, tuple[int, int]]]:
         """Exit status, output, and by rank the step that was its last and the first one."""
@@ -65,9 +81,9 @@ def check_whole(root: Path, step: int, ranks: int) -> None:
 
 
 def test_a_signal_to_one_worker_of_four(tmp_path: Path) -> None:
-    job = Job(tmp_path, 4)
-    os.kill(job.pids[3], signal.SIGTERM)
-    status, output, ended = job.end()
+    with Job(tmp_path, 4) as job:
+        os.kill(job.pids[3], signal.SIGTERM)
+        status, output, ended = job.end()
     assert status == 0, output
     assert len(ended) == 4, output
     assert len(set(ended.values())) == 1, output
@@ -79,17 +95,17 @@ def test_a_signal_to_one_worker_of_four(tmp_path: Path) -> None:
 
 def test_a_signal_to_the_agent_and_in_the_next_job_to_one_of_two(tmp_path: Path) -> None:
     """torchrun sends on to all workers what it gets, and then ends with an error of its own, however they end."""
-    job = Job(tmp_path, 2)
-    job.agent.send_signal(signal.SIGTERM)
-    status, output, ended = job.end()
+    with Job(tmp_path, 2) as job:
+        job.agent.send_signal(signal.SIGTERM)
+        status, output, ended = job.end()
     assert status == 1, output
     assert len(ended) == 2, output
     assert len(set(ended.values())) == 1, output
     step, _ = ended[0]
     assert committed(tmp_path) == [f"step_{step}"]
-    again = Job(tmp_path, 2)
-    os.kill(again.pids[1], signal.SIGUSR1)
-    status, output, ended = again.end()
+    with Job(tmp_path, 2) as again:
+        os.kill(again.pids[1], signal.SIGUSR1)
+        status, output, ended = again.end()
     assert status == 0, output
     assert len(set(ended.values())) == 1, output
     last, first = ended[0]
