@@ -1,0 +1,201 @@
+"""`python -m benchmarks.objects`: save to and load from object storage, beside DCP and beside a bare client.
+
+A server of its own on this machine (SeaweedFS, its data in the folder for temporary files: set TMPDIR to choose), one
+process, state A. By turns in one process: ours (`CheckpointManager`), `dcp.save` and `dcp.load` with `FsspecWriter` and
+`FsspecReader`, and the same number of bytes put and got by bare clients: s3fs as shipped, s3fs with parts from several
+threads, obstore; each with several settings, of which the best one counts. What was loaded is compared with what was
+saved before any number counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shardckpt as sc
+from benchmarks.engines.dcp import Dcp
+from benchmarks.limits import machine_facts
+from benchmarks.places import Place
+from benchmarks.report import Spread
+from benchmarks.rounds import wait_until_quiet
+from benchmarks.states import Shape, State, make
+from shardckpt.storage import open_storage
+from shardckpt.testing import seaweed
+from shardckpt.testing.seaweed import ObjectServer
+
+_MiB = 1 << 20
+GOALS = {"dcp": 3.0, "bare": 0.85}
+
+
+@dataclass
+class Timings:
+    """Seconds by name, in the order in which names came."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def time(self, name: str, work: Callable[[], object]) -> None:
+        gc.collect()
+        began = time.perf_counter()
+        work()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    def spread(self, name: str) -> Spread:
+        spread = Spread.of(self.seconds[name])
+        assert spread is not None
+        return spread
+
+    def best(self, prefix: str) -> str:
+        """The name that begins so with the smallest median."""
+        return min(
+            (name for name in self.seconds if name.startswith(prefix)), key=lambda name: self.spread(name).middle
+        )
+
+
+class Bare:
+    """The clients themselves: one object of as many bytes as the state has."""
+
+    def __init__(self, server: ObjectServer, nbytes: int) -> None:
+        import obstore
+        from obstore.store import S3Store
+
+        storage: Any = open_storage(server.url, storage_options=server.options)
+        self._fs = storage._client()
+        self._bucket = server.bucket
+        self._obstore = obstore
+        self._store = S3Store(
+            server.bucket,
+            access_key_id=server.access_key,
+            secret_access_key=server.secret_key,
+            endpoint=server.endpoint,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+        noise = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        self._content = memoryview(noise.numpy()).cast("B")
+
+    def puts(self) -> dict[str, Callable[[str], object]]:
+        own: dict[str, Callable[[str], object]] = {
+            "put, s3fs as shipped": lambda key: self._fs.pipe_file(f"{self._bucket}/{key}", bytes(self._content))
+        }
+        for part, threads in ((8, 4), (8, 8), (16, 4)):
+            own[f"put, s3fs, {part} MiB x {threads}"] = lambda key, p=part, n=threads: self._put_s3fs(key, p * _MiB, n)
+            own[f"put, obstore, {part} MiB x {threads}"] = lambda key, p=part, n=threads: self._obstore.put(
+                self._store, key, self._content, use_multipart=True, chunk_size=p * _MiB, max_concurrency=n
+            )
+        return own
+
+    def gets(self) -> dict[str, Callable[[str], object]]:
+        return {
+            "get, s3fs, 8 MiB x 16": self._get_s3fs,
+            "get, obstore, 8 MiB": self._get_obstore,
+        }
+
+    def remove(self, key: str) -> None:
+        self._obstore.delete(self._store, key)
+
+    def _put_s3fs(self, key: str, nbytes: int, threads: int) -> None:
+        place = {"Bucket": self._bucket, "Key": key}
+        upload = self._fs.call_s3("create_multipart_upload", **place)["UploadId"]
+        cuts = range(0, len(self._content), nbytes)
+
+        def put(number: int) -> str:
+            body = bytes(self._content[cuts[number] : cuts[number] + nbytes])
+            answer = self._fs.call_s3("upload_part", **place, UploadId=upload, PartNumber=number + 1, Body=body)
+            return str(answer["ETag"])
+
+        with ThreadPoolExecutor(threads) as pool:
+            tags = list(pool.map(put, range(len(cuts))))
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+        self._fs.call_s3("complete_multipart_upload", **place, UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def _ranges(self) -> tuple[list[int], list[int]]:
+        starts = list(range(0, len(self._content), 8 * _MiB))
+        return starts, [min(start + 8 * _MiB, len(self._content)) for start in starts]
+
+    def _get_s3fs(self, key: str) -> None:
+        starts, ends = self._ranges()
+        self._fs.cat_ranges([f"{self._bucket}/{key}"] * len(starts), starts, ends, batch_size=16, on_error="raise")
+
+    def _get_obstore(self, key: str) -> None:
+        starts, ends = self._ranges()
+        self._obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
+
+
+def one_round(number: int, server: ObjectServer, state: State, bare: Bare, timings: Timings) -> None:
+    """Everything once, each to a place of its own, which is emptied afterwards."""
+    root = Place(f"{server.url}/{secrets.token_hex(4)}")
+    state.fill(2 * number)
+    digests = state.digests()
+    with sc.CheckpointManager(f"{root.url}/ours", keep=sc.KeepLast(1)) as manager:
+        if number == 0:
+            manager.save(1, state.live).result()  # its memory is touched once in the life of a job
+        timings.time("save, shardckpt", lambda: manager.save(2, state.live).result())
+        state.fill(2 * number + 1)
+        timings.time("load, shardckpt", lambda: manager.load(2, state.live))
+    assert state.digests() == digests, "shardckpt loaded something else than it saved"
+    peer = Dcp(state, root / "dcp", durable=True)
+    timings.time("save, dcp", lambda: peer.save(1))
+    state.fill(2 * number + 1)
+    timings.time("load, dcp", lambda: peer.load(1))
+    assert state.digests() == digests, "dcp loaded something else than it saved"
+    root.remove()
+    for name, put in bare.puts().items():
+        key = f"bare-{secrets.token_hex(4)}"
+        timings.time(name, lambda put=put, key=key: put(key))  # type: ignore[misc]
+        if name == list(bare.puts())[-1]:
+            for title, get in bare.gets().items():
+                timings.time(title, lambda get=get, key=key: get(key))  # type: ignore[misc]
+        bare.remove(key)
+
+
+def told(timings: Timings, nbytes: int) -> str:
+    lines = [f"{'':34}{'s, median (range)':>26}{'MB/s':>8}"]
+    for name in timings.seconds:
+        spread = timings.spread(name)
+        text = f"{spread.middle:.2f} ({spread.least:.2f}-{spread.most:.2f})"
+        lines.append(f"{name:34}{text:>26}{nbytes / spread.middle / 1e6:8.0f}")
+    lines.append("")
+    for what, bare in (("save", "put"), ("load", "get")):
+        for against, goal in ((f"{what}, dcp", GOALS["dcp"]), (timings.best(f"{bare},"), GOALS["bare"])):
+            pairs = zip(timings.seconds[against], timings.seconds[f"{what}, shardckpt"], strict=True)
+            ratio = Spread.of([other / own for other, own in pairs])
+            assert ratio is not None
+            text = f"{ratio.middle:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
+            lines.append(f"{what}: as fast as '{against}' {text} x; the goal is {goal:g}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.objects", description=__doc__)
+    parser.add_argument("--gb", type=float, default=0.3, help="size of the state, in 10^9 bytes (default: 0.3)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--patience", type=float, default=0.0, metavar="S", help="wait so long for a quiet machine")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    state = make(Shape("A", int(options.gb * 1e9)), rank=0, mesh=None)
+    timings = Timings()
+    with seaweed.running(bucket="benchmark") as server:
+        os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where
+        bare = Bare(server, state.nbytes)
+        for number in range(options.rounds):
+            wait_until_quiet(options.patience)
+            one_round(number, server, state, bare, timings)
+    print(machine_facts(Path(tempfile.gettempdir())))
+    print(f"state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, one process, SeaweedFS on this machine\n")
+    print(told(timings, state.nbytes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
