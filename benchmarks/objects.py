@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,16 @@ class Bare:
             client_options={"allow_http": True},
         )
         noise = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-        self._content = memoryview(noise.numpy()).cast("B")
+        self._content = memoryview(noise.numpy().data).cast("B")
 
     def puts(self) -> dict[str, Callable[[str], object]]:
         own: dict[str, Callable[[str], object]] = {
             "put, s3fs as shipped": lambda key: self._fs.pipe_file(f"{self._bucket}/{key}", bytes(self._content))
         }
         for part, threads in ((8, 4), (8, 8), (16, 4)):
-            own[f"put, s3fs, {part} MiB x {threads}"] = lambda key, p=part, n=threads: self._put_s3fs(key, p * _MiB, n)
-            own[f"put, obstore, {part} MiB x {threads}"] = lambda key, p=part, n=threads: self._obstore.put(
-                self._store, key, self._content, use_multipart=True, chunk_size=p * _MiB, max_concurrency=n
+            own[f"put, s3fs, {part} MiB x {threads}"] = partial(self._put_s3fs, nbytes=part * _MiB, threads=threads)
+            own[f"put, obstore, {part} MiB x {threads}"] = partial(
+                self._put_obstore, nbytes=part * _MiB, threads=threads
             )
         return own
 
@@ -104,7 +105,11 @@ class Bare:
     def remove(self, key: str) -> None:
         self._obstore.delete(self._store, key)
 
-    def _put_s3fs(self, key: str, nbytes: int, threads: int) -> None:
+    def _put_obstore(self, key: str, *, nbytes: int, threads: int) -> None:
+        where, what = (self._store, key), self._content
+        self._obstore.put(*where, what, use_multipart=True, chunk_size=nbytes, max_concurrency=threads)
+
+    def _put_s3fs(self, key: str, *, nbytes: int, threads: int) -> None:
         place = {"Bucket": self._bucket, "Key": key}
         upload = self._fs.call_s3("create_multipart_upload", **place)["UploadId"]
         cuts = range(0, len(self._content), nbytes)
@@ -152,10 +157,10 @@ def one_round(number: int, server: ObjectServer, state: State, bare: Bare, timin
     root.remove()
     for name, put in bare.puts().items():
         key = f"bare-{secrets.token_hex(4)}"
-        timings.time(name, lambda put=put, key=key: put(key))  # type: ignore[misc]
+        timings.time(name, partial(put, key))
         if name == list(bare.puts())[-1]:
             for title, get in bare.gets().items():
-                timings.time(title, lambda get=get, key=key: get(key))  # type: ignore[misc]
+                timings.time(title, partial(get, key))
         bare.remove(key)
 
 

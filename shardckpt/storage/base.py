@@ -132,12 +132,13 @@ class SharedPuts(Storage, Protocol):
     def begin_upload(self, key: str) -> UploadId: ...
 
     def put_parts(
-        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, first: int = 1, room: int = 10_000
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
     ) -> tuple[PutPart, ...]:
-        """Put a stretch of the object, as parts with numbers from `first` on, `room` of them at most.
+        """Put a stretch of the object, in any number of parts of which each has one of the numbers.
 
         The object is made of the parts in the order of their numbers, which may have gaps. All parts but the one with
-        the highest number must have 5 MiB at least; this sees to it within a stretch. Putting one again replaces it.
+        the highest number must have 5 MiB at least: this sees to it within a stretch whose size is known. `nbytes` is
+        that size, for `parts` that do not tell it. Putting a part again replaces it.
         """
         ...
 

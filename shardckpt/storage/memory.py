@@ -139,10 +139,10 @@ class MemoryObjects(_Memory):
         return upload
 
     def put_parts(
-        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, first: int = 1, room: int = 10_000
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
     ) -> tuple[PutPart, ...]:
         content = b"".join(map(as_bytes, parts))
-        part = PutPart(first, uuid.uuid4().hex, len(content))
+        part = PutPart(numbers[0], uuid.uuid4().hex, len(content))
         with self._lock:
             self._parts(key, upload)[part] = content
         return (part,)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from shardckpt.storage.base import Buffer, PutPart, Read, UploadId, check_folder, check_key
 from shardckpt.storage.filesystem import FsspecStorage, checked
 from shardckpt.storage.objects import requests
-from shardckpt.storage.objects.parts import MOST, cut, sizes
+from shardckpt.storage.objects.parts import MOST, cut, nbytes_of, sizes
 from shardckpt.storage.objects.writeonce import WriteOnce
 from shardckpt.storage.retrying import RetryPolicy
 from shardckpt.storage.transfer.amounts import Transfers
@@ -73,7 +73,7 @@ class S3Storage(FsspecStorage):
         self._check_free(key, what)  # better told now than after all parts
         upload = self.begin_upload(key)
         try:
-            done = self.put_parts(key, upload, parts)
+            done = self.put_parts(key, upload, parts, numbers=range(1, MOST + 1))
             self.finish_upload(key, upload, done)
         except BaseException:
             self.abort_upload(key, upload)
@@ -86,19 +86,20 @@ class S3Storage(FsspecStorage):
         return f"{stamp}/{upload}"
 
     def put_parts(
-        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, first: int = 1, room: int = MOST
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
     ) -> tuple[PutPart, ...]:
-        what, path, number = self._what("put a part of", key), self._path(key), upload.partition("/")[2]
+        what, path, name = self._what("put a part of", key), self._path(key), upload.partition("/")[2]
         transfers, done = self._transfers, list[PutPart]()
-        pieces = cut(parts, sizes(parts, part_nbytes=transfers.part_nbytes, room=room))
+        total = nbytes if nbytes is not None else nbytes_of(parts)
+        pieces = cut(parts, sizes(total, part_nbytes=transfers.part_nbytes, room=len(numbers)))
 
         def send(item: tuple[int, memoryview]) -> None:
-            place, piece = item
-            tag = self._call(what, lambda fs: requests.put_part(fs, path, number, place, piece))
-            done.append(PutPart(place, tag, len(piece)))
+            number, piece = item
+            tag = self._call(what, lambda fs: requests.put_part(fs, path, name, number, piece))
+            done.append(PutPart(number, tag, len(piece)))
 
         threads = min(transfers.concurrency, max(1, transfers.wave_nbytes // transfers.part_nbytes))
-        for_each(enumerate(pieces, first), send, threads=threads)
+        for_each(zip(numbers, pieces, strict=False), send, threads=threads)
         return tuple(sorted(done, key=lambda part: part.number))
 
     def finish_upload(self, key: str, upload: UploadId, parts: Sequence[PutPart]) -> None:

@@ -122,9 +122,9 @@ class _Shares(StorageWrapper):
         return self.around(Operation("begin_upload", (key,)), lambda: self.inner.begin_upload(key))
 
     def put_parts(
-        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, first: int = 1, room: int = 10_000
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
     ) -> tuple[PutPart, ...]:
-        put = partial(self.inner.put_parts, first=first, room=room)
+        put = partial(self.inner.put_parts, numbers=numbers, nbytes=nbytes)
         return self.around(Operation("put_parts", (key,)), lambda: put(key, upload, parts))
 
     def finish_upload(self, key: str, upload: UploadId, parts: Sequence[PutPart]) -> None:

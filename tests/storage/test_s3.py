@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from shardckpt.storage import MemoryObjects, RetryPolicy, S3Storage, SharedPuts, Transfers, is_transient
-from shardckpt.storage.objects.parts import cut, sizes
+from shardckpt.storage.objects.parts import cut, nbytes_of, sizes
 from shardckpt.storage.objects.writeonce import WriteOnce
 from shardckpt.testing.storage_suite import filled, ranges
 from tests.storage import proxy
@@ -93,8 +93,8 @@ class TestFaults:
     def test_a_put_whose_answer_was_lost_finds_its_own_stamp(self, harmful: Proxy, storage: S3Storage) -> None:
         harmful.harm(Harm.LOST, "put", "complete", times=2)
         storage.put("a", [b"1"])
-        storage.put("b", [filled(8 * MiB)])
-        assert (storage.read("a"), storage.read("b")) == (b"1", filled(8 * MiB))
+        storage.put("b", [filled(12 * MiB)])
+        assert (storage.read("a"), storage.read("b")) == (b"1", filled(12 * MiB))
         assert [request.kind for request in harmful.seen].count("part") == 2
 
     def test_an_equal_object_of_another_is_not_taken_for_ours(
@@ -176,8 +176,8 @@ class TestSharedPuts:
     def test_stretches_in_any_order_with_gaps(self, storage: SharedPuts) -> None:
         content = memoryview(filled(23 * MiB))
         upload = storage.begin_upload("a/b")
-        last = storage.put_parts("a/b", upload, [content[17 * MiB :]], first=5001, room=5000)
-        first = storage.put_parts("a/b", upload, [content[: 6 * MiB], content[6 * MiB : 17 * MiB]], first=1, room=2)
+        last = storage.put_parts("a/b", upload, [content[17 * MiB :]], numbers=range(5001, 10_001))
+        first = storage.put_parts("a/b", upload, [content[: 6 * MiB], content[6 * MiB : 17 * MiB]], numbers=range(1, 3))
         assert storage.list("a") == []
         assert storage.list_uploads() == storage.list_uploads("a")
         assert [key for key, _ in storage.list_uploads("a")] == ["a/b"]
@@ -190,7 +190,7 @@ class TestSharedPuts:
 
     def test_a_finished_upload_is_write_once(self, storage: SharedPuts) -> None:
         upload = storage.begin_upload("a")
-        parts = storage.put_parts("a", upload, [b"late"])
+        parts = storage.put_parts("a", upload, [b"late"], numbers=range(1, 2))
         storage.put("a", [b"early"])
         with pytest.raises(FileExistsError, match="'a'"):
             storage.finish_upload("a", upload, parts)
@@ -201,12 +201,12 @@ class TestSharedPuts:
     def test_a_late_writer_of_an_aborted_upload_harms_nothing(self, storage: SharedPuts) -> None:
         upload = storage.begin_upload("d/a")
         other = storage.begin_upload("e/a")
-        parts = storage.put_parts("d/a", upload, [b"1"])
+        parts = storage.put_parts("d/a", upload, [b"1"], numbers=range(1, 2))
         storage.delete_tree("d")
         assert [key for key, _ in storage.list_uploads()] == ["e/a"]
         storage.put("d/a", [b"the next attempt"])
         for late in (
-            lambda: storage.put_parts("d/a", upload, [b"2"], first=2),
+            lambda: storage.put_parts("d/a", upload, [b"2"], numbers=range(2, 3)),
             lambda: storage.finish_upload("d/a", upload, parts),
         ):
             with pytest.raises(OSError, match="'d/a'"):
@@ -226,9 +226,22 @@ def test_pieces_are_views_where_they_can_be() -> None:
     assert [bytes(piece) for piece in cut([], lambda _: 5)] == [b""]
 
 
-def test_the_numbers_are_enough_for_any_size() -> None:
-    assert sizes([b"1" * 100], part_nbytes=8 * MiB, room=10)(0) == 8 * MiB
-    assert sizes([memoryview(bytes(25 * MiB))], part_nbytes=5 * MiB, room=3)(7) == 9 * MiB
-    unknown = sizes(iter([]), part_nbytes=8 * MiB, room=10_000)
-    assert [unknown(number) for number in (0, 1999, 2000, 9999)] == [8 * MiB, 8 * MiB, 16 * MiB, 128 * MiB]
-    assert sum(unknown(number) for number in range(10_000)) > 480 << 30
+@pytest.mark.parametrize("total", [0, 1, 5 * MiB, 9 * MiB, 10 * MiB + 1, 24 * MiB, 30 * MiB + 7, 5000 * MiB])
+@pytest.mark.parametrize("room", [1, 2, 100, 10_000])
+def test_of_a_known_size_no_part_is_too_small_and_the_numbers_are_enough(total: int, room: int) -> None:
+    size_of, left = sizes(total, part_nbytes=8 * MiB, room=room), total
+    parts: list[int] = []
+    while left:
+        parts.append(min(size_of(len(parts)), left))
+        left -= parts[-1]
+    assert len(parts) <= room
+    assert len(parts) <= 1 or all(part >= 5 * MiB for part in parts)
+    assert len(parts) == room or all(part <= 10 * MiB for part in parts)
+
+
+def test_of_an_unknown_size_the_parts_grow() -> None:
+    assert nbytes_of([bytes(3), b"4"]) == 4
+    assert nbytes_of(iter([b"4"])) is None
+    size_of = sizes(None, part_nbytes=8 * MiB, room=10_000)
+    assert [size_of(number) for number in (0, 1999, 2000, 9999)] == [8 * MiB, 8 * MiB, 16 * MiB, 128 * MiB]
+    assert sum(size_of(number) for number in range(10_000)) > 480 << 30

@@ -9,18 +9,26 @@ from shardckpt.storage.transfer.ranges import as_bytes
 
 MOST = 10_000
 """Parts of an upload; the first has number 1."""
-_MiB = 1 << 20
+LEAST = 5 << 20
+"""Bytes of a part that is not the last one."""
 _AS_LARGE = 2000
 """Parts, of an object whose size is not known, before they grow to twice their size; five sizes reach 496 GB."""
 
 
-def sizes(parts: Iterable[Buffer], *, part_nbytes: int, room: int) -> Callable[[int], int]:
-    """How large the n-th part (from 0) is to be, so that `room` numbers are enough for all."""
-    if isinstance(parts, Sequence):
-        total = sum(memoryview(part).nbytes for part in parts)
-        fitting = max(part_nbytes, -(-total // room // _MiB) * _MiB)
-        return lambda _: fitting
-    return lambda number: part_nbytes << min(number // _AS_LARGE, 4)
+def nbytes_of(parts: Iterable[Buffer]) -> int | None:
+    """Of all of them together; None where that is known only once they have come."""
+    return sum(memoryview(part).nbytes for part in parts) if isinstance(parts, Sequence) else None
+
+
+def sizes(total: int | None, *, part_nbytes: int, room: int) -> Callable[[int], int]:
+    """How large the n-th part (from 0) is to be: about `part_nbytes`, so that `room` numbers are enough for all.
+
+    Of a known total all parts are equally large, the last one by a rest larger, and none is smaller than `LEAST`.
+    """
+    if total is None:
+        return lambda number: part_nbytes << min(number // _AS_LARGE, 4)
+    count = max(1, min(-(-total // part_nbytes), total // LEAST, room))
+    return lambda number: total // count if number < count - 1 else max(total, 1)
 
 
 def cut(parts: Iterable[Buffer], size_of: Callable[[int], int]) -> Iterator[memoryview]:
