@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -55,6 +57,7 @@ class S3Storage(FsspecStorage):
         """`fs` is an `s3fs.S3FileSystem`; else as for `FsspecStorage`. A put holds `wave_nbytes` in memory at most."""
         super().__init__(fs, root, url=url, transfers=transfers or TRANSFERS, retries=retries)
         self._write_once = WriteOnce(self._root)
+        self._room: tuple[int, threading.Semaphore] | None = None
 
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         what = self._what("put", key)
@@ -95,11 +98,11 @@ class S3Storage(FsspecStorage):
 
         def send(item: tuple[int, memoryview]) -> None:
             number, piece = item
-            tag = self._call(what, lambda fs: requests.put_part(fs, path, name, number, piece))
+            with self._in_flight():
+                tag = self._call(what, lambda fs: requests.put_part(fs, path, name, number, piece))
             done.append(PutPart(number, tag, len(piece)))
 
-        threads = min(transfers.concurrency, max(1, transfers.wave_nbytes // transfers.part_nbytes))
-        for_each(zip(numbers, pieces, strict=False), send, threads=threads)
+        for_each(zip(numbers, pieces, strict=False), send, threads=self._most)
         return tuple(sorted(done, key=lambda part: part.number))
 
     def finish_upload(self, key: str, upload: UploadId, parts: Sequence[PutPart]) -> None:
@@ -142,6 +145,18 @@ class S3Storage(FsspecStorage):
         with suppress(FileNotFoundError):
             return self._call(what, lambda fs: requests.look_at(fs, path).stamp)
         return None
+
+    @property
+    def _most(self) -> int:
+        """How many parts may be in flight, of all uploads together: each is once more in memory."""
+        return min(self._transfers.concurrency, max(1, self._transfers.wave_nbytes // self._transfers.part_nbytes))
+
+    def _in_flight(self) -> threading.Semaphore:
+        """That of this process: one inherited through fork may be held for ever."""
+        room = self._room
+        if room is None or room[0] != os.getpid():
+            room = self._room = (os.getpid(), threading.Semaphore(self._most))
+        return room[1]
 
     def _check_free(self, key: str, what: str) -> None:
         if self._is_there(key):
