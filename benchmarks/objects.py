@@ -137,31 +137,65 @@ class Bare:
         self._obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
 
 
-def one_round(number: int, server: ObjectServer, state: State, bare: Bare, timings: Timings) -> None:
-    """Everything once, each to a place of its own, which is emptied afterwards."""
-    root = Place(f"{server.url}/{secrets.token_hex(4)}")
-    state.fill(2 * number)
-    digests = state.digests()
-    with sc.CheckpointManager(f"{root.url}/ours", keep=sc.KeepLast(1)) as manager:
-        if number == 0:
-            manager.save(1, state.live).result()  # its memory is touched once in the life of a job
-        timings.time("save, shardckpt", lambda: manager.save(2, state.live).result())
-        state.fill(2 * number + 1)
-        timings.time("load, shardckpt", lambda: manager.load(2, state.live))
-    assert state.digests() == digests, "shardckpt loaded something else than it saved"
-    peer = Dcp(state, root / "dcp", durable=True)
-    timings.time("save, dcp", lambda: peer.save(1))
-    state.fill(2 * number + 1)
-    timings.time("load, dcp", lambda: peer.load(1))
-    assert state.digests() == digests, "dcp loaded something else than it saved"
-    root.remove()
-    for name, put in bare.puts().items():
+class Bench:
+    """The turns; each saves to a place of its own and leaves it, for deleting would disturb the next."""
+
+    def __init__(self, server: ObjectServer, state: State) -> None:
+        self.timings = Timings()
+        self._state = state
+        self._root = Place(f"{server.url}/{secrets.token_hex(4)}")
+        self._bare = Bare(server, state.nbytes)
+        self._key = f"standing-{secrets.token_hex(4)}"
+        self._bare.puts()["put, s3fs, 8 MiB x 8"](self._key)
+        self._manager = sc.CheckpointManager(f"{self._root.url}/ours")
+        self._dcp = Dcp(state, self._root / "dcp", durable=True)
+        self._manager.save(0, state.live).result()  # its memory is touched once in the life of a job
+
+    def round(self, number: int, patience_s: float) -> None:
+        """Everything once, in another order than before."""
+        turns: list[Callable[[int], None]] = [self._ours, self._theirs]
+        turns += [partial(self._put, name, put) for name, put in self._bare.puts().items()]
+        turns += [partial(self._get, name, get) for name, get in self._bare.gets().items()]
+        first = number * 3 % len(turns)
+        for turn in turns[first:] + turns[:first]:
+            wait_until_quiet(patience_s)
+            turn(number)
+        self._root.remove()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _ours(self, number: int) -> None:
+        manager, state = self._manager, self._state.live
+
+        def save(step: int) -> None:
+            manager.save(step, state).result()
+
+        def load(step: int) -> None:
+            manager.load(step, state)
+
+        self._save_and_load("shardckpt", number, save, load)
+
+    def _theirs(self, number: int) -> None:
+        self._save_and_load("dcp", number, self._dcp.save, self._dcp.load)
+
+    def _save_and_load(
+        self, name: str, number: int, save: Callable[[int], object], load: Callable[[int], object]
+    ) -> None:
+        self._state.fill(2 * number)
+        digests = self._state.digests()
+        self.timings.time(f"save, {name}", partial(save, number + 1))
+        self._state.fill(2 * number + 1)
+        self.timings.time(f"load, {name}", partial(load, number + 1))
+        assert self._state.digests() == digests, f"{name} loaded something else than it saved"
+
+    def _put(self, name: str, put: Callable[[str], object], number: int) -> None:
         key = f"bare-{secrets.token_hex(4)}"
-        timings.time(name, partial(put, key))
-        if name == list(bare.puts())[-1]:
-            for title, get in bare.gets().items():
-                timings.time(title, partial(get, key))
-        bare.remove(key)
+        self.timings.time(name, partial(put, key))
+        self._bare.remove(key)
+
+    def _get(self, name: str, get: Callable[[str], object], number: int) -> None:
+        self.timings.time(name, partial(get, self._key))
 
 
 def told(timings: Timings, nbytes: int) -> str:
@@ -189,16 +223,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     state = make(Shape("A", int(options.gb * 1e9)), rank=0, mesh=None)
-    timings = Timings()
     with seaweed.running(bucket="benchmark") as server:
         os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where
-        bare = Bare(server, state.nbytes)
+        bench = Bench(server, state)
         for number in range(options.rounds):
-            wait_until_quiet(options.patience)
-            one_round(number, server, state, bare, timings)
+            bench.round(number, options.patience)
+        bench.close()
     print(machine_facts(Path(tempfile.gettempdir())))
     print(f"state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, one process, SeaweedFS on this machine\n")
-    print(told(timings, state.nbytes))
+    print(told(bench.timings, state.nbytes))
     return 0
 
 
