@@ -32,8 +32,8 @@ from benchmarks.report import Spread
 from benchmarks.rounds import wait_until_quiet
 from benchmarks.states import Shape, State, make
 from shardckpt.storage import open_storage
-from shardckpt.testing import seaweed
-from shardckpt.testing.seaweed import ObjectServer
+from shardckpt.testing.servers import seaweed
+from shardckpt.testing.servers.seaweed import ObjectServer
 
 _MiB = 1 << 20
 GOALS = {"dcp": 3.0, "bare": 0.85}

@@ -84,7 +84,7 @@ def server(options: Options) -> Iterator[str | None]:
     if not options.s3:
         yield options.root
         return
-    from shardckpt.testing import seaweed
+    from shardckpt.testing.servers import seaweed
 
     with seaweed.running() as started:
         before = {name: os.environ.get(name) for name in started.environment}

@@ -18,9 +18,9 @@ import shardckpt as sc
 from shardckpt.storage import S3Storage, Transfers, open_storage
 from shardckpt.storage.base import Buffer, Storage
 from shardckpt.storage.wrapping import StorageWrapper
-from shardckpt.testing import seaweed
 from shardckpt.testing.gangs import run_ranks
 from shardckpt.testing.pool import ProcessPool
+from shardckpt.testing.servers import seaweed
 from tests.distributed.jobs import Job, Layout, differences, keep_reference
 from tests.distributed.test_sharing import save_alike
 from tests.storage import proxy, s3server

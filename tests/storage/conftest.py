@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shardckpt.testing import seaweed
+from shardckpt.testing.servers import seaweed
 from tests.storage import s3server
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from shardckpt.storage import S3Storage, open_storage
-from shardckpt.testing import seaweed
+from shardckpt.testing.servers import seaweed
 
 GIVEN = "SHARDCKPT_TEST_S3"
 """Environment variable: tests also run at this URL, an empty place of their own ("s3://bucket/tests")."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import ClassVar
 
 import pytest
 
@@ -151,6 +152,49 @@ class TestFaults:
         orphans = storage.list_uploads()
         assert [key for key, _ in orphans] == ["step_1/attempt/x"]
         storage.delete_tree("step_1/attempt")
+        assert storage.list_uploads() == []
+
+
+@pytest.mark.s3
+class TestServersThatDoNotRefuse:
+    """Moto refuses; so what the client sends and gets is changed."""
+
+    def storage(self, s3: S3Server, url: str, send: Callable[..., object]) -> S3Storage:
+        class Changed(type(s3.file_system)):  # type: ignore[misc]
+            def call_s3(self, method, *arguments, **options):
+                return send(super().call_s3, method, options)
+
+        return S3Storage(Changed(**s3.options, skip_instance_cache=True), url, transfers=IN_PARTS, retries=QUICK)
+
+    @pytest.mark.parametrize("answer", ["ignores", "knows no such header"])
+    @pytest.mark.parametrize("content", [b"1", filled(8 * MiB)], ids=["small", "large"])
+    def test_the_key_is_looked_at_and_the_stamp_read_back(
+        self, s3: S3Server, s3_url: str, answer: str, content: bytes
+    ) -> None:
+        class UnknownHeaderError(Exception):
+            response: ClassVar = {"Error": {"Code": "NotImplemented"}}
+
+        def send(real: Callable[..., object], method: str, options: dict) -> object:
+            if options.pop("IfNoneMatch", None) and answer != "ignores":
+                raise UnknownHeaderError
+            result = real(method, **options)
+            if options.get("Key", "").endswith("raced") and method in ("put_object", "complete_multipart_upload"):
+                real("put_object", Bucket=options["Bucket"], Key=options["Key"], Body=b"the other was later")
+            return result
+
+        storage = self.storage(s3, s3_url, send)
+        storage.put("a", [content])
+        with pytest.raises(FileExistsError, match=r"'a'.*write-once"):
+            storage.put("a", [b"2"])
+        upload = storage.begin_upload("a")
+        part = storage.put_parts("a", upload, [b"2"], numbers=range(1, 2))
+        with pytest.raises(FileExistsError, match=r"'a'.*write-once"):
+            storage.finish_upload("a", upload, part)
+        storage.abort_upload("a", upload)
+        assert storage.read("a") == content
+        with pytest.raises(FileExistsError, match=r"'raced'.*another writer"):
+            storage.put("raced", [content])
+        assert storage.list() == ["a", "raced"]
         assert storage.list_uploads() == []
 
 
