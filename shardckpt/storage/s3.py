@@ -120,8 +120,9 @@ class S3Storage(FsspecStorage):
         try:
             self._call(self._what("give up", key), lambda fs: requests.abort_upload(fs, path, number))
         except OSError as error:
-            # The parts that were sent stay in the bucket, unseen but paid for, until they are swept.
-            _log.warning("an unfinished upload could not be aborted: %s", error)
+            if error.errno != errno.ECANCELED:  # it is over already
+                # The parts that were sent stay in the bucket, unseen but paid for, until they are swept.
+                _log.warning("an unfinished upload could not be aborted: %s", error)
 
     def list_uploads(self, prefix: str = "") -> list[tuple[str, UploadId]]:
         folder = checked(check_folder(prefix))

@@ -60,11 +60,8 @@ def finish_upload(fs: Any, path: str, upload: str, parts: Sequence[tuple[int, st
 
 
 def abort_upload(fs: Any, path: str, upload: str) -> None:
-    """Drop an upload and the parts that it has; the server need not know it."""
-    try:
-        fs.call_s3("abort_multipart_upload", **_place(fs, path), UploadId=upload)
-    except FileNotFoundError:
-        return
+    """Drop an upload and the parts that it has."""
+    fs.call_s3("abort_multipart_upload", **_place(fs, path), UploadId=upload)
 
 
 def list_uploads(fs: Any, path: str) -> Iterator[tuple[str, str]]:
