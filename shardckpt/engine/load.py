@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_sto
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
 from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, join_sums
+from shardckpt.engine.loading.once.exchange import is_worth_while, read_once
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
     forget_made_up_state,
@@ -37,7 +39,7 @@ from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
 from shardckpt.state import Part, RngState, join_path, restore
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import Read, Storage
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Loader:
         self._fit = Fit()
         self._holdings = Holdings()
         self._fetched: dict[int, list[Fetched]] = {}
+        self._frames: list[str] | None = None  # the files that this rank looks after, once it has planned
 
     def load(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Fill the parts. Raises the same error on every rank: `CheckpointMismatchError` where state and checkpoint
@@ -67,8 +70,7 @@ class Loader:
         try:
             with uncollected():
                 self._compare(parts, policy)
-                sums = self._together(lambda: within(self._timeout, lambda: self._read(parts), what="reading"), "read")
-                self._join(sums)
+                self._join(self._read_together(parts))
                 self._together(lambda: self._apply(parts), "apply")
         except BaseException as error:
             forget_made_up_state(parts)
@@ -85,7 +87,7 @@ class Loader:
             told = self._announce(lambda: [problem for own in gathered for problem in own][:1000], "compare")
             if told:
                 raise mismatch_error(told, self._manifest.step)
-            self._join(self._together(lambda: within(self._timeout, lambda: self._read(()), what="reading"), "read"))
+            self._join(self._read_together(()))
             state: dict[str, Any] = {}
             self._together(lambda: state.update(self._everything()), "give")
         except GangError as error:
@@ -123,8 +125,17 @@ class Loader:
         if told:
             raise mismatch_error(told, self._manifest.step)
 
-    def _read(self, parts: Sequence[Part]) -> list[Any]:
-        """All bytes that this rank needs, checked as far as it can alone; gives the sums of what it read in part."""
+    def _read_together(self, parts: Sequence[Part]) -> Any:
+        """All bytes that the ranks need; of an object store each only once, as far as they need the same."""
+        if is_worth_while(self._storage, self._gang):
+            done = read_once(self._storage, self._gang, self._plan, timeout=self._timeout, step=self._manifest.step)
+            if isinstance(self._fetch, Arena):
+                self._fetch.have(done)
+        read = partial(within, self._timeout, partial(self._read, parts), what="reading")
+        return self._together(read, "read")
+
+    def _plan(self) -> Sequence[Read]:
+        """Open the files that have what this rank needs, and find where it lies; gives what is to be fetched."""
         needs = self._needs()
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
         trees = [file for rank in self._tree_ranks() for file in self._sources.trees_of(rank)]
@@ -138,15 +149,21 @@ class Loader:
             record = self._contents.record(file, stored)
             need = Need(file, stored, region, target, position)
             self._fetched.setdefault(position, []).append(self._fetch.add(need, record))
+        self._frames = frames
+        return self._fetch.reads() if isinstance(self._fetch, Arena) else ()
+
+    def _read(self, parts: Sequence[Part]) -> list[Any]:
+        """All bytes that this rank needs, checked as far as it can alone; gives the sums of what it read in part."""
+        if self._frames is None:
+            self._plan()
+        frames = self._frames or []
         damaged, partial = self._fetch.read(self._contents.frame_reads(frames))
         damaged += self._contents.damaged_frames(frames)
         if damaged:
             raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
         for part in parts:
             if part.kind == "optimizer" and self._fit.trees.get(part.key):
-                match_groups(
-                    part, self._saved_optimizer(part)
-                )  # what does not fit must be known before anything changes
+                match_groups(part, self._saved_optimizer(part))  # what does not fit must be known before the changes
         return [item.encode() for item in partial]
 
     def _needs(self) -> list[Any]:

@@ -43,6 +43,8 @@ class SaveReport:
     write_s: float = 0.0
     commit_s: float = 0.0
     total_s: float = 0.0
+    retries: int = 0
+    """How often a request of this rank to the storage was tried again, while it wrote and committed."""
     slowest_rank: int | None = None
     """The rank whose write took longest, once it is committed."""
     slowest_s: float = 0.0

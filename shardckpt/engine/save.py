@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 from shardckpt.engine.background.flights import Flights
 from shardckpt.engine.background.manners import Manners
@@ -30,6 +31,7 @@ from shardckpt.engine.patience import Limit
 from shardckpt.engine.pending import CheckpointInfo, PendingSave, Tell
 from shardckpt.engine.saving.again import Planner
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
+from shardckpt.engine.saving.share import least_share
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
 from shardckpt.engine.writing.process import ProcessStorage
@@ -39,7 +41,7 @@ from shardckpt.format.manifest import FileEntry
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together
 from shardckpt.state import Part
-from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.base import Storage
 
 _FAREWELL = timedelta(seconds=5)
 """How long a rank that gives up tries to tell the others so."""
@@ -70,7 +72,7 @@ class Saver:
         self._policy = policy or SavePolicy()
         self._tell = tell
         self._committer = Committer(storage, gang, coordinates, on_commit=on_commit, manners=manners or Manners())
-        how = {"in_ranges": isinstance(storage, RenamingStorage), "shared": isinstance(storage, ProcessStorage)}
+        how: dict[str, Any] = {"least_share": least_share(storage), "shared": isinstance(storage, ProcessStorage)}
         self._flights = Flights(lambda: Stager(**how))
         self._planner, self._hooks = Planner(coordinates), StepHooks(self.wait_until_staged)
         self._tries: Counter[int] = Counter()

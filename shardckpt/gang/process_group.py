@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from shardckpt.errors import GangError
 from shardckpt.gang.base import Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
+from shardckpt.gang.relay import Relay, open_by
 from shardckpt.gang.store import Deadline, StoreGang, last_seen
 from shardckpt.gang.together import together
 from shardckpt.gang.wire.mailbox import Line, SilentError, Store
@@ -137,6 +138,10 @@ class ProcessGroupGang:
 
     def line(self) -> Line:
         return self._meeting.line()
+
+    def open_relay(self, ranks: Sequence[int], *, name: str, timeout: timedelta) -> Relay:
+        options = {"timeout": timeout, "interface": self._interface}
+        return open_by(self._meeting.mailbox, ranks, self._rank, name=name, options=options)
 
     def close(self) -> None:
         self._conversation = ""

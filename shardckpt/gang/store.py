@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardckpt.errors import GangError
 from shardckpt.gang.base import Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.wire.mailbox import Line, Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
+
+if TYPE_CHECKING:
+    from shardckpt.gang.relay import Relay
 
 _HERE, _ELSEWHERE = "here", "elsewhere"
 """Where a meeting that is called for is held. One held elsewhere is over: the call is for those who missed it."""
@@ -126,6 +129,11 @@ class StoreGang:
 
     def line(self) -> Line:
         return Line(self._make_store, f"shardckpt/{self._nonce}/line")
+
+    def open_relay(self, ranks: Sequence[int], *, name: str, timeout: timedelta) -> Relay:
+        from shardckpt.gang.relay import open_by  # needs torch
+
+        return open_by(self.mailbox, ranks, self._rank, name=name, options={"timeout": timeout})
 
     def close(self) -> None:
         self._conversation = ""

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
-from shardckpt.format.layout import Aside, parse_aside, step_folder
+from shardckpt.format.layout import MANIFEST, Aside, is_attempt, parse_aside, parse_step, step_folder
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import is_doomed, remove_folder
-from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
 
 _log = logging.getLogger(__name__)
 
@@ -23,15 +24,16 @@ _Content = tuple[tuple[str, int], ...]
 
 
 class DeadAttempts:
-    """Sweeps attempts (`step_N.<attempt>.tmp`) of jobs that died. On the save thread, after commits.
+    """Sweeps attempts of jobs that died: `step_N.<attempt>.tmp`, or on object stores `step_N/<attempt>` with uploads
+    that were never finished. On the save thread, after commits.
 
     They are found by watching that nothing happens to them any more.
 
     An attempt may belong to another job that is alive. So it is taken for dead only if this process has seen it twice,
     at least `grace` apart by its own monotonic clock, with the same files of the same sizes: a live gang gives up an
     attempt on which nothing happens long before. Modification times, which jump with clocks, decide nothing. A job
-    shorter than `grace` sweeps nothing; the next one may. (On object stores nothing is swept yet: they have no such
-    folders, only objects below a step that no record names.)
+    shorter than `grace` sweeps nothing; the next one may. Object stores, where a look takes a request per step, are
+    looked at four times in that time.
     """
 
     def __init__(self, catalog: Catalog, *, grace: timedelta, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,34 +41,72 @@ class DeadAttempts:
         self._grace_s = grace.total_seconds()
         self._clock = clock
         self._seen: dict[str, tuple[float, _Content]] = {}
+        self._looked = float("-inf")
 
     def tidy(self) -> list[str]:
         """Look, remember, and sweep what has not changed for long enough; gives the folders that are gone."""
         now, still, dead = self._clock(), {}, {}
-        for folder in self._catalog.storage.list():
-            aside = parse_aside(folder) if folder.endswith("/") else None
-            if aside is None or aside.kind != "tmp":
-                continue
-            content = self._content(aside.folder)
-            since, known = self._seen.get(aside.folder, (now, content))
-            still[aside.folder] = (since if known == content else now, content)
-            if now - still[aside.folder][0] >= self._grace_s and known == content and aside.folder in self._seen:
-                dead[aside.attempt] = aside.step
+        if now - self._looked < self._grace_s / 4 and not isinstance(self._catalog.storage, RenamingStorage):
+            return []
+        self._looked = now
+        for attempt in self._attempts():
+            content = self._content(attempt)
+            since, known = self._seen.get(attempt.folder, (now, content))
+            still[attempt.folder] = (since if known == content else now, content)
+            if now - still[attempt.folder][0] >= self._grace_s and known == content and attempt.folder in self._seen:
+                dead[attempt.attempt] = attempt.step
         self._seen = still
         swept = sweep(self._catalog, own_attempts=dead) if dead else []
         for folder in swept:
             _log.info("removed %s, left by a save that never committed", folder)
         return swept
 
-    def _content(self, folder: str) -> _Content:
+    def _attempts(self) -> Iterable[_Attempt]:
+        """All that may be leftovers, as far as names tell."""
+        storage = self._catalog.storage
+        if isinstance(storage, RenamingStorage):
+            asides = [parse_aside(name) for name in storage.list() if name.endswith("/")]
+            return [_Attempt(a.step, a.attempt, a.folder) for a in asides if a is not None and a.kind == "tmp"]
+        uploads = _uploads(storage)
+        found = {_Attempt.of(key.split("/")): None for key in uploads}
+        for folder in storage.list():
+            names = storage.list(folder) if folder.endswith("/") and parse_step(folder) is not None else []
+            inside = [name for name in names if name.endswith("/")]
+            if len(inside) > 1 or MANIFEST not in names:  # else it is the one of the record
+                found |= {_Attempt.of([folder.rstrip("/"), name.rstrip("/"), ""]): None for name in inside}
+        return [attempt for attempt in found if attempt is not None]
+
+    def _content(self, attempt: _Attempt) -> _Content:
         """What lies in it now; what goes away under our eyes is no content."""
-        storage, found = self._catalog.storage, []
+        storage, folder, found = self._catalog.storage, attempt.folder, []
         for name in storage.list(folder):
             try:
                 found.append((name, 0 if name.endswith("/") else storage.size(f"{folder}/{name}")))
             except FileNotFoundError:
                 continue
-        return tuple(found)
+        return (*found, *((upload, 0) for upload in _uploads(storage, folder).values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """An attempt that may be a leftover."""
+
+    step: int
+    attempt: str
+    folder: str
+
+    @staticmethod
+    def of(parts: Sequence[str]) -> _Attempt | None:
+        """Of the parts of a key on an object store; None if it is in no attempt."""
+        step = parse_step(parts[0])
+        if step is None or len(parts) < 3 or not is_attempt(parts[1]):
+            return None
+        return _Attempt(step, parts[1], f"{parts[0]}/{parts[1]}")
+
+
+def _uploads(storage: Storage, folder: str = "") -> dict[str, str]:
+    """Key to id of the uploads that were not finished."""
+    return dict(storage.list_uploads(folder)) if isinstance(storage, SharedPuts) else {}
 
 
 def sweep(catalog: Catalog, *, own_attempts: Mapping[str, int]) -> list[str]:

@@ -19,6 +19,19 @@ class Read:
     into: memoryview
 
 
+UploadId: TypeAlias = str
+"""Names an upload that is under way; a word of the storage that has begun it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutPart:
+    """What a storage answers for a part of an upload; whoever finishes the upload must show it."""
+
+    number: int
+    tag: str
+    nbytes: int
+
+
 class Storage(Protocol):
     """A rooted place of keys to bytes; safe to use from several threads at once.
 
@@ -105,6 +118,40 @@ class RenamingStorage(Storage, Protocol):
 
     def exchange_folders(self, one: str, other: str) -> bool:
         """Swap two folders atomically and durably; False, with nothing done, where the place cannot do that."""
+        ...
+
+
+@runtime_checkable
+class SharedPuts(Storage, Protocol):
+    """An object store where several processes can put one object together, in parts, as the uploads of S3 do.
+
+    One begins the upload and tells the others its id; each puts parts, in any order; one finishes it, with what all of
+    them were answered. Until then nothing is there. `delete_tree` of a folder aborts the uploads below it.
+    """
+
+    def begin_upload(self, key: str) -> UploadId: ...
+
+    def put_parts(
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
+    ) -> tuple[PutPart, ...]:
+        """Put a stretch of the object, in any number of parts of which each has one of the numbers.
+
+        The object is made of the parts in the order of their numbers, which may have gaps. All parts but the one with
+        the highest number must have 5 MiB at least: this sees to it within a stretch whose size is known. `nbytes` is
+        that size, for `parts` that do not tell it. Putting a part again replaces it.
+        """
+        ...
+
+    def finish_upload(self, key: str, upload: UploadId, parts: Sequence[PutPart]) -> None:
+        """Make it an object, with the promises of `put`: write-once, whole, durable."""
+        ...
+
+    def abort_upload(self, key: str, upload: UploadId) -> None:
+        """Drop it with all its parts. Raises nothing: what cannot be dropped is logged, and can be swept later."""
+        ...
+
+    def list_uploads(self, prefix: str = "") -> list[tuple[str, UploadId]]:
+        """Key and id of every upload that was begun and not finished, below a folder, at any depth."""
         ...
 
 

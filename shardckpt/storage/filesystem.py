@@ -10,37 +10,25 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
+from operator import methodcaller
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
-from shardckpt.storage.objects.backend import delete_objects, new_instance, protocols, publishes_whole
+from shardckpt.storage.objects.backend import delete_objects, new_instance, protocols, publishes_whole, tries_of
 from shardckpt.storage.objects.secrecy import Redactor, redact
 from shardckpt.storage.objects.translate import service_codes, translate
 from shardckpt.storage.objects.upload import Upload, pipe_new, pipe_over, slices, start_upload
+from shardckpt.storage.retrying import Retrier, RetryPolicy
+from shardckpt.storage.transfer.amounts import Transfers
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
 from shardckpt.storage.transfer.ranges import Run, as_bytes, merge
 
 T = TypeVar("T")
 _Entries: TypeAlias = list[tuple[str, bool]]
 
-_MiB = 1 << 20
 _DELETES_PER_CALL = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Transfers:
-    """How large and how many: a put holds up to `whole_nbytes` once more in memory, a read up to `wave_nbytes`."""
-
-    whole_nbytes: int = 128 * _MiB
-    """Objects up to this size go out in one call of the back end, larger ones in parts."""
-    part_nbytes: int = 32 * _MiB
-    request_nbytes: int = 8 * _MiB
-    """Longer ranges are read by several requests at once."""
-    wave_nbytes: int = 128 * _MiB
-    concurrency: int = 16
 
 
 class FsspecStorage:
@@ -51,10 +39,19 @@ class FsspecStorage:
     remove what an interrupted put left; a killed process leaves it.
     """
 
-    def __init__(self, fs: Any, root: str, *, url: str | None = None, transfers: Transfers | None = None) -> None:
+    def __init__(
+        self,
+        fs: Any,
+        root: str,
+        *,
+        url: str | None = None,
+        transfers: Transfers | None = None,
+        retries: RetryPolicy | None = None,
+    ) -> None:
         """`fs` is an fsspec `AbstractFileSystem`, best made without listings cache; `url` is for people, if given."""
         # Not the file system itself: `close` must be able to let go of it.
-        self._make = partial(new_instance, type(fs), tuple(fs.storage_args), dict(fs.storage_options))
+        self._make = partial(new_instance, type(fs), tuple(fs.storage_args), dict(fs.storage_options), tries_of(fs))
+        self._retrier = Retrier(retries)
         self._live: tuple[int, Any] | None = (os.getpid(), fs)
         self._inherited: tuple[int, Any] | None = None
         self._root = fs._strip_protocol(root).rstrip("/")
@@ -68,7 +65,7 @@ class FsspecStorage:
         self._puts = threading.RLock()
 
     def __repr__(self) -> str:
-        return f"FsspecStorage({self._url!r})"
+        return f"{type(self).__name__}({self._url!r})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a storage is not pickled, for it may hold credentials: open it anew from its URL")
@@ -77,8 +74,13 @@ class FsspecStorage:
     def url(self) -> str:
         return self._url
 
+    @property
+    def retries(self) -> int:
+        """How many tries were made beyond the first ones, over all requests and threads."""
+        return self._retrier.retries
+
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
-        what = f"cannot put {_checked(check_key(key))!r} in {self._url}"
+        what = f"cannot put {checked(check_key(key))!r} in {self._url}"
         if self._is_there(key):
             raise OSError(errno.EEXIST, f"{what}: it is there already, and objects are write-once")
         first, rest = self._gather(parts)
@@ -112,9 +114,9 @@ class FsspecStorage:
         sent = Fingerprint()
         try:
             for piece in slices(parts):
-                self._call(what, partial(_write, upload, piece))
+                self._call(what, partial(_write, upload, piece), again=False)
                 sent = sent.extended(piece)
-            self._call(what, lambda _: upload.finish())
+            self._call(what, lambda _: upload.finish(), again=False)
         except BaseException as error:
             upload.abandon()
             if isinstance(error, FileExistsError) and self._arrived(key, sent):
@@ -132,12 +134,12 @@ class FsspecStorage:
 
     def replace(self, key: str, content: bytes) -> None:
         """As atomic as a put of the back end: object stores show the old or the new; SFTP and the like may tear."""
-        what = f"cannot replace {_checked(check_key(key))!r} in {self._url}"
+        what = f"cannot replace {checked(check_key(key))!r} in {self._url}"
         with self._puts if self._in_memory else nullcontext():
             self._call(what, lambda fs: pipe_over(fs, self._path(key), bytes(content)))
 
     def read(self, key: str) -> bytes:
-        what = f"cannot read {_checked(check_key(key))!r} in {self._url}"
+        what = f"cannot read {checked(check_key(key))!r} in {self._url}"
 
         def fetch(fs: Any) -> bytes:
             with _absent_if_no_file(key):
@@ -151,29 +153,36 @@ class FsspecStorage:
         # cat_ranges gives all its answers together: waves bound the memory that they take.
         while wave := list(islice(runs, at_once)):
             for run, answer in zip(wave, self._fetch(wave), strict=True):
-                _scatter(run, answer, self._url)
+                run.fill(answer, url=self._url)
 
     def _fetch(self, runs: Sequence[Run]) -> list[bytes]:
         what = f"cannot read {runs[0].key!r}{' and others' * (len(runs) > 1)} in {self._url}"
-        paths = [self._path(_checked(check_key(run.key))) for run in runs]
+        paths = [self._path(checked(check_key(run.key))) for run in runs]
         options = {"batch_size": self._transfers.concurrency} if self._remote else {}
         starts, ends = [run.offset for run in runs], [run.end for run in runs]
-        # Errors are asked for as values, to know which range each belongs to.
-        answers = self._call(what, lambda fs: fs.cat_ranges(paths, starts, ends, on_error="return", **options))
-        for run, answer in zip(runs, answers, strict=True):
-            if isinstance(answer, Exception):
-                self._raise_for(run, answer)
-        return list(answers)
+
+        def fetch() -> list[bytes]:
+            # Errors are asked for as values, to know which range each belongs to.
+            answers = self._try(what, lambda fs: fs.cat_ranges(paths, starts, ends, on_error="return", **options))
+            for run, answer in zip(runs, answers, strict=True):
+                if isinstance(answer, Exception):
+                    self._raise_for(run, answer)
+            return list(answers)
+
+        return self._retrier.call(fetch, what=what)
 
     def _raise_for(self, run: Run, error: Exception) -> NoReturn:
-        if {"InvalidRange", "416"} & set(service_codes(error)):
-            raise run.ended_early(self._url, have=self.size(run.key) - run.offset)
+        self._raise_if_too_short(run, error)
         if isinstance(error, IsADirectoryError | NotADirectoryError):
             error = FileNotFoundError(run.key)
         raise translate(error, f"cannot read {run.key!r} in {self._url}", self._redacted)
 
+    def _raise_if_too_short(self, run: Run, error: Exception) -> None:
+        if {"InvalidRange", "416"} & set(service_codes(error)):
+            raise run.ended_early(self._url, have=self.size(run.key) - run.offset)
+
     def size(self, key: str) -> int:
-        what = f"cannot look at {_checked(check_key(key))!r} in {self._url}"
+        what = f"cannot look at {checked(check_key(key))!r} in {self._url}"
 
         def look(fs: Any) -> int:
             fs.invalidate_cache(self._path(key))  # for file systems that were made with a listings cache
@@ -186,14 +195,12 @@ class FsspecStorage:
         return self._call(what, look)
 
     def _is_there(self, key: str) -> bool:
-        try:
-            self.size(key)
-        except FileNotFoundError:
-            return False
-        return True
+        with suppress(FileNotFoundError):
+            return self.size(key) >= 0
+        return False
 
     def list(self, prefix: str = "") -> list[str]:
-        return sorted(name + "/" * is_folder for name, is_folder in self._entries(_checked(check_folder(prefix))))
+        return sorted(name + "/" * is_folder for name, is_folder in self._entries(checked(check_folder(prefix))))
 
     def _entries(self, folder: str) -> _Entries:
         """Names directly below a folder, and whether each is a folder; a link to a folder is none."""
@@ -215,24 +222,30 @@ class FsspecStorage:
         return []
 
     def delete(self, keys: Iterable[str]) -> None:
-        paths = iter([self._path(_checked(check_key(key))) for key in keys])
+        paths = iter([self._path(checked(check_key(key))) for key in keys])
         while batch := list(islice(paths, _DELETES_PER_CALL)):
             what = f"cannot delete {len(batch)} objects in {self._url}, the first of them {batch[0]!r}"
-            self._call(what, partial(delete_objects, paths=batch))
+            self._call(what, partial(self._delete_objects, paths=batch))
+
+    _delete_objects = staticmethod(delete_objects)
 
     def delete_tree(self, prefix: str) -> None:
-        folders, keys = [_checked(check_key(check_folder(prefix)))], list[str]()
+        folders, keys = [checked(check_key(check_folder(prefix)))], list[str]()
         for folder in folders:  # grows as it goes
             for name, is_folder in self._entries(folder):
                 (folders if is_folder else keys).append(f"{folder}/{name}")
         self.delete(keys)
-        if not self._remote:
-            for folder in reversed(folders):
-                with suppress(OSError):
-                    self._call(f"cannot delete {folder!r}", partial(_remove_folder, path=self._path(folder)))
+        self._forget_folders(folders)
+
+    def _forget_folders(self, folders: Sequence[str]) -> None:
+        """Remove folders that are empty now, where they are real; those inside others come last in the list."""
+        for folder in () if self._remote else reversed(folders):
+            with suppress(OSError):
+                self._call(f"cannot delete {folder!r}", methodcaller("rmdir", self._path(folder)))
 
     def close(self) -> None:
-        """Give back the client with its connections. A later call makes a new one."""
+        """Give back the client with its connections; what waits to be tried again fails. A later call connects anew."""
+        self._retrier.stop(for_good=False)
         if not self._in_memory:
             self._live = None
 
@@ -253,7 +266,11 @@ class FsspecStorage:
             live = self._live = (os.getpid(), self._make())
         return live[1]
 
-    def _call(self, what: str, work: Callable[[Any], T]) -> T:
+    def _call(self, what: str, work: Callable[[Any], T], *, again: bool = True) -> T:
+        """Do it with the client; `again`: as often as it takes, while it fails for a passing reason."""
+        return self._retrier.call(lambda: self._try(what, work), what=what) if again else self._try(what, work)
+
+    def _try(self, what: str, work: Callable[[Any], T]) -> T:
         try:
             return work(self._client())
         except EOFError:
@@ -263,7 +280,8 @@ class FsspecStorage:
         raise translated
 
 
-def _checked(key: str) -> str:
+def checked(key: str) -> str:
+    """Give the key back, or raise `ValueError` if a back end would read more into it than a name."""
     if "?versionId=" in key:
         raise ValueError(f"{key!r} is not a storage key here: s3fs would cut off what follows '?'")
     return key
@@ -278,18 +296,5 @@ def _absent_if_no_file(key: str) -> Iterator[None]:
         raise FileNotFoundError(key) from error
 
 
-def _scatter(run: Run, answer: bytes, url: str) -> None:
-    if len(answer) < run.nbytes:
-        raise run.ended_early(url, have=len(answer))
-    source, start = memoryview(answer), 0
-    for buffer in run.into:
-        buffer[:] = source[start : start + len(buffer)]
-        start += len(buffer)
-
-
 def _write(upload: Upload, piece: memoryview, _: Any) -> None:
     upload.write(piece)
-
-
-def _remove_folder(fs: Any, path: str) -> None:
-    fs.rmdir(path)

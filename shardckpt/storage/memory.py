@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shardckpt.storage.base import Buffer, Read, check_folder, check_key
+from shardckpt.storage.base import Buffer, PutPart, Read, UploadId, check_folder, check_key
 from shardckpt.storage.transfer.ranges import as_bytes
 
 
@@ -20,8 +21,8 @@ class ReadCount:
     requests: int = 0
 
 
-class MemoryObjects:
-    """An object store: keys and bytes; folders are only implied by keys. One instance may serve many threads."""
+class _Memory:
+    """Keys and bytes; folders are only implied by keys."""
 
     def __init__(self, name: str = "") -> None:
         """`name` tells instances apart in messages."""
@@ -124,7 +125,61 @@ class MemoryObjects:
         return OSError(code, f"{os.strerror(code)}: {key!r} in {self._url}: {advice}")
 
 
-class MemoryStorage(MemoryObjects):
+class MemoryObjects(_Memory):
+    """An object store, also a `SharedPuts`. One instance may serve many threads."""
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name)
+        self._uploads: dict[UploadId, tuple[str, dict[PutPart, bytes]]] = {}
+
+    def begin_upload(self, key: str) -> UploadId:
+        upload = uuid.uuid4().hex
+        with self._lock:
+            self._uploads[upload] = (check_key(key), {})
+        return upload
+
+    def put_parts(
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
+    ) -> tuple[PutPart, ...]:
+        content = b"".join(map(as_bytes, parts))
+        part = PutPart(numbers[0], uuid.uuid4().hex, len(content))
+        with self._lock:
+            self._parts(key, upload)[part] = content
+        return (part,)
+
+    def finish_upload(self, key: str, upload: UploadId, parts: Sequence[PutPart]) -> None:
+        with self._lock:
+            put = self._parts(key, upload)
+            if not set(parts) <= set(put):
+                raise self._error(errno.EINVAL, key, "a part was never put")
+            self._check_free(key)
+            self._objects[key] = b"".join(put[part] for part in sorted(parts, key=lambda part: part.number))
+            del self._uploads[upload]
+
+    def abort_upload(self, key: str, upload: UploadId) -> None:
+        with self._lock:
+            self._uploads.pop(upload, None)
+
+    def list_uploads(self, prefix: str = "") -> list[tuple[str, UploadId]]:
+        folder = _folder(prefix)
+        with self._lock:
+            return sorted((key, upload) for upload, (key, _) in self._uploads.items() if key.startswith(folder))
+
+    def delete_tree(self, prefix: str) -> None:
+        with self._lock:
+            for key, upload in self.list_uploads(prefix):
+                self.abort_upload(key, upload)
+            super().delete_tree(prefix)
+
+    def _parts(self, key: str, upload: UploadId) -> dict[PutPart, bytes]:
+        """Under the lock."""
+        begun, parts = self._uploads.get(upload, ("", {}))
+        if begun != check_key(key):
+            raise self._error(errno.ECANCELED, key, "the upload in parts is over, or was never begun")
+        return parts
+
+
+class MemoryStorage(_Memory):
     """A file system: folders are real, and are renamed atomically. One instance may serve many threads."""
 
     def __init__(self, name: str = "") -> None:

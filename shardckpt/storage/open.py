@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.objects.backend import trying_once
 from shardckpt.storage.objects.secrecy import Redactor, redact
 
 # What to install for a protocol: our own extra where there is one, else the package that fsspec names.
@@ -63,11 +64,17 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
 
     redacted = Redactor(url=url, options=options)
     protocol = url.partition("://")[0]
+    in_s3 = protocol in ("s3", "s3a")
     # Listings that fsspec keeps would hide what other processes wrote; instances that it keeps are the caller's, too.
     fresh = {"use_listings_cache": False, "skip_instance_cache": True}
     failure: Exception
     try:
-        fs, root = fsspec.url_to_fs(url, **{**options, **fresh})
+        fs, root = fsspec.url_to_fs(url, **{**(trying_once(options) if in_s3 else options), **fresh})
+        if in_s3:
+            from shardckpt.storage.s3 import S3Storage
+
+            fs.retries = 1
+            return S3Storage(fs, root, url=url)
         return FsspecStorage(fs, root, url=url)
     except ImportError as error:
         package = _PACKAGES.get(protocol)

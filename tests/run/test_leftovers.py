@@ -6,7 +6,8 @@ from datetime import timedelta
 
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.leftovers import DeadAttempts
-from shardckpt.storage.memory import MemoryStorage
+from shardckpt.storage.memory import MemoryObjects, MemoryStorage
+from tests.run.making import commit, is_whole
 
 
 class Clock:
@@ -49,3 +50,26 @@ def test_a_long_pause_between_two_looks_counts_only_if_it_was_seen_before() -> N
     clock.now = 2000
     assert attempts.tidy() == []
     assert f"{ALIVE}/" in storage.list()
+
+
+def test_on_an_object_store_objects_and_uploads_of_dead_attempts_go() -> None:
+    storage, clock = MemoryObjects(), Clock()
+    in_force = commit(storage, 4)
+    beside, begun, alive = "step_4/" + "a" * 20, "step_5/" + "b" * 20, "step_6/" + "c" * 20
+    storage.put(f"{beside}/rank_0.pt", [b"of an attempt that lost"])
+    storage.put("step_7/not an attempt/x", [b"foreign"])
+    uploads = {key: storage.begin_upload(key) for key in (f"{begun}/rank_0.pt", f"{alive}/rank_0.pt", "foreign/x")}
+    attempts = DeadAttempts(Catalog(storage), grace=timedelta(seconds=100), clock=clock)
+    assert attempts.tidy() == []
+    clock.now = 10
+    storage.put(f"{alive}/rank_1.pt", [b"seen only at the next look, for this one would come too early"])
+    assert attempts.tidy() == []
+    clock.now = 100
+    assert sorted(attempts.tidy()) == [beside, begun]
+    assert sorted(key for key, _ in storage.list_uploads()) == sorted({*uploads} - {f"{begun}/rank_0.pt"})
+    assert storage.list() == ["step_4/", "step_6/", "step_7/"]
+    assert storage.list("step_4") == [f"{in_force}/", "manifest.json"]
+    assert is_whole(storage, 4)
+    clock.now = 200
+    assert attempts.tidy() == [alive]
+    assert [key for key, _ in storage.list_uploads()] == ["foreign/x"]

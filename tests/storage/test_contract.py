@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from shardckpt.storage import (
     RenamingStorage,
     RetryingStorage,
     RetryPolicy,
+    SharedPuts,
     Storage,
     StorageWrapper,
     Transfers,
@@ -84,15 +85,24 @@ class TestFsspecOnDisk(StorageContract):
 
 
 @pytest.mark.s3
-class TestFsspecOnS3(StorageContract):
+class TestS3(StorageContract):
     @pytest.fixture
     def storage(self, s3_url: str, s3: S3Server) -> Storage:
-        return FsspecStorage(s3.file_system, s3_url + "/runs/a")
+        return s3.storage(s3_url + "/runs/a")
 
 
 @pytest.mark.s3
-class TestFsspecOnS3InParts(StorageContract):
-    """The same with limits so small that multipart uploads and several waves of reads happen."""
+class TestS3InParts(StorageContract):
+    """The same, on every server, with limits so small that uploads in parts and several ranges at once happen."""
+
+    @pytest.fixture
+    def storage(self, any_s3: S3Server, place: Callable[[S3Server], str]) -> Storage:
+        return any_s3.storage(place(any_s3), transfers=SMALL)
+
+
+@pytest.mark.s3
+class TestFsspecOnS3(StorageContract):
+    """The storage for any file system of fsspec, on one that knows no conditional finish of what goes in parts."""
 
     @pytest.fixture
     def storage(self, s3_url: str, s3: S3Server) -> Storage:
@@ -145,5 +155,7 @@ def test_wrappers_rename_exactly_if_the_inner_storage_does(wrap: type[StorageWra
     assert isinstance(wrap(wrap(MemoryStorage())), RenamingStorage)
     assert not isinstance(wrap(MemoryObjects()), RenamingStorage)
     assert isinstance(wrap(MemoryStorage()), wrap)
+    assert isinstance(wrap(wrap(MemoryObjects())), SharedPuts)
+    assert not isinstance(wrap(MemoryStorage()), SharedPuts)
     assert isinstance(RetryingStorage(wrap(MemoryStorage())), RenamingStorage)
     assert not isinstance(RetryingStorage(wrap(MemoryObjects())), RenamingStorage)

@@ -7,12 +7,13 @@ import os
 import pickle
 import threading
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from shardckpt.storage import FsspecStorage, Storage, Transfers, is_transient, open_storage
+from shardckpt.storage import FsspecStorage, RetryPolicy, S3Storage, Storage, Transfers, is_transient, open_storage
 from shardckpt.storage.objects.translate import translate
 from shardckpt.storage.objects.upload import ObjectUpload
 from shardckpt.testing.storage_suite import filled, ranges
@@ -69,7 +70,7 @@ class TestLostAnswers:
 class TestOnS3:
     @pytest.fixture
     def storage(self, s3: S3Server, s3_url: str) -> FsspecStorage:
-        return FsspecStorage(s3.file_system, s3_url, transfers=IN_PARTS)
+        return s3.storage(s3_url, transfers=IN_PARTS)
 
     def test_an_abandoned_upload_leaves_nothing_to_pay_for(self, s3: S3Server, storage: Storage) -> None:
         def parts():
@@ -121,21 +122,17 @@ class TestOnS3:
                     return {"Errors": [{"Key": "d/1", "Code": "AccessDenied", "Message": "no"}]}
                 return super().call_s3(method, *arguments, **options)
 
-        storage = FsspecStorage(Refusing(**s3.options, skip_instance_cache=True), s3_url)
+        storage = S3Storage(Refusing(**s3.options, skip_instance_cache=True), s3_url)
         with pytest.raises(PermissionError, match="AccessDenied"):
             storage.delete(["d/1"])
 
     def test_a_server_that_is_not_there(self, s3: S3Server) -> None:
-        options = {
-            **s3.options,
-            "endpoint_url": "http://127.0.0.1:9",
-            "config_kwargs": {"retries": {"max_attempts": 0}},
-        }
-        storage = open_storage("s3://bucket/x", storage_options=options)
-        assert isinstance(storage, FsspecStorage)
-        storage._client().retries = 1  # s3fs's own, with waits
+        nowhere = open_storage("s3://bucket/x", storage_options={**s3.options, "endpoint_url": "http://127.0.0.1:9"})
+        assert isinstance(nowhere, S3Storage)
+        storage = S3Storage(nowhere._client(), "s3://bucket/x", retries=RetryPolicy(tries=2, first_wait=timedelta(0)))
         with pytest.raises(ConnectionError, match=r"cannot look at 'a' in s3://bucket/x: .*endpoint_url") as caught:
             storage.size("a")
+        assert storage.retries == 1
         assert is_transient(caught.value)
         assert caught.value.__cause__ is None
         assert caught.value.__context__ is None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.worker import is_ending
@@ -21,11 +22,11 @@ from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.saving.plan import plan_save
 from shardckpt.engine.saving.stage import Staging
 from shardckpt.engine.saving.work import Work, as_save_error
-from shardckpt.engine.saving.write import Receipt, Sealed, write_files
+from shardckpt.engine.saving.write import OwnFiles, Receipt, Sealed, write_files
 from shardckpt.format.layout import step_folder
-from shardckpt.format.manifest import FileEntry
 from shardckpt.gang.base import Gang
 from shardckpt.storage.base import Storage
+from shardckpt.storage.retrying import retries_of
 from shardckpt.storage.transfer.pacing import Pacer
 
 _log = logging.getLogger(__name__)
@@ -97,12 +98,13 @@ class Committer:
                 attempt.begin(work.scope, tell)
 
     def _write_and_commit(self, work: Work, attempt: Transaction) -> CheckpointInfo:
-        step, report = work.pending.step, work.pending.report
+        step, report, before = work.pending.step, work.pending.report, retries_of(self._storage)
         try:
             if work.attempt is None:
                 with report.phase("meet"):
                     attempt.begin(work.scope, partial(self._check_ready, work))
             with report.phase("write"):
+                work.uploads = attempt.begin_uploads(work.led)
                 attempt.write(lambda prefix: self._write(work, prefix))
             with report.phase("commit"):
                 attempt.compare(work.alike)
@@ -111,6 +113,8 @@ class Committer:
         except BaseException:
             attempt.abandon()
             raise
+        finally:
+            report.retries = retries_of(self._storage) - before
         report.slowest_rank, report.slowest_s = committed.slowest_rank, committed.slowest_s
         work.pending.others = attempt.phases_of_others()
         url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
@@ -126,7 +130,7 @@ class Committer:
         report, began = work.pending.report, time.perf_counter()
         try:
             put = partial(self._put, work, work.staging, prefix)
-            sealed, files = within(work.limit.work, put, what="writing the files")
+            sealed, own = within(work.limit.work, put, what="writing the files")
         except BaseException as error:
             if isinstance(error, TimeoutError) or not isinstance(error, Exception):  # whoever writes is left behind
                 work.pending.progress.cancel()  # at its next part, if it ever comes to it
@@ -135,10 +139,10 @@ class Committer:
         seconds = {"write": time.perf_counter() - began, "stage": report.stage_s}
         work.pending.tell(Written, report.step, seconds=seconds["write"], nbytes=report.nbytes)
         work.alike = work.staging.alike()
-        receipt = describe_own(self._at, work.plan, sealed, (*files, *work.files), work.alike, seconds)
-        return replace(receipt, phases=tuple(report.phases))
+        receipt = describe_own(self._at, work.plan, sealed, (*own.files, *work.files), work.alike, seconds)
+        return replace(receipt, phases=tuple(report.phases), parts=own.parts)
 
-    def _put(self, work: Work, staging: Staging, prefix: str) -> tuple[list[Sealed], tuple[FileEntry, ...]]:
+    def _put(self, work: Work, staging: Staging, prefix: str) -> tuple[list[Sealed], OwnFiles]:
         """In a thread of its own."""
         self._manners.behave()
         report = work.pending.report
@@ -146,10 +150,10 @@ class Committer:
             sealed = staging.seal()
         report.nbytes = sum(file.end - file.start for file in sealed)
         with report.phase("put"):
-            pace = {} if self._pacer is None else {"pace": self._pacer.pace}
-            files = write_files(self._storage, prefix, sealed, work.pending.progress, **pace)
+            pace: dict[str, Any] = {} if self._pacer is None else {"pace": self._pacer.pace}
+            own = write_files(self._storage, prefix, sealed, work.pending.progress, uploads=work.uploads, **pace)
             if self._at.rank == 0:
                 for name, content in work.loose.items():
                     self._storage.put(f"{prefix}/{name}", [content])
-                files = (*files, *carry(self._storage, prefix))
-        return sealed, files
+                own = replace(own, files=(*own.files, *carry(self._storage, prefix)))
+        return sealed, own

@@ -12,7 +12,7 @@ to the other ranks takes it back: a rank that does not hear of it raises `Commit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -33,7 +33,11 @@ from shardckpt.format.reduced import reduce_to_model
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together, together_gather
-from shardckpt.storage.base import Read, Storage
+from shardckpt.storage.base import Read, SharedPuts, Storage, UploadId
+from shardckpt.storage.transfer.several import for_each
+
+_FINISHING = 8
+"""Uploads that are finished at the same time."""
 
 Alike = Mapping[str, Mapping[str, str]]
 """By file: key to a digest of what this rank holds of it."""
@@ -61,6 +65,7 @@ class Transaction:
         self._prefix = ""
         self._attempt = ""
         self._receipts: list[Receipt] | None = None
+        self._uploads: dict[str, UploadId] = {}
         self._may_be_in_force = False
         self.has_met = False
         """Whether this rank has gone to meet the others. Until then they wait for it."""
@@ -79,6 +84,24 @@ class Transaction:
         self._attempt = str(announce(self._gang, new_attempt, phase="begin", **self._terms))
         self._prefix = attempt_prefix(self._storage, self._step, self._attempt)
         announce(self._gang, self._make_room, phase="begin", **self._terms)
+
+    def begin_uploads(self, led: Callable[[], Sequence[str]]) -> Mapping[str, UploadId]:
+        """Begin the uploads of the files that ranks put together, and tell all of them; `led` gives those that this
+        rank answers for. Nothing is said where the storage knows no such uploads, or there is but one rank."""
+        storage = self._storage
+        if not isinstance(storage, SharedPuts) or self._gang.size == 1:
+            return {}
+
+        def begin() -> Any:
+            return [[name, storage.begin_upload(f"{self._prefix}/{name}")] for name in led()]
+
+        def join() -> Any:
+            return [pair for own in gathered for pair in own]
+
+        work = partial(within, self._limit.work, begin, what="beginning uploads")
+        gathered: Any = together_gather(self._gang, work, phase="write", **self._terms)
+        self._uploads = dict(announce(self._gang, join, phase="write", **self._terms))
+        return self._uploads
 
     def write(self, work: Callable[[str], Receipt]) -> None:
         """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
@@ -112,6 +135,7 @@ class Transaction:
                 raise CheckpointSaveError("the state that was given is empty on all ranks", step=self._step)
             slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
             self._limit.check()
+            within(self._limit.work, partial(self._finish_uploads, receipts), what="finishing the uploads")
             self._put_in_force(manifest)
             return [manifest.nbytes, created, slowest.rank, slowest.seconds["write"]]
 
@@ -128,6 +152,18 @@ class Transaction:
     def phases_of_others(self) -> tuple[tuple[int, tuple[Phase, ...]], ...]:
         """On rank 0: what the other ranks did until their files were written, and when."""
         return tuple((receipt.rank, receipt.phases) for receipt in self._receipts or () if receipt.rank)
+
+    def _finish_uploads(self, receipts: Sequence[Receipt]) -> None:
+        """Make objects of the parts that the ranks have receipts for. Before the record, and all bytes are known to be
+        there."""
+
+        def finish(upload: tuple[str, UploadId]) -> None:
+            name, number = upload
+            parts = [part for receipt in receipts for part in receipt.parts.get(name, ())]
+            assert isinstance(self._storage, SharedPuts)
+            self._storage.finish_upload(f"{self._prefix}/{name}", number, parts)
+
+        for_each(self._uploads.items(), finish, threads=_FINISHING)
 
     def _of_model_only(self, manifest: Manifest) -> Manifest:
         """The record of a step without a state: it has the consolidated model, and that alone."""

@@ -9,7 +9,7 @@ object store, or stay where they lie (`Borrowed`, in `borrow`), as on a file sys
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeAlias
@@ -103,6 +103,7 @@ class Arena:
         self._image = Image()
         self._nbytes = 0
         self._waste = WASTE
+        self._here: frozenset[str] = frozenset()
 
     def add(self, need: Need, record: StoredRecord) -> Fetched:
         item = Fetched(need, record, runs_of(record, need.region), self._nbytes)
@@ -114,8 +115,17 @@ class Arena:
         self._nbytes = -(-(self._nbytes + item.nbytes) // LINE) * LINE
         return item
 
+    def reads(self) -> list[Read]:
+        """All that is to be fetched; whoever does it says so by `have`."""
+        return list(self._reads())
+
+    def have(self, keys: Collection[str]) -> None:
+        """What is needed of these objects has come by other means."""
+        self._here = frozenset(keys)
+
     def read(self, others: Sequence[Read]) -> tuple[list[str], list[PartialSum]]:
-        self._storage.read_into([*self._reads(), *others])
+        wanted = [read for read in self._reads() if read.key not in self._here]
+        self._storage.read_into([*wanted, *others])
         return judge((item, self._summed(item)) for item in self._fetched)
 
     def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:

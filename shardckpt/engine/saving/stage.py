@@ -22,12 +22,12 @@ from shardckpt.storage.transfer.several import for_each
 class Stager:
     """Keeps the images and layouts from save to save. One per manager; used for one save at a time."""
 
-    def __init__(self, *, in_ranges: bool = False, shared: bool = False, threads: int = 2) -> None:
-        """`in_ranges`: whether the storage can put ranges of a file, so that several ranks can share one. `shared`:
+    def __init__(self, *, least_share: int | None = None, shared: bool = False, threads: int = 2) -> None:
+        """`least_share`: from how many bytes on several ranks write a file together; None if they cannot. `shared`:
         whether another process writes."""
         self._shared = shared
         self._slots: dict[Home, ImagedFile] = {}
-        self._in_ranges = in_ranges
+        self._least_share = least_share
         self._threads = threads
 
     @property
@@ -43,7 +43,7 @@ class Stager:
         stages: list[StagedFile] = []
         for file in plan.files:
             stage = WindowedFile() if windowed else self._slots.setdefault(file.home, ImagedFile(shared=self._shared))
-            stage.lay_out(file, in_ranges=self._in_ranges)
+            stage.lay_out(file, least_share=self._least_share)
             stages.append(stage)
         return Staging(stages, plan, rank=rank, threads=self._threads)
 
@@ -71,6 +71,11 @@ class Staging:
     def nbytes(self) -> int:
         """Bytes that this rank writes, the tails not counted."""
         return sum(stage.nbytes for stage in self._stages)
+
+    @property
+    def led(self) -> list[str]:
+        """The files that this rank writes together with others, and of which it writes the end."""
+        return [stage.name for stage in self._stages if stage.is_led]
 
     def note(self) -> None:
         """Sum up all tensors as they are now; `seal` then fails if what was copied later is not that."""

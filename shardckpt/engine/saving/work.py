@@ -25,6 +25,7 @@ from shardckpt.errors import (
     InvalidStateError,
 )
 from shardckpt.format.manifest import FileEntry
+from shardckpt.storage.base import UploadId
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,16 @@ class Work:
     """Of this rank, written already."""
     loose: dict[str, bytes] = field(default_factory=dict)
     """Small files, by name, that are put into the checkpoint but not into its record. On rank 0."""
+    uploads: Mapping[str, UploadId] = field(default_factory=dict)
+    """Of files that ranks put together."""
     error: BaseException | None = None
     """What went wrong before the save thread took over; the other ranks are told."""
+
+    def led(self) -> list[str]:
+        """The files that this rank puts together with others, and answers for; raises what went wrong so far."""
+        if self.error is not None:
+            raise self.error
+        return self.staging.led if self.staging is not None else []
 
     def let_go(self) -> None:
         """It is over: the state is not held any longer."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from shardckpt.engine.progress import Phase, Progress
 from shardckpt.format.manifest import FileEntry, decode_file, encode_file
-from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.base import PutPart, RenamingStorage, SharedPuts, Storage, UploadId
+from shardckpt.storage.transfer.several import for_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class SealedFile:
     start: int = 0
     whole: bool = True
     """Whether this rank writes all of it; else several ranks write ranges of it."""
+    numbers: range = range(0)
+    """Of the parts, where it is put as an upload that several ranks share."""
 
     @property
     def name(self) -> str:
@@ -40,10 +44,14 @@ class SealedRange:
     parts: Iterable[memoryview]
     start: int
     end: int
+    numbers: range = range(0)
 
 
 _PIECE = 32 << 20
 """Bytes between two looks at whether to stop; whole pages, and pieces of any storage."""
+
+_FILES = 4
+"""How many are put into an object store at the same time."""
 
 Sealed: TypeAlias = SealedFile | SealedRange
 
@@ -66,6 +74,8 @@ class Receipt:
     """By file: which of its bytes (start, end) are this rank's work."""
     phases: tuple[Phase, ...] = ()
     """What this rank has done so far, and when."""
+    parts: Mapping[str, Sequence[PutPart]] = field(default_factory=dict)
+    """By file that several ranks put as one upload: what the storage has answered to this rank's parts."""
 
     def encode(self) -> dict[str, Any]:
         return {
@@ -77,6 +87,7 @@ class Receipt:
             "table": self.table,
             "seconds": dict(self.seconds),
             "wrote": {file: list(extent) for file, extent in self.wrote.items()},
+            "parts": {file: [[p.number, p.tag, p.nbytes] for p in parts] for file, parts in self.parts.items()},
             "phases": [[each.name, each.began, each.seconds, each.thread] for each in self.phases],
         }
 
@@ -85,7 +96,8 @@ def decode_receipt(content: Mapping[str, Any]) -> Receipt:
     files = tuple(decode_file(entry) for entry in content["files"])
     wrote = {file: (start, end) for file, (start, end) in content["wrote"].items()}
     phases = tuple(Phase(*each) for each in content["phases"])
-    return Receipt(**{**content, "files": files, "wrote": wrote, "phases": phases})
+    parts = {file: [PutPart(*part) for part in parts] for file, parts in content["parts"].items()}
+    return Receipt(**{**content, "files": files, "wrote": wrote, "phases": phases, "parts": parts})
 
 
 class _Pieces(Sequence[memoryview]):
@@ -124,20 +136,44 @@ def _watched(parts: Iterable[memoryview], progress: Progress) -> Iterable[memory
     return watched()
 
 
-def write_files(
-    storage: Storage, prefix: str, sealed: Sequence[Sealed], progress: Progress, pace: Pace = _at_once
-) -> tuple[FileEntry, ...]:
-    """Put what is this rank's of its files below `prefix`, durable when it returns; gives the files that it completes.
+@dataclass(frozen=True, slots=True)
+class OwnFiles:
+    """What one rank has put."""
 
-    Called on the save thread of every rank.
+    files: tuple[FileEntry, ...]
+    """Those that it completes."""
+    parts: Mapping[str, Sequence[PutPart]] = field(default_factory=dict)
+    """Of uploads: see `Receipt.parts`."""
+
+
+def write_files(
+    storage: Storage,
+    prefix: str,
+    sealed: Sequence[Sealed],
+    progress: Progress,
+    *,
+    uploads: Mapping[str, UploadId],
+    pace: Pace = _at_once,
+) -> OwnFiles:
+    """Put what is this rank's of its files below `prefix`, durable when it returns, or when their upload is finished.
+
+    Called on the save thread of every rank. `uploads`: those that are under way, by file that ranks put together.
     """
-    for file in sealed:
+    parts: dict[str, Sequence[PutPart]] = {}
+
+    def write(file: Sealed) -> None:
         progress.check()
-        key = f"{prefix}/{file.name}"
+        key, content = f"{prefix}/{file.name}", _watched(pace(file.parts), progress)
         if isinstance(file, SealedFile) and file.whole:
-            storage.put(key, _watched(pace(file.parts), progress))
+            storage.put(key, content)
+        elif isinstance(storage, RenamingStorage):
+            storage.put_range(key, file.start, content)
         else:
-            assert isinstance(storage, RenamingStorage), "only then are files shared in ranges"
-            storage.put_range(key, file.start, _watched(pace(file.parts), progress))
+            assert isinstance(storage, SharedPuts), "only then are files shared"
+            put = partial(storage.put_parts, numbers=file.numbers, nbytes=file.end - file.start)
+            parts[file.name] = put(key, uploads[file.name], content)
         progress.add(file.end - file.start)
-    return tuple(file.entry for file in sealed if isinstance(file, SealedFile))
+
+    # A disk is busy with one file; an object store would idle at the end of each.
+    for_each(sealed, write, threads=1 if isinstance(storage, RenamingStorage) else _FILES)
+    return OwnFiles(tuple(file.entry for file in sealed if isinstance(file, SealedFile)), parts)

@@ -76,15 +76,7 @@ class Star:
         `interface` is the network interface to use; by default the one that this host's name leads to.
         `LinkError` if a rank does not come; the store may block longer than `timeout`.
         """
-        gloo: Any = ProcessGroupGloo
-        options = gloo._Options()
-        options._timeout = timeout
-        options._threads = 1
-        try:
-            options._devices = [_device(interface)]
-            star = cls(gloo(store, rank, size, options))
-        except RuntimeError as error:
-            raise LinkError(str(error)) from None
+        star = cls(open_group(store, rank=rank, size=size, timeout=timeout, interface=interface))
         try:
             star._greet(timeout.total_seconds())
         except BaseException:
@@ -254,6 +246,20 @@ class Star:
         except RuntimeError as error:
             raise LinkError(str(error)) from None
         self._busy = False
+
+
+def open_group(store: Store, *, rank: int, size: int, timeout: timedelta, interface: str = "") -> ProcessGroupGloo:
+    """A gloo group that nobody else knows, under a prefix that was never used; called by all its ranks. `LinkError`."""
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timeout
+    options._threads = 1
+    try:
+        options._devices = [_device(interface)]
+        group: ProcessGroupGloo = gloo(store, rank, size, options)
+    except RuntimeError as error:
+        raise LinkError(str(error)) from None
+    return group
 
 
 def _device(interface: str) -> Any:

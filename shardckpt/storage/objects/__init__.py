@@ -1,1 +1,1 @@
-"""What FsspecStorage is made of: uploads that never publish half an object, errors in our words, and kept secrets."""
+"""What the storages over fsspec are made of: requests, uploads that never publish half an object, errors, secrets."""

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-
-from shardckpt.storage.objects.translate import number_of_code
 
 
 def protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def new_instance(cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def new_instance(cls: type, args: tuple[Any, ...], options: dict[str, Any], tries: int | None) -> Any:
     """A file system like another one, which shares no connection with it."""
-    return cls(*args, **{**options, "skip_instance_cache": True})
+    fs = cls(*args, **{**options, "skip_instance_cache": True})
+    if tries is not None:
+        fs.retries = tries
+    return fs
+
+
+def tries_of(fs: Any) -> int | None:
+    """How often the back end itself tries a request; None if that cannot be set."""
+    tries = getattr(fs, "retries", None)
+    return tries if isinstance(tries, int) else None
+
+
+def trying_once(options: Mapping[str, object]) -> dict[str, object]:
+    """`storage_options` for an S3 client that tries each request once and can have many under way.
+
+    The storage tries again, and counts it; botocore and s3fs would do so unseen, one inside the other, for minutes.
+    """
+    given = options.get("config_kwargs")
+    own = {"retries": {"max_attempts": 0}, "max_pool_connections": 64}
+    return {**options, "config_kwargs": {**own, **(given if isinstance(given, Mapping) else {})}}
 
 
 def publishes_whole(fs: Any) -> bool:
@@ -32,15 +49,7 @@ def publishes_whole(fs: Any) -> bool:
 
 
 def delete_objects(fs: Any, paths: Sequence[str]) -> None:
-    """Not by `fs.rm`: it takes "*" and "[" in names for patterns. Nor by s3fs's bulk delete: it swallows errors."""
-    if "s3" in protocols(fs):
-        bucket = fs.split_path(paths[0])[0]
-        objects = [{"Key": fs.split_path(path)[1]} for path in paths]
-        answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
-        for failed in answer.get("Errors", []):
-            code = str(failed.get("Code"))
-            raise OSError(number_of_code(code), f"{failed.get('Key')}: {code} {failed.get('Message')}")
-        return
+    """Not by `fs.rm`: it takes "*" and "[" in names for patterns."""
     for path in paths:
         with suppress(FileNotFoundError, NotADirectoryError):
             fs.rm_file(path)

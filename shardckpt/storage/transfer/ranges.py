@@ -24,6 +24,15 @@ class Run:
     def end(self) -> int:
         return self.offset + self.nbytes
 
+    def fill(self, answer: bytes, *, url: str) -> None:
+        """Put the bytes in their places. `EOFError` if there are not enough."""
+        if len(answer) < self.nbytes:
+            raise self.ended_early(url, have=len(answer))
+        source, start = memoryview(answer), 0
+        for buffer in self.into:
+            buffer[:] = source[start : start + len(buffer)]
+            start += len(buffer)
+
     def ended_early(self, url: str, *, have: int) -> EOFError:
         """The error for an object that gave only `have` bytes of this run."""
         return EOFError(

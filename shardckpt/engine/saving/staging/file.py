@@ -44,6 +44,11 @@ class StagedFile(ABC):
         return self._file is not None and self._file.sharers > 1
 
     @property
+    def is_led(self) -> bool:
+        """Whether this rank writes its end, and others write of it, too."""
+        return self._share.tail and not self._share.whole
+
+    @property
     def nbytes(self) -> int:
         """Bytes of this rank's share: tensors with their headers; the tail comes on top."""
         return self._share.end - self._share.start
@@ -54,7 +59,7 @@ class StagedFile(ABC):
         own = {name: value_digest(values[name]) for name in self._file.values}
         return {f"the layout of {self.name}": value_digest(self._signature), **self.digests, **own}
 
-    def lay_out(self, file: FilePlan, *, in_ranges: bool) -> bool:
+    def lay_out(self, file: FilePlan, *, least_share: int | None) -> bool:
         """Begin a save; whether the layout or the share is another than that of the last one. Touches no tensor."""
         is_again = self._file is not None and file.boxes is self._file.boxes  # of a plan that was made again
         signature = self._signature if is_again else [(record.dtype, record.shape) for record in file.records]
@@ -67,7 +72,7 @@ class StagedFile(ABC):
         self._crcs = [None] * len(file.records)
         self._noted = None
         who: dict[str, Any] = {"home": file.home, "sharers": file.sharers, "place": file.place}
-        share = share_out(self._layout.tail, in_ranges=in_ranges, **who)
+        share = share_out(self._layout.tail, least=least_share, **who)
         known = known and share == self._share
         self._signature, self._share = signature, share
         return not known

@@ -34,9 +34,9 @@ class ImagedFile(StagedFile):
         self._spans: list[tuple[int, int]] = []
         self._headers_due = False
 
-    def lay_out(self, file: FilePlan, *, in_ranges: bool) -> bool:
+    def lay_out(self, file: FilePlan, *, least_share: int | None) -> bool:
         """On the caller's thread, so it touches no page: fresh memory costs a tenth of a second per 100 MB."""
-        other = super().lay_out(file, in_ranges=in_ranges)
+        other = super().lay_out(file, least_share=least_share)
         fresh = self.image.reserve(self._layout.tail + _TAIL + _TAIL_OF_RECORD * len(file.records))
         if fresh or other:
             self._headers_due = True
@@ -89,11 +89,12 @@ class ImagedFile(StagedFile):
             self._headers_due = False
         write_crcs(layout, view, crcs, within=within)
         if not share.tail:
-            return SealedRange(file.name, (view[share.start : share.end],), share.start, share.end)
+            return SealedRange(file.name, (view[share.start : share.end],), share.start, share.end, share.numbers)
         tail = self._tail(crcs)
         nbytes, crc = layout.tail + len(tail.content), file_crc(layout, view, crcs, tail)
         entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
-        return SealedFile(entry, self._with_tail(tail.content), dict(self.digests), share.start, share.whole)
+        place = (share.start, share.whole, share.numbers)
+        return SealedFile(entry, self._with_tail(tail.content), dict(self.digests), *place)
 
     def _all_crcs(self, view: memoryview, threads: int) -> list[int]:
         """Of all records: of those in the image from there, of the others from `copy`."""

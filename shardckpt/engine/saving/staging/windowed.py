@@ -46,14 +46,15 @@ class WindowedFile(StagedFile):
         if share.is_empty:
             return None
         if not share.tail:
-            return SealedRange(name, self._windows(crcs, b""), share.start, share.end)
+            return SealedRange(name, self._windows(crcs, b""), share.start, share.end, share.numbers)
         tail = self._tail(crcs)
         sums = [(crc32(front := front_of(layout)), len(front))]
         for slot, crc in zip(layout.slots, crcs, strict=True):
             sums += [(crc32(header := header_of(slot, crc)), len(header)), (crc, slot.nbytes)]
         crc, nbytes = combine([*sums, (crc32(tail.content), len(tail.content))])
         entry = FileEntry(name, nbytes, crc, self._file.home, rank, tail.index, tail.tree)
-        return SealedFile(entry, self._windows(crcs, tail.content), dict(self.digests), share.start, share.whole)
+        place = (share.start, share.whole, share.numbers)
+        return SealedFile(entry, self._windows(crcs, tail.content), dict(self.digests), *place)
 
     def _cut_job(self, number: int, tensor: torch.Tensor) -> Callable[[], None]:
         def sum_up() -> None:

@@ -1,0 +1,239 @@
+"""`python -m benchmarks.objects`: save to and load from object storage, beside DCP and beside a bare client.
+
+A server of its own on this machine (SeaweedFS, its data in the folder for temporary files: set TMPDIR to choose), one
+process, state A. By turns in one process: ours (`CheckpointManager`), `dcp.save` and `dcp.load` with `FsspecWriter` and
+`FsspecReader`, and the same number of bytes put and got by bare clients: s3fs as shipped, s3fs with parts from several
+threads, obstore; each with several settings, of which the best one counts. What was loaded is compared with what was
+saved before any number counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shardckpt as sc
+from benchmarks.engines.dcp import Dcp
+from benchmarks.limits import machine_facts
+from benchmarks.places import Place
+from benchmarks.report import Spread
+from benchmarks.rounds import wait_until_quiet
+from benchmarks.states import Shape, State, make
+from shardckpt.storage import open_storage
+from shardckpt.testing.servers import seaweed
+from shardckpt.testing.servers.seaweed import ObjectServer
+
+_MiB = 1 << 20
+GOALS = {"dcp": 3.0, "bare": 0.85}
+
+
+@dataclass
+class Timings:
+    """Seconds by name, in the order in which names came."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def time(self, name: str, work: Callable[[], object]) -> None:
+        gc.collect()
+        began = time.perf_counter()
+        work()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    def spread(self, name: str) -> Spread:
+        spread = Spread.of(self.seconds[name])
+        assert spread is not None
+        return spread
+
+    def best(self, prefix: str) -> str:
+        """The name that begins so with the smallest median."""
+        return min(
+            (name for name in self.seconds if name.startswith(prefix)), key=lambda name: self.spread(name).middle
+        )
+
+
+class Bare:
+    """The clients themselves: one object of as many bytes as the state has."""
+
+    def __init__(self, server: ObjectServer, nbytes: int) -> None:
+        import obstore
+        from obstore.store import S3Store
+
+        storage: Any = open_storage(server.url, storage_options=server.options)
+        self._fs = storage._client()
+        self._bucket = server.bucket
+        self._obstore = obstore
+        self._store = S3Store(
+            server.bucket,
+            access_key_id=server.access_key,
+            secret_access_key=server.secret_key,
+            endpoint=server.endpoint,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+        noise = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        self._content = memoryview(noise.numpy().data).cast("B")
+
+    def puts(self) -> dict[str, Callable[[str], object]]:
+        own: dict[str, Callable[[str], object]] = {
+            "put, s3fs as shipped": lambda key: self._fs.pipe_file(f"{self._bucket}/{key}", bytes(self._content))
+        }
+        for part, threads in ((8, 4), (8, 8), (16, 4)):
+            own[f"put, s3fs, {part} MiB x {threads}"] = partial(self._put_s3fs, nbytes=part * _MiB, threads=threads)
+            own[f"put, obstore, {part} MiB x {threads}"] = partial(
+                self._put_obstore, nbytes=part * _MiB, threads=threads
+            )
+        return own
+
+    def gets(self) -> dict[str, Callable[[str], object]]:
+        return {
+            "get, s3fs, 8 MiB x 16": self._get_s3fs,
+            "get, obstore, 8 MiB": self._get_obstore,
+        }
+
+    def remove(self, key: str) -> None:
+        self._obstore.delete(self._store, key)
+
+    def _put_obstore(self, key: str, *, nbytes: int, threads: int) -> None:
+        where, what = (self._store, key), self._content
+        self._obstore.put(*where, what, use_multipart=True, chunk_size=nbytes, max_concurrency=threads)
+
+    def _put_s3fs(self, key: str, *, nbytes: int, threads: int) -> None:
+        place = {"Bucket": self._bucket, "Key": key}
+        upload = self._fs.call_s3("create_multipart_upload", **place)["UploadId"]
+        cuts = range(0, len(self._content), nbytes)
+
+        def put(number: int) -> str:
+            body = bytes(self._content[cuts[number] : cuts[number] + nbytes])
+            answer = self._fs.call_s3("upload_part", **place, UploadId=upload, PartNumber=number + 1, Body=body)
+            return str(answer["ETag"])
+
+        with ThreadPoolExecutor(threads) as pool:
+            tags = list(pool.map(put, range(len(cuts))))
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
+        self._fs.call_s3("complete_multipart_upload", **place, UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def _ranges(self) -> tuple[list[int], list[int]]:
+        starts = list(range(0, len(self._content), 8 * _MiB))
+        return starts, [min(start + 8 * _MiB, len(self._content)) for start in starts]
+
+    def _get_s3fs(self, key: str) -> None:
+        starts, ends = self._ranges()
+        self._fs.cat_ranges([f"{self._bucket}/{key}"] * len(starts), starts, ends, batch_size=16, on_error="raise")
+
+    def _get_obstore(self, key: str) -> None:
+        starts, ends = self._ranges()
+        self._obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
+
+
+class Bench:
+    """The turns; each saves to a place of its own and leaves it, for deleting would disturb the next."""
+
+    def __init__(self, server: ObjectServer, state: State) -> None:
+        self.timings = Timings()
+        self._state = state
+        self._root = Place(f"{server.url}/{secrets.token_hex(4)}")
+        self._bare = Bare(server, state.nbytes)
+        self._key = f"standing-{secrets.token_hex(4)}"
+        self._bare.puts()["put, s3fs, 8 MiB x 8"](self._key)
+        self._manager = sc.CheckpointManager(f"{self._root.url}/ours")
+        self._dcp = Dcp(state, self._root / "dcp", durable=True)
+        self._manager.save(0, state.live).result()  # its memory is touched once in the life of a job
+
+    def round(self, number: int, patience_s: float) -> None:
+        """Everything once, in another order than before."""
+        turns: list[Callable[[int], None]] = [self._ours, self._theirs]
+        turns += [partial(self._put, name, put) for name, put in self._bare.puts().items()]
+        turns += [partial(self._get, name, get) for name, get in self._bare.gets().items()]
+        first = number * 3 % len(turns)
+        for turn in turns[first:] + turns[:first]:
+            wait_until_quiet(patience_s)
+            turn(number)
+        self._root.remove()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _ours(self, number: int) -> None:
+        manager, state = self._manager, self._state.live
+
+        def save(step: int) -> None:
+            manager.save(step, state).result()
+
+        def load(step: int) -> None:
+            manager.load(step, state)
+
+        self._save_and_load("shardckpt", number, save, load)
+
+    def _theirs(self, number: int) -> None:
+        self._save_and_load("dcp", number, self._dcp.save, self._dcp.load)
+
+    def _save_and_load(
+        self, name: str, number: int, save: Callable[[int], object], load: Callable[[int], object]
+    ) -> None:
+        self._state.fill(2 * number)
+        digests = self._state.digests()
+        self.timings.time(f"save, {name}", partial(save, number + 1))
+        self._state.fill(2 * number + 1)
+        self.timings.time(f"load, {name}", partial(load, number + 1))
+        assert self._state.digests() == digests, f"{name} loaded something else than it saved"
+
+    def _put(self, name: str, put: Callable[[str], object], number: int) -> None:
+        key = f"bare-{secrets.token_hex(4)}"
+        self.timings.time(name, partial(put, key))
+        self._bare.remove(key)
+
+    def _get(self, name: str, get: Callable[[str], object], number: int) -> None:
+        self.timings.time(name, partial(get, self._key))
+
+
+def told(timings: Timings, nbytes: int) -> str:
+    lines = [f"{'':34}{'s, median (range)':>26}{'MB/s':>8}"]
+    for name in timings.seconds:
+        spread = timings.spread(name)
+        text = f"{spread.middle:.2f} ({spread.least:.2f}-{spread.most:.2f})"
+        lines.append(f"{name:34}{text:>26}{nbytes / spread.middle / 1e6:8.0f}")
+    lines.append("")
+    for what, bare in (("save", "put"), ("load", "get")):
+        for against, goal in ((f"{what}, dcp", GOALS["dcp"]), (timings.best(f"{bare},"), GOALS["bare"])):
+            pairs = zip(timings.seconds[against], timings.seconds[f"{what}, shardckpt"], strict=True)
+            ratio = Spread.of([other / own for other, own in pairs])
+            assert ratio is not None
+            text = f"{ratio.middle:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
+            lines.append(f"{what}: as fast as '{against}' {text} x; the goal is {goal:g}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.objects", description=__doc__)
+    parser.add_argument("--gb", type=float, default=0.3, help="size of the state, in 10^9 bytes (default: 0.3)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--patience", type=float, default=0.0, metavar="S", help="wait so long for a quiet machine")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    state = make(Shape("A", int(options.gb * 1e9)), rank=0, mesh=None)
+    with seaweed.running(bucket="benchmark") as server:
+        os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where
+        bench = Bench(server, state)
+        for number in range(options.rounds):
+            bench.round(number, options.patience)
+        bench.close()
+    print(machine_facts(Path(tempfile.gettempdir())))
+    print(f"state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, one process, SeaweedFS on this machine\n")
+    print(told(bench.timings, state.nbytes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Read once: what several ranks need of an object store, one of them fetches, and passes on to the others."""

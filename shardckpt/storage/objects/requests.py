@@ -1,0 +1,154 @@
+"""The single requests to S3, through s3fs: each is one try, and raises what s3fs raises.
+
+Any thread may call. `path` is bucket and key, as s3fs writes them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardckpt.storage.objects.translate import number_of_code
+
+_STAMP = "shardckpt-put"
+"""Name of the user metadata that tells one put from another."""
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the server says of an object without giving it."""
+
+    nbytes: int
+    stamp: str | None
+    """Of the put that made it, if that was one of ours."""
+
+
+def new_stamp() -> str:
+    """A put's own, kept through its repetitions: by it a put that is refused finds that it was refused by itself."""
+    return secrets.token_hex(8)
+
+
+def put_object(fs: Any, path: str, content: bytes, *, new: bool, stamp: str | None = None) -> None:
+    """`new`: only if nothing is there (`If-None-Match: *`)."""
+    fs.call_s3("put_object", **_place(fs, path), Body=content, **_stamped(stamp), **_only_if(new))
+
+
+def start_upload(fs: Any, path: str, *, stamp: str) -> str:
+    """Begin a multipart upload; gives its id."""
+    return str(fs.call_s3("create_multipart_upload", **_place(fs, path), **_stamped(stamp))["UploadId"])
+
+
+def put_part(fs: Any, path: str, upload: str, number: int, content: memoryview) -> str:
+    """Gives the tag by which `finish_upload` knows the part. Holds one copy of it: s3fs takes no memoryview."""
+    answer = fs.call_s3("upload_part", **_place(fs, path), UploadId=upload, PartNumber=number, Body=bytes(content))
+    return str(answer["ETag"])
+
+
+def finish_upload(fs: Any, path: str, upload: str, parts: Sequence[tuple[int, str]], *, new: bool) -> None:
+    """Publish the parts, sorted by number, as the object."""
+    listed = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(parts)]
+    fs.call_s3(
+        "complete_multipart_upload",
+        **_place(fs, path),
+        UploadId=upload,
+        MultipartUpload={"Parts": listed},
+        **_only_if(new),
+    )
+
+
+def abort_upload(fs: Any, path: str, upload: str) -> None:
+    """Drop an upload and the parts that it has."""
+    fs.call_s3("abort_multipart_upload", **_place(fs, path), UploadId=upload)
+
+
+def list_uploads(fs: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Path and id of every upload whose path begins with `path`."""
+    bucket, prefix, _ = fs.split_path(path)
+    page: dict[str, str] = {}
+    while True:
+        answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
+        for upload in answer.get("Uploads", ()):
+            yield f"{bucket}/{upload['Key']}", str(upload["UploadId"])
+        if not answer.get("IsTruncated") or not answer.get("NextKeyMarker"):
+            return
+        page = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer.get("NextUploadIdMarker", "")}
+
+
+def look_at(fs: Any, path: str) -> Head:
+    """`FileNotFoundError` if there is no such object."""
+    answer = fs.call_s3("head_object", **_place(fs, path))
+    return Head(int(answer["ContentLength"]), answer.get("Metadata", {}).get(_STAMP))
+
+
+def get_object(fs: Any, path: str) -> bytes:
+    """All of it, in one request."""
+    from fsspec.asyn import sync
+
+    return bytes(sync(fs.loop, _get, fs, path))
+
+
+def get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview]) -> int:
+    """Fill the buffers, one after the other, with the bytes from `offset` on, as they come; gives how many came."""
+    from fsspec.asyn import sync
+
+    return int(sync(fs.loop, _get_range, fs, path, offset, into))
+
+
+def delete_objects(fs: Any, paths: Sequence[str]) -> None:
+    """A thousand at most. Not by s3fs's bulk delete: it swallows errors."""
+    bucket = fs.split_path(paths[0])[0]
+    objects = [{"Key": fs.split_path(path)[1]} for path in paths]
+    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    for failed in answer.get("Errors", []):
+        code = str(failed.get("Code"))
+        raise OSError(number_of_code(code), f"{failed.get('Key')}: {code} {failed.get('Message')}")
+
+
+def delete_marker(fs: Any, path: str) -> None:
+    """Delete what stands for a folder, if there is such a thing."""
+    bucket, key, _ = fs.split_path(path)
+    fs.call_s3("delete_object", Bucket=bucket, Key=f"{key}/")
+
+
+async def _get(fs: Any, path: str) -> bytes:
+    answer = await fs._call_s3("get_object", **_place(fs, path))
+    try:
+        return bytes(await answer["Body"].read())
+    finally:
+        answer["Body"].close()
+
+
+async def _get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview]) -> int:
+    nbytes = sum(map(len, into))
+    answer = await fs._call_s3("get_object", **_place(fs, path), Range=f"bytes={offset}-{offset + nbytes - 1}")
+    body, have = answer["Body"], 0
+    try:
+        if offset and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            raise NotImplementedError("the server gives whole objects where a range is asked for")
+        for buffer in into:
+            view = buffer
+            while len(view):
+                chunk = await body.read(min(len(view), _CHUNK))
+                if not chunk:
+                    return have
+                view[: len(chunk)] = chunk
+                view, have = view[len(chunk) :], have + len(chunk)
+        return have
+    finally:
+        body.close()
+
+
+def _place(fs: Any, path: str) -> dict[str, str]:
+    bucket, key, _ = fs.split_path(path)
+    return {"Bucket": bucket, "Key": key}
+
+
+def _stamped(stamp: str | None) -> dict[str, Any]:
+    return {"Metadata": {_STAMP: stamp}} if stamp else {}
+
+
+def _only_if(new: bool) -> dict[str, str]:
+    return {"IfNoneMatch": "*"} if new else {}

@@ -1,0 +1,1 @@
+"""Servers of one's own, started and stopped with a block."""

@@ -1,0 +1,177 @@
+"""A small HTTP proxy before an S3 server, which does what networks and servers do to clients."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+
+class Harm(Enum):
+    """What is done to a request."""
+
+    SLOW_DOWN = (503, "SlowDown", "Please reduce your request rate.")
+    BUSY = (503, "ServiceUnavailable", "Please try again.")
+    BROKEN = (500, "InternalError", "We encountered an internal error.")
+    DENIED = (403, "AccessDenied", "Access Denied")
+    EXPIRED = (400, "ExpiredToken", "The provided token has expired.")
+    RESET = "in the middle of what the client sends"
+    TRUNCATED = "in the middle of the answer"
+    LOST = "done by the server, but the client gets no answer"
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    """With the query."""
+
+    @property
+    def kind(self) -> str:
+        """As S3 names it; of those that are told apart here."""
+        query = urlsplit(self.path).query
+        if self.method == "POST":
+            return "delete_objects" if "delete" in query else "complete" if "uploadId=" in query else "create_upload"
+        if self.method == "PUT":
+            return "part" if "uploadId=" in query else "put"
+        if self.method == "GET":
+            return "list" if "list-type" in query or "uploads" in query else "get"
+        return {"HEAD": "head", "DELETE": "abort" if "uploadId=" in query else "delete"}[self.method]
+
+
+@dataclass
+class Proxy:
+    """Where it is, and what it is to do."""
+
+    endpoint: str
+    upstream: str
+    _rules: list[tuple[Harm, Callable[[Request], bool], list[int]]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _seen: list[Request] = field(default_factory=list)
+
+    @property
+    def seen(self) -> list[Request]:
+        with self._lock:
+            return list(self._seen)
+
+    def harm(self, harm: Harm, *kinds: str, key: str = "", times: int = 1) -> None:
+        """Do this to the next requests of these kinds (any, if none is named) whose path contains `key`."""
+
+        def matches(request: Request) -> bool:
+            return (not kinds or request.kind in kinds) and key in request.path
+
+        with self._lock:
+            self._rules.append((harm, matches, [times]))
+
+    def heal(self) -> None:
+        with self._lock:
+            self._rules.clear()
+            self._seen.clear()
+
+    def due(self, request: Request) -> Harm | None:
+        with self._lock:
+            self._seen.append(request)
+            for harm, matches, left in self._rules:
+                if left[0] and matches(request):
+                    left[0] -= 1
+                    return harm
+        return None
+
+
+@contextmanager
+def before(endpoint: str) -> Iterator[Proxy]:
+    """Serve on a free port of the loopback interface until the block ends."""
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}", endpoint)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="proxy", daemon=True)
+    thread.start()
+    try:
+        yield server.proxy
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    proxy: Proxy
+    daemon_threads = True
+    block_on_close = False
+    """Its clients keep connections open; they end with the client."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news here."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        request = Request(self.command, self.path)
+        harm, nbytes = self.server.proxy.due(request), int(self.headers.get("Content-Length", 0))
+        if harm is Harm.RESET:
+            self.rfile.read(nbytes // 2)
+            self._hang_up()
+            return
+        body = self.rfile.read(nbytes)
+        if harm is not None and isinstance(harm.value, tuple):
+            self._refuse(*harm.value)
+            return
+        status, headers, content = self._forward(body)
+        if harm is Harm.LOST:
+            self._hang_up()
+            return
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if harm is Harm.TRUNCATED else content)
+        if harm is Harm.TRUNCATED:
+            self.wfile.flush()
+            self._hang_up()
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
+
+    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        upstream = http.client.HTTPConnection(urlsplit(self.server.proxy.upstream).netloc, timeout=60)
+        try:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():  # the host, too, for it is signed
+                if name.lower() not in ("connection", "expect"):
+                    upstream.putheader(name, value)
+            upstream.endheaders(body or None)
+            answer = upstream.getresponse()
+            content = answer.read()
+            kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in ("transfer-encoding", "connection")]
+            if self.command != "HEAD" and answer.getheader("Content-Length") is None:
+                kept.append(("Content-Length", str(len(content))))
+            return answer.status, kept, content
+        finally:
+            upstream.close()
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        self.send_response_only(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _hang_up(self) -> None:
+        """With a reset, not a farewell."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
