@@ -104,7 +104,7 @@ def small_parts(server: S3Server, url: str) -> S3Storage:
 
 def test_ranks_put_one_object_of_a_real_server_together(server: S3Server) -> None:
     url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
-    written = run_ranks(2, lambda gangs: save_alike(gangs, small_parts(server, url)))
+    written = run_ranks(2, lambda gangs: save_alike(gangs, small_parts(server, url), staging="none"))
     storage = small_parts(server, url)
     (attempt,) = [name for name in storage.list("step_2") if name != "manifest.json"]
     for name in ("model.pt", "replicated.pt"):

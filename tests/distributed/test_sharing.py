@@ -76,9 +76,9 @@ def state_of(seed: int) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "epoch": 3}
 
 
-def save_alike(gangs: sc.Gangs, storage: Storage, *, steps: int = 2) -> dict[str, int]:
+def save_alike(gangs: sc.Gangs, storage: Storage, *, steps: int = 2, staging: Any = "overlap") -> dict[str, int]:
     weighing = Weighing(storage)
-    with sc.CheckpointManager(weighing, gangs) as checkpoints:
+    with sc.CheckpointManager(weighing, gangs, saving=sc.SavePolicy(staging=staging)) as checkpoints:
         for step in range(1, steps + 1):
             weighing.put_nbytes.clear()
             checkpoints.save(step, state_of(step), replicated="*").result()
@@ -108,10 +108,10 @@ def test_ranks_write_one_file_together(tmp_path: Path, size: int) -> None:
     assert not list(folder.glob("rank_*"))
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_put_one_object_together(size: int) -> None:
+@pytest.mark.parametrize(("size", "staging"), [(2, "overlap"), (3, "none")])
+def test_ranks_put_one_object_together(size: int, staging: str) -> None:
     storage = MemoryObjects()
-    written = run_ranks(size, lambda gangs: save_alike(gangs, storage))
+    written = run_ranks(size, lambda gangs: save_alike(gangs, storage, staging=staging))
     (attempt,) = [name for name in storage.list("step_2") if name != "manifest.json"]
     for name, sharers in (("model.pt", 2), ("replicated.pt", size)):
         content, shares = storage.read(f"step_2/{attempt}{name}"), [rank.get(name, 0) for rank in written]
