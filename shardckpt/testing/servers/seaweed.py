@@ -116,6 +116,9 @@ def _started(weed: str, folder: Path, bucket: str) -> Iterator[ObjectServer]:
     finally:
         process.kill()  # its data goes with its folder, so nothing has to be written down
         process.wait(_ENDING_S)
+        for port in ports.values():
+            for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # wherever temporary files go otherwise
+                left.unlink(missing_ok=True)
 
 
 def _options(folder: Path, ports: Mapping[str, int]) -> list[str]:
