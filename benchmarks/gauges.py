@@ -124,13 +124,16 @@ def remember(path: Path) -> None:
 
 
 @contextmanager
-def unsynced() -> Iterator[None]:
-    """Nothing that this process syncs is synced: what saving costs up to the page cache, the same for every engine."""
+def unsynced() -> Iterator[Callable[[], object]]:
+    """Nothing that this process syncs is synced: what saving costs up to the page cache, the same for every engine.
+
+    Gives what writes everything that lies there all the same.
+    """
     kept = {name: getattr(os, name) for name in ("fsync", "fdatasync", "sync")}
     try:
         for name in kept:
             setattr(os, name, lambda *_: None)
-        yield
+        yield kept["sync"]
     finally:
         for name, call in kept.items():
             setattr(os, name, call)

@@ -37,10 +37,13 @@ class WrongContentError(Exception):
     """What was loaded is not what was saved: no number of this engine counts."""
 
 
-def _save(saves: int, state: State, engine: Engine) -> Values:
-    """Saves one after the other; the last is left for "load" and its like."""
+def _save(saves: int, state: State, engine: Engine, before: Callable[[], object] = lambda: None) -> Values:
+    """Saves one after the other, each after `before`; the last is left for "load" and its like."""
+    seconds = []
     with peak_memory() as memory:
-        seconds = [timed(lambda step=step: engine.save(step)) for step in range(saves)]  # type: ignore[misc]
+        for step in range(saves):
+            before()
+            seconds.append(timed(lambda step=step: engine.save(step)))  # type: ignore[misc]
     together()
     sizes = engine.place(saves - 1).files()
     _check(saves - 1, state, engine)
@@ -55,9 +58,10 @@ def _save(saves: int, state: State, engine: Engine) -> Values:
 
 
 def _cached(saves: int, state: State, engine: Engine) -> Values:
-    """The same without a sync: a save is over when its bytes are in the page cache."""
-    with unsynced():
-        return _save(saves, state, engine)
+    """The same without a sync: a save is over when its bytes are in the page cache. What the ones before have left there
+    is written first, or the kernel holds everybody up who adds to it (2.4 s/GB for any engine, in place of 0.3)."""
+    with unsynced() as sync:
+        return _save(saves, state, engine, before=sync)
 
 
 def _load(saves: int, state: State, engine: Engine) -> Values:
