@@ -58,8 +58,10 @@ def _save(saves: int, state: State, engine: Engine, before: Callable[[], object]
 
 
 def _cached(saves: int, state: State, engine: Engine) -> Values:
-    """The same without a sync: a save is over when its bytes are in the page cache. What the ones before have left there
-    is written first, or the kernel holds everybody up who adds to it (2.4 s/GB for any engine, in place of 0.3)."""
+    """The same without a sync: a save is over when its bytes are in the page cache.
+
+    What earlier ones have left there is written first, or the kernel holds up whoever adds to it (2 s/GB, any engine).
+    """
     with unsynced() as sync:
         return _save(saves, state, engine, before=sync)
 
