@@ -66,7 +66,7 @@ def test_whatever_was_saved_anywhere_is_loaded_anywhere(ranks, tmp_path):
     folders = (tmp_path / str(number) for number in range(10**9))
 
     @example(SHARDS_WITHOUT_ELEMENTS)
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
     @given(journeys())
     def travel(journey):
         here, before, there, after, key = journey

@@ -91,7 +91,7 @@ def write_placed(rank: int, world_size: int, folder: Path, grid: Grid, placed: l
 
 @pytest.mark.slow
 @given(case=placements())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_placement_of_any_tensor(ranks, case):
     grid, placed = case
     for wrong in ranks.run(grid.ranks, write_placed, grid, placed):
