@@ -46,7 +46,13 @@ class CommitUnknownError(CheckpointSaveError):
 
 
 class CheckpointLoadError(CheckpointError):
-    """A committed step could not be loaded: damaged, unreadable, or not what the state asks for."""
+    """A committed step could not be loaded: damaged, unreadable, or not what the state asks for.
+
+    `state_changed`: by then some tensors of the state were loaded, on this rank or on others, so that it must not be
+    used before a step has been loaded into all of it.
+    """
+
+    state_changed = False
 
 
 class CheckpointDamagedError(CheckpointLoadError):

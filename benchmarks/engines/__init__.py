@@ -48,8 +48,10 @@ def _made_by(name: str, **options: object) -> Callable[[State, Place, bool], Eng
 _FILES = frozenset({"save", "cached", "load", "cold", "own"})
 _ANY_MESH = _FILES | {"reshard"}
 _STALL = frozenset({"stall"})
+_LOADS = frozenset({"save", "load", "cold", "reshard"})
 ENGINES: Mapping[str, Entry] = {
     "shardckpt": Entry(_made_by("ours.Shardckpt"), _ANY_MESH | _STALL, anywhere=True),
+    "shardckpt, in place": Entry(_made_by("ours.Shardckpt", in_place=True), _LOADS, anywhere=True),
     "torch.save": Entry(_made_by("rankfiles.TorchSave"), _FILES, anywhere=True),
     "safetensors": Entry(_made_by("rankfiles.Safetensors"), _FILES, "safetensors", anywhere=True),
     "dcp.save": Entry(_made_by("dcp.Dcp"), _ANY_MESH, anywhere=True),

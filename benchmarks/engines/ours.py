@@ -18,7 +18,8 @@ class Shardckpt:
     its syncs do nothing (see `benchmarks.gauges.unsynced`).
     """
 
-    def __init__(self, state: State, root: Place, *, durable: bool) -> None:
+    def __init__(self, state: State, root: Place, *, durable: bool, in_place: bool = False) -> None:
+        self._policy = sc.LoadPolicy(in_place=in_place)
         self._state = state.live
         self._root = root
         self._manager = sc.CheckpointManager(root.url if durable else LocalStorage(root.path, write="buffered"))
@@ -32,7 +33,7 @@ class Shardckpt:
         self.start(step).result()
 
     def load(self, step: int) -> None:
-        self._manager.load(step, self._state)
+        self._manager.load(step, self._state, policy=self._policy)
 
     def place(self, step: int) -> Place:
         return self._root / f"step_{step}"

@@ -1,13 +1,13 @@
 """Load one step: compare, read what is needed, check, agree, and only then change the state.
 
 Runs on the caller's thread of every rank, in conversation over a gang of its own. Whatever goes wrong on one rank
-is an error on all, and the state is then as it was; the error says so if it is not (see `Fetch.fill`).
+is an error on all, and the state is then as it was; the error says so if it is not (see `Fetch.fill`, `Straight`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
-from shardckpt.engine.loading.borrow import fetch_from
 from shardckpt.engine.loading.contents import Contents
-from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_stored, overlaps
+from shardckpt.engine.loading.fetching.borrow import fetch_from
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, find_stored, overlaps
+from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
 from shardckpt.engine.loading.holdings import Holdings, holdings
-from shardckpt.engine.loading.integrity import PartialSum, join_sums
+from shardckpt.engine.loading.integrity import PartialSum, damage_error, join_sums
 from shardckpt.engine.loading.once.exchange import is_worth_while, read_once
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
@@ -59,18 +60,24 @@ class Loader:
         self._sources = Sources(manifest, at)
         self._contents = Contents(storage, folder, manifest)
         self._fetch: Fetch = Arena(storage, folder)
-        self._fit = Fit()
-        self._holdings = Holdings()
+        self._fit, self._holdings = Fit(), Holdings()
         self._fetched: dict[int, list[Fetched]] = {}
-        self._frames: list[str] | None = None  # the files that this rank looks after, once it has planned
+        self._made: dict[str, torch.Tensor] = {}  # wanted tensors that the state does not have
+        self._in_place = False
+        self._changes = False  # whether the state may have changed by now
+        self._frames: list[str] | None = None  # that this rank looks after, once it has planned
 
     def load(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Fill the parts. Raises the same error on every rank: `CheckpointMismatchError` where state and checkpoint
         differ, `CheckpointDamagedError` where stored bytes are not what was written, `CheckpointLoadError` else."""
+        self._in_place = policy.in_place
         try:
             with uncollected():
                 self._compare(parts, policy)
                 self._join(self._read_together(parts))
+                self._changes = True
+                if self._in_place:
+                    self._join(self._together(self._stream, "read"))
                 self._together(lambda: self._apply(parts), "apply")
         except BaseException as error:
             forget_made_up_state(parts)
@@ -102,7 +109,7 @@ class Loader:
         return self._fit.problems
 
     def _everything(self) -> dict[str, Any]:
-        self._fill({})
+        self._fill()
         files = [file for rank in self._holdings.ranks for file in self._sources.trees_of(rank)]
         own = self._contents.subtree(list(dict.fromkeys(files)), ())
         others = [self._contents.subtree([file], ()) for file in self._holdings.elsewhere]
@@ -138,16 +145,18 @@ class Loader:
         """Open the files that have what this rank needs, and find where it lies; gives what is to be fetched."""
         needs = self._needs()
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
-        trees = [file for rank in self._tree_ranks() for file in self._sources.trees_of(rank)]
-        trees += self._holdings.elsewhere
-        files = {need[1] for need in needs} | set(frames)
+        own = (file for rank in self._tree_ranks() for file in self._sources.trees_of(rank))
+        trees = [*own, *self._holdings.elsewhere]
         self._contents.check_sizes(frames)
-        self._contents.open(files, trees)
-        self._fetch = fetch_from(self._storage, self._folder, files)
+        self._contents.open(files := {need[1] for need in needs} | set(frames), trees)
+        self._fetch = (fetch_straight_from if self._in_place else fetch_from)(self._storage, self._folder, files)
         for position, file, chunk_box, region, target in needs:
-            stored = find_stored(self._contents.boxes(file), self._fit.tensors[position].name, chunk_box, file)
+            wanted = self._fit.tensors[position]
+            stored = find_stored(self._contents.boxes(file), wanted.name, chunk_box, file)
             record = self._contents.record(file, stored)
             need = Need(file, stored, region, target, position)
+            if isinstance(self._fetch, Straight) and self._fetch.take(need, record, _place(self._target(wanted), need)):
+                continue
             self._fetched.setdefault(position, []).append(self._fetch.add(need, record))
         self._frames = frames
         return self._fetch.reads() if isinstance(self._fetch, Arena) else ()
@@ -159,11 +168,18 @@ class Loader:
         frames = self._frames or []
         damaged, partial = self._fetch.read(self._contents.frame_reads(frames))
         damaged += self._contents.damaged_frames(frames)
-        if damaged:
-            raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
+        self._refuse(damaged)
         for part in parts:
             if part.kind == "optimizer" and self._fit.trees.get(part.key):
                 match_groups(part, self._saved_optimizer(part))  # what does not fit must be known before the changes
+        return [item.encode() for item in partial]
+
+    def _stream(self) -> list[Any]:
+        """The rest of the bytes, straight into the state; gives the sums of what was read in part."""
+        if not isinstance(self._fetch, Straight):
+            return []
+        damaged, partial = self._fetch.stream(self._timeout)
+        self._refuse(damaged)
         return [item.encode() for item in partial]
 
     def _needs(self) -> list[Any]:
@@ -192,31 +208,29 @@ class Loader:
                 _log.info("step %d: %d bytes were read in part and not checked", self._manifest.step, unchecked)
             return damaged
 
-        damaged = self._announce(join, "check")
-        if damaged:
-            raise CheckpointDamagedError(self._damage(damaged), step=self._manifest.step)
+        self._refuse(self._announce(join, "check"))
 
     def _apply(self, parts: Sequence[Part]) -> None:
         """The state changes here and nowhere else; random streams last."""
-        made: dict[str, torch.Tensor] = {}
-        self._fill(made)
+        self._fill()
         values = self._loaded_values()
         for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
-            self._restore(part, values, made)
+            self._restore(part, values)
 
-    def _fill(self, made: dict[str, torch.Tensor]) -> None:
-        """Put what was fetched into the wanted tensors; those that the state does not have come into `made`."""
+    def _fill(self) -> None:
+        """Put what was fetched into the wanted tensors."""
         places = []
         for position, wanted in enumerate(self._fit.tensors):
-            target = self._target(wanted, made)
+            target = self._target(wanted)
             places += [(item, _place(target, item.need)) for item in self._fetched.get(position, ())]
         self._fetch.fill(places, timeout=self._timeout)
 
-    def _target(self, wanted: WantedTensor, made: dict[str, torch.Tensor]) -> torch.Tensor:
-        if wanted.local is None:
-            made[wanted.name] = torch.empty(wanted.shape, dtype=getattr(torch, wanted.dtype))
-            return made[wanted.name]
-        return wanted.local
+    def _target(self, wanted: WantedTensor) -> torch.Tensor:
+        if wanted.local is not None:
+            return wanted.local
+        if wanted.name not in self._made:
+            self._made[wanted.name] = torch.empty(wanted.shape, dtype=getattr(torch, wanted.dtype))
+        return self._made[wanted.name]
 
     def _loaded_values(self) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -226,7 +240,7 @@ class Loader:
                 values[value.key] = self._contents.leaves(self._sources.trees_of(rank))[value.key][1]
         return values
 
-    def _restore(self, part: Part, values: Mapping[str, Any], made: Mapping[str, torch.Tensor]) -> None:
+    def _restore(self, part: Part, values: Mapping[str, Any]) -> None:
         if part.kind in ("module", "leaf"):
             loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
             restore(part, loaded)
@@ -247,16 +261,16 @@ class Loader:
             return
         held = {wanted.name: wanted.local for wanted in self._fit.tensors if wanted.local is not None}
         tree = self._contents.subtree(self._sources.trees_of(ranks[0]), part.path)
-        restore(part, map_leaves(tree, lambda path, leaf: self._leaf(join_path(path), leaf, made, held), part.path))
+        restore(part, map_leaves(tree, lambda path, leaf: self._leaf(join_path(path), leaf, held), part.path))
 
     def _saved_optimizer(self, part: Part) -> SavedOptimizer:
         ranks = self._fit.trees[part.key]
         return read_saved(self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
 
-    def _leaf(self, name: str, leaf: Any, made: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> Any:
+    def _leaf(self, name: str, leaf: Any, held: Mapping[str, torch.Tensor]) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return made.get(name, held.get(name, leaf))
+        return self._made.get(name, held.get(name, leaf))
 
     def _together(self, work: Any, phase: str) -> Any:
         return together_gather(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)
@@ -264,19 +278,19 @@ class Loader:
     def _announce(self, work: Any, phase: str) -> Any:
         return announce(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)
 
-    def _damage(self, files: Sequence[str]) -> str:
-        names = ", ".join(sorted(set(files))[:10])
-        return (
-            f"step {self._manifest.step} at {self._storage.url} is damaged: the bytes of {names} are not those that "
-            "were written; nothing was loaded. Resume from another step, or restore the files from a copy"
-        )
+    def _refuse(self, damaged: Iterable[str]) -> None:
+        """`CheckpointDamagedError` if there are any such files."""
+        if names := sorted(set(damaged)):
+            raise damage_error(names, step=self._manifest.step, url=self._storage.url, changed=self._changes)
 
     def _as_load_error(self, error: GangError) -> CheckpointLoadError:
         """Damage found on one rank is damage on all; everything else is a load that failed."""
         kinds = {failure.kind for failure in error.failures.values()}
         damage = kinds & {CheckpointDamagedError.__name__, "FileNotFoundError", "EOFError"}
         kind = CheckpointDamagedError if damage and not error.absent else CheckpointLoadError
-        return kind(f"step {self._manifest.step} was not loaded: {error.brief}", step=self._manifest.step)
+        told = kind(f"step {self._manifest.step} was not loaded: {error.brief}", step=self._manifest.step)
+        told.state_changed = self._changes
+        return told
 
 
 def _place(target: torch.Tensor, need: Need) -> torch.Tensor:

@@ -69,24 +69,31 @@ class Finder:
     def first_good(self, steps: Iterable[int], load: Callable[[int], Any], *, fresh: bool) -> tuple[int, Any] | None:
         """The first of the steps that `load` loads; None if there is none at all. It passes over damaged ones.
 
-        `load` ends alike on all ranks. `CheckpointLoadError` if there are steps, but none is good, unless `fresh`.
+        `load` ends alike on all ranks. `CheckpointLoadError` if there are steps, but none is good, unless `fresh` (and
+        no attempt has changed the state).
         """
         skipped: list[tuple[int, str]] = []
+        changed = False
         for step in steps:
             try:
                 loaded = load(step)
             except (CheckpointDamagedError, CheckpointNotFoundError, ModelOnlyError) as error:
                 _log.warning("step %d is passed over: %s", step, error)
                 skipped.append((step, str(error)))
+                changed |= isinstance(error, CheckpointLoadError) and error.state_changed
                 continue
             if isinstance(loaded, CheckpointInfo):
                 loaded = replace(loaded, skipped=tuple(skipped))
             return step, loaded
-        if skipped and not fresh:
+        if skipped and (changed or not fresh):
             listed = "".join(f"\n  step {step}: {reason}" for step, reason in skipped)
             raise CheckpointLoadError(
                 f"no step at {self.storage.url} can be resumed from, but there are {len(skipped)} others:{listed}\n"
-                "Repair one, or start afresh with allow_fresh_start=True"
+                + (
+                    "Tensors of the state hold bytes of a damaged step: start the program again, without in_place"
+                    if changed
+                    else "Repair one, or start afresh with allow_fresh_start=True"
+                )
             )
         return None
 

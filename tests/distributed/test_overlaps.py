@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from shardckpt.engine.loading.fetch import find_stored, overlaps
+from shardckpt.engine.loading.fetching.fetch import find_stored, overlaps
 from shardckpt.engine.loading.fit import WantedTensor
 from shardckpt.engine.loading.integrity import Region
 from shardckpt.engine.loading.sources import Chunk

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 
 import shardckpt as sc
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.loading import borrow
-from shardckpt.engine.loading.borrow import Borrowed, fetch_from
-from shardckpt.engine.loading.fetch import Arena, Fetched, Need
-from shardckpt.engine.loading.integrity import Region
+from shardckpt.engine.loading.fetching import borrow, straight
+from shardckpt.engine.loading.fetching.borrow import Borrowed, fetch_from
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetched, Need
+from shardckpt.engine.loading.fetching.straight import Straight
+from shardckpt.engine.loading.integrity import Region, runs_of
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import CheckpointLoadError
 from shardckpt.format.checksum import crc32
@@ -129,6 +131,36 @@ def test_any_region_to_any_place(tmp_path_factory: pytest.TempPathFactory, wante
                 expected = tensor[tuple(slice(a, a + b) for a, b in zip(at, n, strict=True))]
                 assert torch.equal(place, expected.to(place.dtype))
             fetch.release()
+        patch.setattr(straight, "_PIECE", rng.choice([64, 1 << 20]))
+        patch.setattr(straight, "_SHORT", rng.choice([0, 50]))
+        read_straight(Straight(storage, "step_1"), [*zip(tensors, records, wanted, strict=True)], rng)
+
+
+def read_straight(fetch: Straight, wanted: list[Any], rng: random.Random) -> None:
+    """The same, where it can be, to the same places without a copy; neighbours of a place stay as they are."""
+    placed, items = [], []
+    for tensor, record, (_, region) in wanted:
+        what = need("a.pt", record, region)
+        place = place_for(Fetched(what, record, runs_of(record, region)), tensor.dtype, rng)
+        placed.append(
+            (place, tensor[tuple(slice(a, a + b) for a, b in zip(region.start, region.lengths, strict=True))])
+        )
+        if not fetch.take(what, record, place):
+            items.append((fetch.add(what, record), place))
+    damaged, partial = fetch.read([])
+    assert not damaged
+    before = [place.clone() for place, _ in placed]
+    found = fetch.stream(PATIENT)
+    assert not found[0]
+    late = {id(place) for _, place in items}
+    for (place, expected), old in zip(placed, before, strict=True):
+        assert torch.equal(place, old if id(place) in late else expected)
+    fetch.fill(items, timeout=PATIENT)
+    for place, expected in placed:
+        assert torch.equal(place, expected.to(place.dtype))
+    wholes = sum(region.lengths == record.shape for _, record, (_, region) in wanted)
+    assert len(partial) + len(found[1]) == len(wanted) - wholes
+    fetch.release()
 
 
 def place_for(item: Fetched, dtype: torch.dtype, rng: random.Random) -> torch.Tensor:
@@ -226,6 +258,9 @@ class HangingFile(MappedFile):
             assert self.gate.wait(60)
         super().bring(start, nbytes)
 
+    def take(self, start: int, into: Sequence[memoryview], *, wait: bool) -> bool:
+        return (wait or not self.hangs.is_set()) and super().take(start, into, wait=wait)
+
 
 class HangingStorage(LocalStorage):
     def __init__(self, root: Path) -> None:
@@ -239,16 +274,21 @@ class HangingStorage(LocalStorage):
 
 
 @pytest.mark.leaks(threads=("shardckpt-",), why="they end once the gate is open, a moment after the test")
-def test_a_copy_that_hangs_ends_in_time_and_late_bytes_reach_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Borrowed, Straight])
+def test_a_copy_that_hangs_ends_in_time_and_late_bytes_reach_nothing(tmp_path: Path, kind: type[Borrowed]) -> None:
     tensors = [torch.randn(MIB) for _ in range(4)]
     records, storage = write(tmp_path / "step_1", "a.pt", tensors), HangingStorage(tmp_path)
-    fetch = Borrowed(storage, "step_1")
-    items = [fetch.add(need("a.pt", record), record) for record in records]
+    fetch, places = kind(storage, "step_1"), [torch.zeros(MIB) for _ in records]
+    items = []
+    for record, place in zip(records, places, strict=True):
+        if not (isinstance(fetch, Straight) and fetch.take(need("a.pt", record), record, place)):
+            items.append((fetch.add(need("a.pt", record), record), place))
     assert fetch.read([]) == ([], [])
     storage.hangs.set()
-    places = [torch.zeros(MIB) for _ in items]
+    limit = timedelta(seconds=0.3)
+    late = partial(fetch.stream, limit) if isinstance(fetch, Straight) else partial(fetch.fill, items, timeout=limit)
     with pytest.raises(CheckpointLoadError, match=r"took longer than 0\.3 s.*do not go on with it"):
-        fetch.fill(list(zip(items, places, strict=True)), timeout=timedelta(seconds=0.3))
+        late()
     left = [thread for thread in threading.enumerate() if thread.name.startswith("shardckpt-")]
     assert left
     storage.gate.set()

@@ -44,7 +44,7 @@ POWERS: dict[str, tuple[str, ...]] = {
         "shardckpt/engine/sharding.py",
         "shardckpt/engine/saving/again.py",
         "shardckpt/engine/saving/plan.py",
-        "shardckpt/engine/loading/fetch.py",
+        "shardckpt/engine/loading/fetching/fetch.py",
         "shardckpt/engine/consolidated/flat.py",
         "shardckpt/engine/dcp.py",
         "shardckpt/engine/dcp/",

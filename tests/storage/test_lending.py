@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -109,3 +110,37 @@ def test_what_is_no_file_is_not_lent(tmp_path: Path, kind: str) -> None:
 def test_closed_twice(lent: MappedFile) -> None:
     lent.close()
     lent.close()
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_bytes_are_taken_into_several_buffers(lent: MappedFile, ready: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting only where the system can tell what is there."""
+    if not ready:
+        monkeypatch.setattr(os, "RWF_NOWAIT", 0)
+    buffers = [memoryview(bytearray(n)) for n in (1, 5000, 77)]
+    assert lent.take(100, buffers, wait=False) == ready
+    assert lent.take(100, buffers, wait=True)
+    assert b"".join(buffers) == CONTENT[100 : 100 + 5078]
+
+
+def test_a_file_system_without_reads_that_do_not_wait_is_asked_once(
+    lent: MappedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*args: object) -> int:
+        asked.append(args)
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", refuse)
+        for _ in range(3):
+            assert not lent.take(0, [memoryview(bytearray(9))], wait=False)
+    assert len(asked) == 1
+
+
+def test_bytes_that_are_not_there_are_not_taken(lent: MappedFile) -> None:
+    buffer = memoryview(bytearray(10))
+    assert not lent.take(len(CONTENT) - 5, [buffer], wait=False)
+    with pytest.raises(EOFError, match="'file'"):
+        lent.take(len(CONTENT) - 5, [buffer], wait=True)

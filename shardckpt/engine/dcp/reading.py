@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.loading.borrow import fetch_from
 from shardckpt.engine.loading.contents import Contents
-from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, find_stored
+from shardckpt.engine.loading.fetching.borrow import fetch_from
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, find_stored
 from shardckpt.engine.loading.integrity import Region, join_sums
 from shardckpt.engine.loading.sources import BelongsToRankError, Chunk, Sources
 from shardckpt.engine.sharding import describe

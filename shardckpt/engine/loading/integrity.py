@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.checksum import crc32, crc32_combine
 from shardckpt.format.index import ITEMSIZE, StoredRecord
 from shardckpt.format.placement import Piece, is_tiling
@@ -139,3 +140,15 @@ def join_sums(sums: Iterable[PartialSum]) -> tuple[list[str], int]:
         if joined != some.crc ^ zero_crc(some.record_nbytes):
             damaged.add(file)
     return sorted(damaged), unchecked
+
+
+def damage_error(files: Sequence[str], *, step: int, url: str, changed: bool) -> CheckpointDamagedError:
+    """What is said of files whose bytes are not those that were written; `changed`: whether the state may be, too."""
+    half = "by now some tensors of the state are loaded and some are not, so do not go on with it"
+    error = CheckpointDamagedError(
+        f"step {step} at {url} is damaged: the bytes of {', '.join(files[:10])} are not those that were written; "
+        f"{half if changed else 'nothing was loaded'}. Resume from another step, or restore the files from a copy",
+        step=step,
+    )
+    error.state_changed = changed
+    return error

@@ -13,10 +13,12 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from shardckpt.storage.posix.explain import explain, explained
+from shardckpt.storage.posix.write import skipped
 
 _POPULATE_READ = 22  # linux/mman.h; Python does not name it
 _WINDOW_NBYTES = 1 << 20
@@ -33,6 +35,7 @@ class MappedFile:
         self._file = file
         self._what = what
         self._populates = True
+        self._is_ready = True
         try:
             with explained(what):
                 self._nbytes = os.fstat(file).st_size
@@ -70,6 +73,19 @@ class MappedFile:
         if self._populates:
             raise explain(OSError(errno.EIO, os.strerror(errno.EIO)), self._what)
 
+    def take(self, start: int, into: Sequence[memoryview], *, wait: bool) -> bool:
+        nbytes = sum(len(buffer) for buffer in into)
+        if not wait:
+            return self._now(start, into) == nbytes
+        left, at = list(into), start
+        while left:
+            with explained(self._what):
+                done = os.preadv(self._file, left, at)
+            if done == 0:
+                raise self._ended_early(start, nbytes)
+            left, at = skipped(left, done), at + done
+        return True
+
     def forget(self, start: int, nbytes: int) -> None:
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -82,6 +98,21 @@ class MappedFile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def _now(self, start: int, into: Sequence[memoryview]) -> int:
+        """How many bytes came without waiting. Where the system or the file system has no such reads, always none."""
+        flag = getattr(os, "RWF_NOWAIT", 0)  # Linux 4.14
+        if not (flag and self._is_ready):
+            return 0
+        try:
+            return os.preadv(self._file, into, start, flag)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise explain(error, self._what) from error
+            self._is_ready = False
+            return 0
 
     def _advise(self, start: int, nbytes: int, advice: int) -> int:
         """0 or an errno. Not `mmap.madvise`, which does not let other threads run meanwhile."""

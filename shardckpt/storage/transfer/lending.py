@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from shardckpt.storage.base import Storage
@@ -30,6 +31,13 @@ class Lent(Protocol):
 
     def bring(self, start: int, nbytes: int) -> None:
         """Returns when these bytes can be looked at. Lets other threads run meanwhile."""
+        ...
+
+    def take(self, start: int, into: Sequence[memoryview], *, wait: bool) -> bool:
+        """Copy the bytes from `start` on into these buffers, one after the other; at most 1024 of them.
+
+        Without `wait`, False if any of them would have to be waited for; the buffers then hold anything.
+        """
         ...
 
     def forget(self, start: int, nbytes: int) -> None:

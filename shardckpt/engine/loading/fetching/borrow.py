@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from shardckpt.engine.loading.fetch import Arena, Fetch, Fetched, Need, Summed, judge
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, Summed, judge
+from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
-from shardckpt.errors import CheckpointLoadError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredRecord
 from shardckpt.storage.base import Read, Storage
@@ -37,12 +36,11 @@ from shardckpt.storage.transfer.several import for_each
 _PIECE = 16 << 20
 """Bytes that one thread looks at in one go; they count as memory meanwhile. With 4, 8, 16, 32 and 64 MiB a load of 1 GB
 in 300 tensors took 313, 276, 250, 245, 235 ms warm, 860, 712, 778, 747, 746 cold (medians of 11 and 7, by turns)."""
-_THREADS = 2
+THREADS = 2
 _CLOSE = 64 << 10
 """Bytes between two runs that are brought along with them: a call for each run would cost more."""
 _KEPT = 64
 """Files that stay borrowed between check and copy, so that they may be deleted meanwhile."""
-_LAST_COPY_S = 5.0
 
 
 class _Part(Protocol):
@@ -85,7 +83,7 @@ class _Copy:
 
 
 @dataclass(slots=True)
-class _Unit(Generic[_P]):
+class Unit(Generic[_P]):
     """What one thread does in one go."""
 
     parts: list[_P] = field(default_factory=list)
@@ -128,7 +126,7 @@ class Borrowed:
         self._items: dict[str, list[Fetched]] = {}
         self._kept: dict[str, Lent] = {}
         self._states: dict[str, tuple[int, ...]] = {}
-        self._gate = _Gate(_THREADS)
+        self._gate = Gate(THREADS)
 
     def add(self, need: Need, record: StoredRecord) -> Fetched:
         item = Fetched(need, record, runs_of(record, need.region))
@@ -145,8 +143,7 @@ class Borrowed:
             items = [(item, _looks(item)) for item in self._items.get(file, ())]
             looks = [*around.get(file, ()), *(look for _, those in items for look in those)]
             with self._borrowed(file) as lent:
-                units = _units(sorted(looks, key=lambda look: look.start))
-                for_each(units, partial(_look_at, lent), threads=_THREADS)
+                for_each(units(sorted(looks, key=lambda look: look.start)), partial(_look_at, lent), threads=THREADS)
             looked += items
         return judge((item, _summed(looks)) for item, looks in looked)
 
@@ -155,14 +152,8 @@ class Borrowed:
         inference = torch.is_inference_mode_enabled()  # of this thread, and told to none that it starts
 
         fill = partial(self._fill, places, inference=inference)
-        try:
+        with unfinished(self._gate, "bytes that were checked could not be read again"):
             within(timeout, fill, what="copying what was checked") if timeout is not None else fill()
-        except (OSError, EOFError) as error:
-            self._gate.close()
-            raise CheckpointLoadError(
-                f"bytes that were checked could not be read again: {error}; by now some tensors of the state are "
-                "loaded and some are not, so do not go on with it: load again, or start the program again"
-            ) from error
 
     def release(self) -> None:
         while self._kept:
@@ -176,7 +167,7 @@ class Borrowed:
         for file, those in sorted(by_file.items()):
             with self._borrowed(file) as lent, torch.inference_mode(inference):
                 copies = (copy for item, place in those for copy in _copies(lent, item, place))
-                for_each(_units(copies), partial(_copy, lent, self._gate, inference), threads=_THREADS)
+                for_each(units(copies), partial(_copy, lent, self._gate, inference), threads=THREADS)
 
     @contextmanager
     def _borrowed(self, file: str) -> Iterator[Lent]:
@@ -198,28 +189,6 @@ class Borrowed:
             raise OSError(errno.ESTALE, f"{file} in {self._storage.url} was written to, or replaced, during the load")
 
 
-class _Gate:
-    """Lets copies through, a few at once, until it is closed."""
-
-    def __init__(self, at_once: int) -> None:
-        self._at_once = at_once
-        self._permits = threading.Semaphore(at_once)
-        self._closed = False
-
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        with self._permits:
-            if self._closed:
-                raise TimeoutError("the load was given up")
-            yield
-
-    def close(self) -> None:
-        """From now on nothing is copied; returns when what is being copied has been."""
-        self._closed = True
-        taken = sum(self._permits.acquire(timeout=_LAST_COPY_S) for _ in range(self._at_once))
-        self._permits.release(max(taken, 1))  # those that come late are to find it closed, and to end
-
-
 def _looks(item: Fetched) -> list[_Look]:
     """The region's bytes, run by run; of a long run, piece by piece, so that threads can share it."""
     at, size = item.record.at, item.runs.nbytes
@@ -234,20 +203,20 @@ def _summed(looks: Iterable[_Look]) -> Iterator[Summed]:
     return ((look.offset, look.nbytes, look.crc) for look in looks)
 
 
-def _units(parts: Iterable[_P]) -> Iterator[_Unit[_P]]:
-    unit: _Unit[_P] = _Unit()
+def units(parts: Iterable[_P]) -> Iterator[Unit[_P]]:
+    unit: Unit[_P] = Unit()
     for part in parts:
         if unit.parts and unit.nbytes + part.nbytes > _PIECE:
             yield unit
-            unit = _Unit()
+            unit = Unit()
         unit.parts.append(part)
         unit.nbytes += part.nbytes
     if unit.parts:
         yield unit
 
 
-def _look_at(lent: Lent, unit: _Unit[_Look]) -> None:
-    with _present(lent, unit) as view:
+def _look_at(lent: Lent, unit: Unit[_Look]) -> None:
+    with present(lent, unit) as view:
         for look in unit.parts:
             found = view[look.start : look.start + look.nbytes]
             if look.into is None:
@@ -256,13 +225,13 @@ def _look_at(lent: Lent, unit: _Unit[_Look]) -> None:
                 look.into[:] = found
 
 
-def _copy(lent: Lent, gate: _Gate, inference: bool, unit: _Unit[_Copy]) -> None:
-    with _present(lent, unit), gate.passing(), torch.inference_mode(inference), torch.no_grad():
+def _copy(lent: Lent, gate: Gate, inference: bool, unit: Unit[_Copy]) -> None:
+    with present(lent, unit), gate.passing(), torch.inference_mode(inference), torch.no_grad():
         torch._foreach_copy_([copy.place for copy in unit.parts], [copy.source for copy in unit.parts])
 
 
 @contextmanager
-def _present(lent: Lent, unit: _Unit[_P]) -> Iterator[memoryview]:
+def present(lent: Lent, unit: Unit[_P]) -> Iterator[memoryview]:
     """The file's bytes, of which those of this unit can be looked at."""
     spans = unit.spans()
     for start, end in spans:
