@@ -37,9 +37,12 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
-    """One piece of a state: where it is, what it belongs to, and its content now (nested containers)."""
+    """One piece of a state: where it is, what it belongs to, and its content now (nested containers).
+
+    Not to be changed; to say so (`frozen`) would cost 1 us more to make one, and a state may have 20,000.
+    """
 
     path: Path
     kind: Kind
@@ -71,7 +74,12 @@ class StateReader:
         """
         found = list(_find(state, ()))
         modules = [owner for _, owner, _ in found if isinstance(owner, torch.nn.Module)]
-        return [self._part(path, owner, holder, modules, for_loading) for path, owner, holder in found]
+        return [
+            Part(path, "leaf", holder, owner)
+            if isinstance(owner, torch.Tensor)
+            else self._part(path, owner, holder, modules, for_loading)
+            for path, owner, holder in found
+        ]
 
     def _part(self, path: Path, owner: Any, holder: Any, modules: list[torch.nn.Module], for_loading: bool) -> Part:
         if isinstance(owner, torch.nn.Module):
@@ -86,8 +94,7 @@ class StateReader:
             names = self._names_of(module).parameters
             made = OptimizerOf(owner, module, names, was_empty)
             return Part(path, "optimizer", made, _optimizer_tree(owner, names))
-        # Asking for a protocol takes 20 us (Python 3.11), and there may be 20,000 tensors.
-        if not isinstance(owner, (torch.Tensor, type)) and isinstance(owner, Stateful):
+        if not isinstance(owner, type) and isinstance(owner, Stateful):
             return Part(path, "stateful", owner, owner.state_dict())
         return Part(path, "leaf", holder, owner)
 
@@ -224,7 +231,9 @@ def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
     """(path, object or leaf, the mapping that holds it) of everything in nested dicts."""
     for key, value in node.items():
         here = (*path, key)
-        if isinstance(value, Mapping) and not isinstance(value, torch.nn.Module):
+        if isinstance(value, torch.Tensor):  # asked first: whether something is a mapping takes longer to say
+            yield here, value, node
+        elif isinstance(value, Mapping) and not isinstance(value, torch.nn.Module):
             if value:
                 yield from _find(value, here)
             else:

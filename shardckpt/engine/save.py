@@ -225,10 +225,10 @@ class Saver:
         work.staging = work.stager.prepare(work.plan, rank=self._at.rank, windowed=options.staging == "none")
         work.pending.report.nbytes = work.staging.nbytes
         memory = memory_of_optimizers(parts) if options.staging == "overlap" else frozenset()
-        work.later = lambda tensor: tensor.data_ptr() in memory
+        work.later = (lambda tensor: tensor.data_ptr() in memory) if memory else (lambda _: False)
         if options.verify:
             work.staging.note()
-        work.staging.copy(lambda tensor: not work.later(tensor))
+        work.staging.copy((lambda tensor: not work.later(tensor)) if memory else (lambda _: True))
         self._hooks.install(parts)
 
     def _begin_copy(self, work: Work) -> None:

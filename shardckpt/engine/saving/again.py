@@ -78,13 +78,17 @@ def _look(seen: _Seen, node: Any, path: tuple[Any, ...]) -> None:
     if len(path) > MAX_LEVELS:
         seen.is_known = False
     elif isinstance(node, torch.Tensor):
+        kind = type(node)
         spec, local = (node._spec, node._local_tensor) if isinstance(node, DTensor) else (None, node)
-        seen.is_known = seen.is_known and local.layout is torch.strided and not local.is_nested
         seen.tensors.append(local)
         seen.tensor_names.append(path)
-        if seen.is_known:
+        if local.layout is not torch.strided or local.is_nested:
+            seen.is_known = False
+        elif seen.is_known:
+            dtype = local.dtype
+            is_conj = dtype.is_complex and local.is_conj()
             seen.places.append(local.data_ptr())
-            seen.marks += (type(node), spec, *_terms(local))
+            seen.marks += (kind, spec, dtype, local.shape, local.stride(), local.device, is_conj, local.is_neg())
     elif is_branch(node):
         seen.keys.append((type(node), len(node)))
         for key, item in node.items() if hasattr(node, "keys") else enumerate(node):

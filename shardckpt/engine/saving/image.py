@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 
@@ -99,7 +100,9 @@ def copy_small(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or its bytes where torch has no copy for its dtype (bits8, float4, ...)."""
-    name = str(tensor.dtype)
-    if "bits" in name or "float4" in name:
-        return tensor.contiguous().view(torch.uint8)
-    return tensor
+    return tensor.contiguous().view(torch.uint8) if _has_no_copy(tensor.dtype) else tensor
+
+
+@lru_cache(maxsize=64)
+def _has_no_copy(dtype: torch.dtype) -> bool:
+    return "bits" in str(dtype) or "float4" in str(dtype)
