@@ -1,4 +1,4 @@
-"""What torch remembers of the device meshes of one call must not be met by the next call in the same process."""
+"""What torch and the engine remember of the device meshes of one call must not be met by the next call."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ class Meshes:
 
 
 def _caches() -> list[functools._lru_cache_wrapper[Any]]:
-    """Those of torch's distributed modules, functions made inside of functions too."""
+    """Those of torch's distributed modules and of the engine, functions made inside of functions too."""
     found = [known for known in gc.get_objects() if type(known) is functools._lru_cache_wrapper]
-    return [cache for cache in found if str(cache.__module__).startswith("torch.distributed.")]
+    return [cache for cache in found if str(cache.__module__).startswith(("torch.distributed.", "shardckpt.engine."))]

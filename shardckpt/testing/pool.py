@@ -24,6 +24,8 @@ _GRACE_S = 3.0
 """How long after its deadline a process may take to dump its threads and end by itself, before it is killed."""
 _PRELOAD = (
     "pytest",
+    "shardckpt.engine.load",
+    "shardckpt.engine.save",
     "shardckpt.testing.rankprocess",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from shardckpt.engine.sharding import describe
 from shardckpt.errors import CheckpointMismatchError
 from shardckpt.testing.pool import Outcome, ProcessPool, RankHungError, RankLostError, RanksFailedError
 
@@ -97,12 +98,14 @@ def places_of_a_copy(rank: int, world_size: int, folder: Path, others: int) -> t
         dist.new_group()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     copy = distribute_tensor(torch.arange(8.0), mesh, [Shard(0), Shard(0)]).detach()
+    describe("copy", copy)
     names = [[group.group_name for group in m.get_all_groups()] for m in (mesh, copy.device_mesh)]
     return names[0], names[1], copy.full_tensor().tolist()
 
 
 def test_no_mesh_of_an_earlier_call_is_met(ranks: ProcessPool) -> None:
-    """torch caches what an operation makes of a placement, with its mesh, and asks with any mesh that is equal."""
+    """torch caches what an operation makes of a placement, with its mesh, and asks with any mesh that is equal; the
+    engine caches what a mesh is."""
     before = ranks.run(4, pid)
     for others in (0, 3, 1):
         for mesh, copy, values in ranks.run(4, places_of_a_copy, others):
