@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ LOOP_FILES = ("socket:", "anon_inode:[eventpoll]")
 SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 """Processes that `multiprocessing` keeps for its own use until the end."""
 SHARED_MEMORY = Path("/dev/shm")
+TOLD = Path("/proc/thread-self/children").is_file()
+"""Whether the kernel tells what a thread has started."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,33 @@ def _open_files() -> Iterable[tuple[int, str]]:
 
 
 def _children() -> Iterable[int]:
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.status() == psutil.STATUS_ZOMBIE:
-                continue
-            family = [child, *child.parents()]
-            if not any(server in " ".join(each.cmdline()) for each in family for server in SERVERS):
-                yield child.pid
-        except psutil.NoSuchProcess:
-            continue
+    """All that live below this process, but for the servers and what these have started; asked twice for every test."""
+    found = list(_children_of(str(os.getpid())))
+    while found:
+        pid = str(found.pop())
+        if not any(server in _words(pid) for server in SERVERS):
+            if _words(pid):  # none: a zombie, or it has ended since
+                yield int(pid)
+            found += _children_of(pid)
+
+
+def _children_of(pid: str) -> Iterable[int]:
+    """What its threads have started, as Linux tells it: without a look at every process of the machine."""
+    with suppress(OSError, psutil.NoSuchProcess):
+        if not TOLD:
+            yield from (child.pid for child in psutil.Process(int(pid)).children())
+            return
+        for task in Path("/proc", pid, "task").iterdir():
+            with suppress(OSError):
+                yield from map(int, (task / "children").read_text().split())
+
+
+def _words(pid: str) -> str:
+    """Its command line; empty if it has none, or none any more."""
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _command(pid: int) -> str:
@@ -114,8 +135,10 @@ def _command(pid: int) -> str:
         return "(has ended since)"
 
 
-def _ours(names: Iterable[str]) -> Iterable[str]:
+def _ours(names: Collection[str]) -> Iterable[str]:
     """Those that name a process of this test run; other programs, and other workers of xdist, make their own."""
+    if not names:
+        return
     mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     for name in names:
         numbers = {int(number) for number in re.findall(r"\d+", name)}
