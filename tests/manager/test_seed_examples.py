@@ -1,15 +1,19 @@
-"""The example programs of fairseq2's documentation, as they stand but for import and constructor, under torchrun.
+"""The example programs of fairseq2's documentation, as they stand but for import and constructor, alone and on ranks.
 
 The blocks of `fairseq2_ckpt.rst` are put, unchanged, into one small training program. It is started twice: it trains,
-saves, prunes, trains on; then it starts again, goes on from its checkpoint, and must come to the same numbers.
+saves, prunes, trains on; then it starts again, goes on from its checkpoint, and must come to the same numbers. Two
+ranks are started by torchrun; one, and four, are processes of the pool with the environment that torchrun gives.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -18,6 +22,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from shardckpt.testing.pool import ProcessPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # two starts of torchrun, on a machine that may be busy
 
@@ -123,35 +129,55 @@ def blocks() -> dict[str, str]:
     }
 
 
-def launch(program: Path, ranks: int, seed: int) -> tuple[list[dict[str, Any]], str]:
+def run_by_torchrun(program: Path, ranks: int, environment: dict[str, str]) -> list[str]:
+    """What was printed, by all ranks together."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(start, cwd=program.parent, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [done.stdout]
+
+
+def run_as_rank(rank: int, world_size: int, folder: Path, program: Path, environment: dict[str, str]) -> str:
+    """The program as the main module of this process; gives what it printed."""
+    before, place = dict(os.environ), Path.cwd()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.chdir(program.parent)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(program), run_name="__main__")
+    finally:
+        os.chdir(place)
+        os.environ.clear()
+        os.environ.update(before)
+    return printed.getvalue()
+
+
+def launch(pool: ProcessPool, program: Path, ranks: int, seed: int, port: int) -> tuple[list[dict[str, Any]], str]:
     """What every rank noted, and what all printed."""
     notes = program.parent / f"notes_{seed}"
     notes.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SEED": str(seed)}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program)]
-    done = subprocess.run(
-        start,
-        cwd=program.parent,
-        env={**environment, "NOTES": str(notes)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(ranks)], done.stdout
+    environment = {"SEED": str(seed), "NOTES": str(notes)}
+    if ranks == 2:
+        printed = run_by_torchrun(program, ranks, environment)
+    else:
+        environment["MASTER_PORT"] = str(port)
+        printed = pool.run(ranks, run_as_rank, program, environment, backend=None)
+    return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(ranks)], "".join(printed)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_programs_of_the_document(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_programs_of_the_document(ranks: ProcessPool, tmp_path: Path, free_port: int, size: int) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM % blocks())
-    first, printed = launch(program, ranks, seed=0)
-    assert printed.count("Checkpoint not found") == ranks
-    assert printed.count("No checkpoint found, starting fresh") == ranks
+    first, printed = launch(ranks, program, size, 0, free_port)
+    assert printed.count("Checkpoint not found") == size
+    assert printed.count("No checkpoint found, starting fresh") == size
     assert "Error loading" not in printed
     for seen in first:
         assert seen["steps"] == [[996, 997, 998, 999, 1000], [997, 999, 1000], [997, 999, 1000, 1001]]
-        assert seen["sharded"] == (ranks > 1)
+        assert seen["sharded"] == (size > 1)
     assert (tmp_path / "checkpoints/step_1000/score.txt").read_text() == "-0.5\n"
     model_alone = torch.load(tmp_path / "checkpoints/step_1001/model.pt", weights_only=True)
     assert [tuple(value.shape) for value in model_alone["model"].values()] == [
@@ -163,10 +189,10 @@ def test_the_programs_of_the_document(tmp_path: Path, ranks: int) -> None:
         (3,),
     ]
 
-    again, printed = launch(program, ranks, seed=1)  # other parameters, until they are loaded
-    assert printed.count("Restored checkpoint from step 1000") == ranks
+    again, printed = launch(ranks, program, size, 1, free_port)  # other parameters, until they are loaded
+    assert printed.count("Restored checkpoint from step 1000") == size
     assert "found" not in printed
-    assert printed.count("Error loading checkpoint: step 1000") == ranks  # of the damage at its end
+    assert printed.count("Error loading checkpoint: step 1000") == size  # of the damage at its end
     for before, after in zip(first, again, strict=True):
         assert sorted(map(int, after["losses"])) == [1001, 1002, 1003]
         assert {key: before["losses"][key] for key in after["losses"]} == after["losses"]
