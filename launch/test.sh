@@ -8,6 +8,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash launch/setup.sh || exit
 PATH=$PWD/.venv/bin:$PATH
+unset PYTHONDONTWRITEBYTECODE # or each of the hundred processes that tests start compiles the package anew
 results=$(mktemp -d) || exit
 trap 'rm -rf "$results"' EXIT
 failed=()
