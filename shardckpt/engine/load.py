@@ -18,11 +18,12 @@ from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetching.borrow import fetch_from
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, find_stored, overlaps
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, find_stored
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
 from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, damage_error, join_sums
+from shardckpt.engine.loading.needs import needs_of, tree_ranks_of
 from shardckpt.engine.loading.once.exchange import is_worth_while, read_once
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
@@ -143,9 +144,9 @@ class Loader:
 
     def _plan(self) -> Sequence[Read]:
         """Open the files that have what this rank needs, and find where it lies; gives what is to be fetched."""
-        needs = self._needs()
+        needs = needs_of(self._fit, self._sources)
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
-        own = (file for rank in self._tree_ranks() for file in self._sources.trees_of(rank))
+        own = (file for rank in tree_ranks_of(self._fit, self._sources) for file in self._sources.trees_of(rank))
         trees = [*own, *self._holdings.elsewhere]
         self._contents.check_sizes(frames)
         self._contents.open(files := {need[1] for need in needs} | set(frames), trees)
@@ -181,23 +182,6 @@ class Loader:
         damaged, partial = self._fetch.stream(self._timeout)
         self._refuse(damaged)
         return [item.encode() for item in partial]
-
-    def _needs(self) -> list[Any]:
-        needs = []
-        for position, wanted in enumerate(self._fit.tensors):
-            chunks = self._sources.chunks(wanted.name, wanted.rule, whole=wanted.is_whole)
-            for (file, box), region, target in overlaps(wanted, chunks):
-                needs.append((position, file, box, region, target))
-        return needs
-
-    def _tree_ranks(self) -> set[int]:
-        """The ranks (of those that saved) whose Python values this rank takes."""
-        ranks = {rank for those in self._fit.trees.values() for rank in those}
-        for value in self._fit.values:
-            rank = self._sources.part_rank([value.key], value.rule)
-            if rank is not None:
-                ranks.add(rank)
-        return ranks
 
     def _join(self, gathered: list[Any] | None) -> None:
         """Check the records that no rank read whole, from all ranks' sums."""

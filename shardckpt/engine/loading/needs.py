@@ -1,0 +1,34 @@
+"""What of which files a rank needs, from the record and what it wants. Pure."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from shardckpt.engine.loading.fetching.fetch import overlaps
+from shardckpt.engine.loading.fit import Fit
+from shardckpt.engine.loading.integrity import Region
+from shardckpt.engine.loading.sources import Sources
+from shardckpt.format.placement import Box
+
+Wanted: TypeAlias = tuple[int, str, Box, Region, tuple[int, ...]]
+"""Number of a tensor, a file, the box that it holds, what is needed of the box, and where that goes in the tensor."""
+
+
+def needs_of(fit: Fit, sources: Sources) -> list[Wanted]:
+    """The regions that fill the tensors of a rank."""
+    needs = []
+    for position, wanted in enumerate(fit.tensors):
+        chunks = sources.chunks(wanted.name, wanted.rule, whole=wanted.is_whole)
+        for (file, box), region, target in overlaps(wanted, chunks):
+            needs.append((position, file, box, region, target))
+    return needs
+
+
+def tree_ranks_of(fit: Fit, sources: Sources) -> set[int]:
+    """The ranks (of those that saved) whose Python values this rank takes."""
+    ranks = {rank for those in fit.trees.values() for rank in those}
+    for value in fit.values:
+        rank = sources.part_rank([value.key], value.rule)
+        if rank is not None:
+            ranks.add(rank)
+    return ranks
