@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     from shardckpt.run.retention import KeepEvery as KeepEvery
     from shardckpt.run.retention import KeepLast as KeepLast
     from shardckpt.state import RngState as RngState
+    from shardckpt.tools.repair import RepairReport as RepairReport
+    from shardckpt.tools.repair import repair as repair
+    from shardckpt.tools.report import RunReport as RunReport
+    from shardckpt.tools.report import StepReport as StepReport
+    from shardckpt.tools.verify import verify as verify
 
     __version__: str
 
@@ -84,16 +89,21 @@ _HOME = {
     "Manners": "engine.background.manners",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
+    "RepairReport": "tools.repair",
     "RngState": "state",
+    "RunReport": "tools.report",
     "SaveFailed": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",
     "SaveSkipped": "engine.events.kinds",
     "SaveStarted": "engine.events.kinds",
     "Staged": "engine.events.kinds",
+    "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
     "Trace": "engine.events.trace",
     "Written": "engine.events.kinds",
+    "repair": "tools.repair",
+    "verify": "tools.verify",
 }
 """Public name -> the module of this package that defines it; tests/house checks it against the imports above."""
 

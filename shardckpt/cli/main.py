@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from shardckpt.cli.looking import ls, verify
+from shardckpt.cli.repairing import repair
+
 app = typer.Typer(
     name="shardckpt",
     help="Sharded checkpoints for PyTorch.",
@@ -38,6 +41,11 @@ def options(
     ] = False,
 ) -> None:
     """What comes before the command."""
+
+
+app.command()(ls)
+app.command()(verify)
+app.command()(repair)
 
 
 @app.command(

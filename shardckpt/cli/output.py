@@ -1,0 +1,87 @@
+"""What commands print: data on stdout, messages on stderr, and with which status they end.
+
+0: good. 1: problems were found, or what was asked for is not there. 2: wrong usage, or a place that cannot be reached.
+130: interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GOOD, PROBLEMS, UNUSABLE = 0, 1, 2
+
+_WIDE = 1000
+"""Columns for output that goes to a file or another program: nothing is cut off or wrapped."""
+
+
+def console() -> Console:
+    """Of stdout. Colours on terminals only, and never with NO_COLOR; as wide as the terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, emoji=False, markup=False)
+
+
+def say(message: str) -> None:
+    """A line for people, on stderr."""
+    typer.echo(message, err=True)
+
+
+def print_json(content: Any, **more: Any) -> None:
+    """A dataclass as JSON, with further entries; keys are the names of its fields."""
+    entries: Mapping[str, Any] = asdict(content) if is_dataclass(content) and not isinstance(content, type) else content
+    typer.echo(json.dumps({**entries, **more}, indent=2))
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Errors that a person can do something about end the command with one message, and no traceback."""
+    try:
+        yield
+    except (CheckpointNotFoundError, CheckpointDamagedError) as error:
+        say(str(error))
+        raise typer.Exit(PROBLEMS) from None
+    except (CheckpointError, OSError, ValueError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        say(f"shardckpt: {error}")
+        raise typer.Exit(UNUSABLE) from None
+
+
+def size_text(nbytes: int | None) -> str:
+    """Bytes for people: "1.5 GB"."""
+    if nbytes is None:
+        return "-"
+    value, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{nbytes} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def age_text(created: str | None, now: datetime | None = None) -> str:
+    """How long ago that was, for people: "3 min", "2 h", "5 d"."""
+    if created is None:
+        return "-"
+    try:
+        then = datetime.fromisoformat(created.replace("Z", "+00:00"))
+    except ValueError:
+        return "-"
+    seconds = ((now or datetime.now(timezone.utc)) - then.astimezone(timezone.utc)).total_seconds()
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{max(0, int(seconds))} s"

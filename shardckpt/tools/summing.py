@@ -1,0 +1,119 @@
+"""CRCs of ranges of files, streamed: few large reads, several at once, in memory of a fixed size. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TypeAlias
+
+from shardckpt.format.checksum import combine, crc32
+from shardckpt.storage.base import Read, RenamingStorage, Storage
+from shardckpt.storage.transfer.several import for_each
+
+_PIECE = 8 << 20
+"""Bytes that one thread reads and sums up at a time; as much as a storage reads by one request."""
+_LOCAL_THREADS = 2
+"""More make cold reads slower on the disks measured so far (see `LocalStorage`)."""
+_REMOTE_THREADS = 16
+"""Enough to hide the round trips of an object store; as many as `Transfers.concurrency`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes of a file to be summed up."""
+
+    key: str
+    offset: int
+    nbytes: int
+
+
+Summed: TypeAlias = int | Exception
+"""The CRC of a stretch, or why it could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bite:
+    """Part of a stretch: which one, and which of its parts."""
+
+    number: int
+    place: int
+    stretch: Stretch
+
+
+def sums(storage: Storage, stretches: Sequence[Stretch]) -> list[Summed]:
+    """The CRC of each stretch, or the `OSError` or `EOFError` of reading it. Holds 16 MiB, of an object store 128 MiB.
+
+    What cannot be read ends only its own stretch: all damaged files are to be found at once.
+    """
+    threads = _LOCAL_THREADS if isinstance(storage, RenamingStorage) else _REMOTE_THREADS
+    windows: SimpleQueue[bytearray] = SimpleQueue()
+    for _ in range(threads):
+        windows.put(bytearray())  # grown by whoever first needs it: most checkpoints of tests are tiny
+    found: list[dict[int, tuple[int, int]]] = [{} for _ in stretches]
+    failed: dict[int, Exception] = {}
+
+    def work(unit: list[_Bite]) -> None:
+        window = windows.get()
+        try:
+            _sum_unit(storage, [bite for bite in unit if bite.number not in failed], window, found, failed)
+        finally:
+            windows.put(window)
+
+    for_each(_units(stretches), work, threads=threads)
+    return [failed.get(number) or _joined(pieces) for number, pieces in enumerate(found)]
+
+
+def _sum_unit(
+    storage: Storage,
+    unit: list[_Bite],
+    window: bytearray,
+    found: list[dict[int, tuple[int, int]]],
+    failed: dict[int, Exception],
+) -> None:
+    """Read these parts by one call, and sum them up; if it fails, one by one, to know which of them cannot be read."""
+    total = sum(bite.stretch.nbytes for bite in unit)
+    if len(window) < total:
+        window.extend(bytes(total - len(window)))
+    reads, at = [], 0
+    with memoryview(window) as view:
+        for bite in unit:
+            reads.append(Read(bite.stretch.key, bite.stretch.offset, view[at : at + bite.stretch.nbytes]))
+            at += bite.stretch.nbytes
+        try:
+            storage.read_into(reads)
+            for bite, read in zip(unit, reads, strict=True):
+                found[bite.number][bite.place] = (crc32(read.into), bite.stretch.nbytes)
+        except (OSError, EOFError) as error:
+            if len(unit) == 1:
+                failed[unit[0].number] = error
+        finally:
+            for read in reads:
+                read.into.release()
+    for bite in unit:
+        if len(unit) > 1 and bite.place not in found[bite.number]:
+            _sum_unit(storage, [bite], window, found, failed)
+
+
+def _units(stretches: Sequence[Stretch]) -> Iterator[list[_Bite]]:
+    unit, nbytes = list[_Bite](), 0
+    for bite in _bites(stretches):
+        if unit and nbytes + bite.stretch.nbytes > _PIECE:
+            yield unit
+            unit, nbytes = [], 0
+        unit.append(bite)
+        nbytes += bite.stretch.nbytes
+    if unit:
+        yield unit
+
+
+def _bites(stretches: Sequence[Stretch]) -> Iterator[_Bite]:
+    for number, stretch in enumerate(stretches):
+        for place, start in enumerate(range(0, stretch.nbytes, _PIECE)):
+            size = min(_PIECE, stretch.nbytes - start)
+            yield _Bite(number, place, Stretch(stretch.key, stretch.offset + start, size))
+
+
+def _joined(pieces: dict[int, tuple[int, int]]) -> int:
+    ordered: Iterable[tuple[int, int]] = (pieces[place] for place in sorted(pieces))
+    return combine(ordered)[0]
