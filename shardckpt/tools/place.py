@@ -37,19 +37,18 @@ def opened(where: Where, options: Mapping[str, object] | None = None) -> Iterato
     `CheckpointNotFoundError` where there is nothing, `CheckpointLoadError` where the place cannot be looked at, what
     `open_storage` raises for what is no place at all.
     """
-    if not isinstance(where, (str, os.PathLike)):
-        yield Place(where)
-        return
-    text = os.fspath(where).rstrip("/") or os.fspath(where)
-    storages = [open_storage(text, storage_options=options)]
+    given = where if isinstance(where, (str, os.PathLike)) else None
+    text = os.fspath(given).rstrip("/") or os.fspath(given) if given is not None else ""
+    own = [open_storage(text, storage_options=options)] if given is not None else []
     try:
-        yield _place(text, storages, options)
+        if isinstance(where, (str, os.PathLike)):
+            yield _place(text, own, options)
+        else:
+            yield Place(where)
     except OSError as error:
-        if isinstance(error, CheckpointLoadError):
-            raise
-        raise CheckpointLoadError(f"cannot look at {redact(text)}: {error}") from error
+        raise CheckpointLoadError(f"cannot look at {redact(text) or 'the storage'}: {error}") from error
     finally:
-        for storage in storages:
+        for storage in own:
             storage.close()
 
 

@@ -19,12 +19,12 @@ from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
 from shardckpt.storage.base import Storage
-from shardckpt.tools.archives import check_archive
+from shardckpt.tools.checking.archives import check_archive
+from shardckpt.tools.checking.locate import locate
+from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import Found, committed, files_below, foreign_folders, is_archive, leftovers
-from shardckpt.tools.locate import locate
 from shardckpt.tools.place import Place, Where, opened
 from shardckpt.tools.report import Problem, RunReport, StepReport, judge, parts_of, parts_of_files
-from shardckpt.tools.summing import Stretch, sums
 
 
 def verify(

@@ -12,12 +12,12 @@ from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE
 from shardckpt.format.manifest import FileEntry
 from shardckpt.storage.base import Storage
-from shardckpt.tools.archives import Window, check_archive
+from shardckpt.tools.checking.archives import Window, check_archive
+from shardckpt.tools.checking.own import Own, read_own
+from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import files_below
-from shardckpt.tools.own import Own, read_own
 from shardckpt.tools.repairing.content import Content, content_of
 from shardckpt.tools.report import Problem
-from shardckpt.tools.summing import Stretch, sums
 
 _OURS = re.compile(r"(?P<kind>model|replicated|metadata)(\.(0|[1-9][0-9]*))?\.pt|rank_(0|[1-9][0-9]*)\.pt")
 _KEPT_RECORD = re.compile(re.escape(MANIFEST) + r"\.damaged-[0-9a-z]+")

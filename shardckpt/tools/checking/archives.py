@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardckpt.storage.base import Read, Storage
-from shardckpt.tools.own import Own, damaged_tensors, is_own, read_own
+from shardckpt.tools.checking.own import Own, damaged_tensors, is_own, read_own
+from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.report import Problem
-from shardckpt.tools.summing import Stretch, sums
 
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _END = b"PK\x05\x06"
@@ -54,7 +54,7 @@ class Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = offset + (0, self._at, self._nbytes)[whence]
         if self._at < 0:
-            raise OSError("before the beginning of the file")
+            raise ValueError("an offset before the beginning of the file")
         return self._at
 
     def readinto(self, into: Any) -> int:
@@ -74,6 +74,7 @@ def check_archive(storage: Storage, key: str, name: str, *, nbytes: int, quick: 
         return Archive((), note=f"{name} is no zip archive, and nothing in it tells whether it is whole")
     try:
         with zipfile.ZipFile(io.BufferedReader(Window(storage, key, nbytes), _LOOKS)) as archive:
+            _check_count(storage, key, nbytes, len(archive.infolist()))
             if is_own(archive):
                 return _check_own(storage, key, name, read_own(archive, nbytes), quick=quick)
             return Archive(()) if quick else _check_members(storage, key, name, archive)
@@ -86,6 +87,14 @@ def _is_zip(storage: Storage, key: str, nbytes: int) -> bool:
     if nbytes < 22:
         return nbytes > 0 and _bytes(storage, key, 0, min(4, nbytes)).startswith(b"PK")
     return _bytes(storage, key, 0, 2) == b"PK" or _bytes(storage, key, nbytes - 22, 22).startswith(_END)
+
+
+def _check_count(storage: Storage, key: str, nbytes: int, found: int) -> None:
+    """`ValueError` if the directory has not as many entries as its end says: `zipfile` does not look at that."""
+    end = _bytes(storage, key, nbytes - 22, 22)
+    said = int.from_bytes(end[10:12], "little")
+    if end.startswith(_END) and said not in (found, 0xFFFF):
+        raise ValueError(f"{found} records where there should be {said}")
 
 
 def _check_own(storage: Storage, key: str, name: str, own: Own, *, quick: bool) -> Archive:
@@ -119,16 +128,29 @@ def _check_members(storage: Storage, key: str, name: str, archive: zipfile.ZipFi
 
 
 def _data_starts(storage: Storage, key: str, members: list[zipfile.ZipInfo]) -> list[int | None]:
-    """Where the bytes of each stored record begin, which only its local header tells; None if that is damaged."""
-    heads = [bytearray(_LOCAL.size) for _ in members]
-    reads = [Read(key, m.header_offset, memoryview(head)) for m, head in zip(members, heads, strict=True)]
-    storage.read_into(reads)
+    """Where the bytes of each stored record begin, which only its local header tells; None if that is damaged.
+
+    Names stand in both headers: one that was changed in either shows here.
+    """
+    nbytes = storage.size(key)
+    names = {member: _name_bytes(member) for member in members}
+    heads = {
+        member: bytearray(_LOCAL.size + len(name))
+        for member, name in names.items()
+        if 0 <= member.header_offset <= nbytes - _LOCAL.size - len(name) - member.file_size
+    }
+    storage.read_into([Read(key, member.header_offset, memoryview(head)) for member, head in heads.items()])
     starts: list[int | None] = []
-    for member, head in zip(members, heads, strict=True):
-        magic, *_, named, extra = _LOCAL.unpack(head)
-        sound = magic == b"PK\x03\x04" and named == len(member.orig_filename.encode())
-        starts.append(member.header_offset + _LOCAL.size + named + extra if sound else None)
+    for member, name in names.items():
+        head = heads.get(member, bytearray(_LOCAL.size))
+        magic, *_, named, extra = _LOCAL.unpack_from(head)
+        sound = magic == b"PK\x03\x04" and named == len(name) and head[_LOCAL.size :] == name
+        starts.append(member.header_offset + len(head) + extra if sound else None)
     return starts
+
+
+def _name_bytes(member: zipfile.ZipInfo) -> bytes:
+    return member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437", "surrogateescape")
 
 
 def _inflates(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:

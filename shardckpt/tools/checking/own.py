@@ -10,10 +10,12 @@ from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import ArchiveIndex, decode_index
 from shardckpt.format.manifest import Extent
 from shardckpt.storage.base import Storage
-from shardckpt.tools.summing import Stretch, sums
+from shardckpt.tools.checking.summing import Stretch, sums
 
 _TREE = f"{PREFIX}/data.pkl"
 _INDEX = f"{PREFIX}/{INDEX_NAME}"
+_MOST = 1 << 30
+"""Bytes of an index or a nesting: those of 20,000 tensors have a few million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ def is_own(archive: zipfile.ZipFile) -> bool:
 
 def read_own(archive: zipfile.ZipFile, nbytes: int) -> Own:
     """What it says of itself. `ValueError`, `BadZipFile`, `KeyError` or `EOFError` for what is not well-formed."""
-    content, tree = archive.read(_INDEX), archive.read(_TREE)
+    content, tree = _small(archive, _INDEX), _small(archive, _TREE)
     index = decode_index(content, nbytes)
     layout = lay_out([record.nbytes for record in index.records])
     if [slot.data for slot in layout.slots] != [record.at for record in index.records]:
@@ -50,6 +52,14 @@ def read_own(archive: zipfile.ZipFile, nbytes: int) -> Own:
         pieces += [_sized(header_of(slot, record.crc)), (record.crc, record.nbytes)]
     crc = combine([*pieces, _sized(tail.content)])[0]
     return Own(index, tree, tail.index, tail.tree, nbytes, crc)
+
+
+def _small(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A record that is read whole: its size stands in a directory that may be damaged."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size > _MOST:
+        raise ValueError(f"{name} is compressed, or has {member.file_size} bytes")
+    return archive.read(member)
 
 
 def damaged_tensors(storage: Storage, key: str, index: ArchiveIndex) -> tuple[str, ...]:

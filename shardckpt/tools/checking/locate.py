@@ -6,9 +6,9 @@ from shardckpt.format.checksum import crc32
 from shardckpt.format.index import ArchiveIndex, decode_index
 from shardckpt.format.manifest import FileEntry
 from shardckpt.storage.base import Read, Storage
-from shardckpt.tools.own import damaged_tensors
+from shardckpt.tools.checking.own import damaged_tensors
+from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.report import Problem
-from shardckpt.tools.summing import Stretch, sums
 
 
 def locate(storage: Storage, folder: str, file: FileEntry) -> Problem:
