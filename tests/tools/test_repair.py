@@ -1,4 +1,4 @@
-"""Repair: what it makes loads bit for bit, nothing is deleted, and nothing is offered that is not proven to be whole."""
+"""Repair: what it makes loads bit for bit, nothing is deleted, nothing is offered that is not proven to be whole."""
 
 from __future__ import annotations
 
@@ -217,18 +217,16 @@ def test_on_an_object_store_a_damaged_step_stays_where_it_is() -> None:
     assert content(storage) == before
 
 
-@pytest.mark.parametrize("operation", ["put", "replace", "rename_folder"])
+@pytest.mark.parametrize("operation", ["put", "replace"])
 def test_a_failure_on_the_way_leaves_what_was_there(operation: str, storage: Storage) -> None:
-    """Of every write that a repair makes: the step is as it was, and the next try does it."""
+    """Of both writes of a repair, the copy of the old record and the new one: the next try does it."""
     save(storage, 1, 2)
     storage.replace("step_2/manifest.json", b"nonsense")
     failing = FailingStorage(storage, on(operation), error=lambda: OSError("full"))
-    try:
+    with pytest.raises(sc.CheckpointError, match="full"):
         sc.repair(failing, step=2, apply=True)
-    except sc.CheckpointError as error:
-        assert "full" in str(error)
-        assert storage.read("step_2/manifest.json") == b"nonsense"
-        assert sc.repair(storage, step=2, apply=True).applied
+    assert storage.read("step_2/manifest.json") == b"nonsense"
+    assert sc.repair(storage, step=2, apply=True).applied
     assert_loads(storage, 2)
 
 

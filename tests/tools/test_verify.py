@@ -59,8 +59,10 @@ def test_quick_reads_no_file_and_still_finds_what_is_missing_or_cut_off(tmp_path
 
 
 def test_every_single_flipped_byte_is_found(storage: Storage) -> None:
-    """All of them: of the record, of headers and padding, tensors, indexes, nestings and directories. On an object store
-    the way is the same but for names: every seventh."""
+    """All of them: of the record, of headers and padding, tensors, indexes, nestings and directories.
+
+    On an object store the way is the same but for names: every seventh.
+    """
     save(storage, 1)
     torn, tried = TornStorage(storage), 0
     for key in walk(storage):
