@@ -1,4 +1,4 @@
-"""`ls`, `verify`, `repair`: what they print and how they end; places good, partial, damaged, foreign, empty, missing."""
+"""`ls`, `verify`, `repair`: what they print, how they end; places good, partial, damaged, foreign, empty, missing."""
 
 from __future__ import annotations
 
