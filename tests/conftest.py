@@ -12,6 +12,8 @@ import torch
 from shardckpt.testing.pool import ProcessPool
 from tests.leaks import held, leaks
 
+pytest_plugins = ("tests.scorecard",)
+
 _POOLS: pytest.StashKey[list[ProcessPool]] = pytest.StashKey()
 """The pool of this pytest process, once it is made; its descriptors come and go with its processes."""
 
