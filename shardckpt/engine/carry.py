@@ -140,8 +140,8 @@ def read_metadata(storage: Storage, folder: str, entry: FileEntry, *, step: int)
 def _filled(leaf: Any, record: Any, content: bytes) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
-    if record is None:
-        raise ValueError("a tensor is not in the index")
+    if record is None or (str(leaf.dtype), leaf.shape) != (f"torch.{record.dtype}", record.shape):
+        raise ValueError("a tensor is not in the index, or there as another one")
     own = bytearray(content[record.at : record.at + record.nbytes])
     if not own:
         return torch.empty(leaf.shape, dtype=leaf.dtype)

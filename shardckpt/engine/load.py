@@ -18,7 +18,7 @@ from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetching.borrow import fetch_from
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, find_stored
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, check_region, find_stored
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
 from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
 from shardckpt.engine.loading.holdings import Holdings, holdings
@@ -155,6 +155,7 @@ class Loader:
             wanted = self._fit.tensors[position]
             stored = find_stored(self._contents.boxes(file), wanted.name, chunk_box, file)
             record = self._contents.record(file, stored)
+            check_region(record, region, self._sources.tensor(wanted.name, wanted.rule), file=file, name=wanted.name)
             need = Need(file, stored, region, target, position)
             if isinstance(self._fetch, Straight) and self._fetch.take(need, record, _place(self._target(wanted), need)):
                 continue

@@ -46,8 +46,11 @@ def check_manifest(manifest: Manifest) -> None:
         _check_mesh(mesh, world)
     replicas = [_check_layout(layout, manifest.meshes, world) for layout in manifest.layouts]
     _check_ranks([rank for table in manifest.tables for rank in table.ranks], world, "the tables")
+    least_dims = [_least_dims(layout) for layout in manifest.layouts]  # once, for there may be as many tables
     for table in manifest.tables:
-        _check_table(table, manifest.layouts, replicas)
+        if not table.ranks:
+            raise ValueError("a table of what no rank holds")
+        _check_table(table, least_dims, replicas)
     _check_pieces(manifest)
     if manifest.model_only:
         _check_model_only(manifest)
@@ -129,10 +132,9 @@ def _check_layout(layout: LayoutEntry, meshes: Sequence[MeshEntry], world: int) 
     return math.prod(size for size, placement in zip(shape, parsed, strict=True) if placement is None)
 
 
-def _check_table(table: Table, layouts: Sequence[LayoutEntry], replicas: Sequence[int]) -> None:
-    least_dims = [_least_dims(layout) for layout in layouts]
+def _check_table(table: Table, least_dims: Sequence[int], replicas: Sequence[int]) -> None:
     for name, entry in table.tensors.items():
-        if not 0 <= entry.layout < len(layouts):
+        if not 0 <= entry.layout < len(least_dims):
             raise ValueError(f"{name}: there is no layout {entry.layout}")
         if not least_dims[entry.layout] <= len(entry.shape) <= MAX_DIMS:
             raise ValueError(f"{name}: a tensor of {len(entry.shape)} dimensions, split by those that it lacks")

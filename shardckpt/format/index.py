@@ -119,7 +119,7 @@ def decode_index(data: bytes, file_nbytes: int) -> ArchiveIndex:
     try:
         content = load_json(data)
         if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}, but this version reads format {FORMAT}")
+            raise ValueError(f"format {shown(content['format'])}, but this version reads format {FORMAT}")
         records = _decode_records(content["records"], file_nbytes)
         return ArchiveIndex(records, _decode_boxes(content["tensors"], records))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -134,10 +134,17 @@ def load_json(data: bytes) -> Any:
         raise ValueError("JSON nested too deeply") from None
 
 
+def shown(value: Any) -> str:
+    """A refused value for a message. Only what is short by its type is printed: few bytes may stand for any number."""
+    if type(value) in (str, int, float, bool, type(None)):
+        return repr(value if type(value) is not str else value[:40])[:60]
+    return f"a {type(value).__name__}"
+
+
 def as_size(value: Any) -> int:
     """A count from a file: a plain number from 0 on, below 2**62; `ValueError` for anything else."""
     if type(value) is not int or not 0 <= value < _TOO_LARGE:
-        raise ValueError(f"{str(value)[:40]!r} should be a size")
+        raise ValueError(f"{shown(value)} should be a size")
     return value
 
 
@@ -147,7 +154,7 @@ def as_shape(values: Any) -> tuple[int, ...]:
         raise ValueError(f"not a list of at most {MAX_DIMS} sizes")
     for value in values:
         if type(value) is not int or not 0 <= value < _TOO_LARGE:
-            raise ValueError(f"{str(value)[:40]!r} should be a size")
+            raise ValueError(f"{shown(value)} should be a size")
     return tuple(values)
 
 
@@ -193,14 +200,14 @@ def as_numbers(runs: Any) -> tuple[int, ...]:
 
 def as_truth(value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"{str(value)[:40]!r} should be true or false")
+        raise ValueError(f"{shown(value)} should be true or false")
     return value
 
 
 def as_text(value: Any) -> str:
     """A text from a file; `ValueError` for anything else."""
     if type(value) is not str:
-        raise ValueError(f"{str(value)[:40]!r} should be a text")
+        raise ValueError(f"{shown(value)} should be a text")
     return value
 
 
@@ -223,7 +230,7 @@ def as_json_has_it(metadata: Mapping[str, Any]) -> Any:
 def as_dtype(value: Any) -> str:
     """The name of a dtype that can be stored, from a file; `ValueError` for anything else."""
     if type(value) is not str or value not in ITEMSIZE:
-        raise ValueError(f"unknown dtype {str(value)[:40]!r}")
+        raise ValueError(f"unknown dtype {shown(value)}")
     return value
 
 

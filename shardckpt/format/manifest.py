@@ -29,6 +29,7 @@ from shardckpt.format.index import (
     count_numbers,
     load_json,
     runs_of,
+    shown,
 )
 from shardckpt.format.layout import check_file_name
 from shardckpt.format.placement import Piece
@@ -261,7 +262,7 @@ def _extent(value: Any, file_nbytes: int) -> Extent | None:
 
 def _decode(content: Mapping[str, Any]) -> Manifest:
     if content["format"] != FORMAT:
-        raise ValueError(f"its format is {str(content['format'])[:40]}, but this version reads format {FORMAT}")
+        raise ValueError(f"its format is {shown(content['format'])}, but this version reads format {FORMAT}")
     lists = [content["shard_of"], *(part["ranks"] for key in ("meshes", "tables") for part in content[key])]
     if sum(count_numbers(runs) for runs in lists) > MAX_NUMBERS:
         raise ValueError("it names more ranks than any job has")
@@ -294,6 +295,6 @@ def _decode_mesh(content: Mapping[str, Any]) -> MeshEntry:
 def _decode_layout(content: Mapping[str, Any]) -> LayoutEntry:
     home, mesh, pieces = content["home"], content["mesh"], as_pieces(content.get("pieces", []))
     if home not in HOMES:
-        raise ValueError(f"{str(home)[:40]!r} is no kind of file")
+        raise ValueError(f"{shown(home)} is no kind of file")
     given = as_texts(content.get("given", []))
     return LayoutEntry(home, None if mesh is None else as_size(mesh), as_texts(content["placements"]), pieces, given)

@@ -176,7 +176,11 @@ def _chunk(length: int, chunks: int, index: int) -> Interval:
 
 def _strided(length: int, split: _Split) -> Iterable[Interval]:
     """The share of every one of `factor` pieces, from the first to the last."""
-    for number in range(min(split.factor, length)):
+    full = _chunk(length, split.factor, 0)[1]
+    pieces = -(-length // full) if full else 0
+    # All but the last are alike: with no share of the first, a rank has at most one of the last.
+    first = 0 if _chunk(full, split.size, split.index)[1] else pieces - 1
+    for number in range(max(first, 0), pieces):
         begin, piece = _chunk(length, split.factor, number)
         inner, share = _chunk(piece, split.size, split.index)
         if share:

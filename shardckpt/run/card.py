@@ -16,6 +16,11 @@ from shardckpt.storage.base import Storage
 CARD = "model.yaml"
 _MOST = 1 << 18
 """Values that a config may hold."""
+_MOST_MERGED = 1 << 12
+_LONGEST = 4 << 20
+"""Bytes of a card: PyYAML reads some tens of kilobytes in a second."""
+_PLACE = 400
+"""Letters of a place in a config, for messages."""
 _DEEPEST = 64
 """Lists and dicts within each other: far from what PyYAML can read by recursion."""
 
@@ -53,8 +58,11 @@ def write_model_card(
         card["tokenizer_ref"] = _text("tokenizer", tokenizer)
     if _count(shards) != 1:
         card["num_shards"] = shards
+    content = _encode(card)
+    if len(content) > _LONGEST:
+        raise InvalidStateError(f"a model card of {len(content)} bytes, more than {_LONGEST}: shorten the config")
     try:
-        storage.replace(CARD, _encode(card))
+        storage.replace(CARD, content)
     except OSError as error:
         raise CheckpointSaveError(f"the model card was not saved: {error}") from error
 
@@ -90,8 +98,19 @@ def _decode(content: bytes) -> ModelCard:
     """`ValueError` for whatever is not a card."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """2026-11, PyYAML 6.0.3: mappings that merge two copies of a mapping that merges ... double at each level."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            own = len(node.value)
+            super().flatten_mapping(node)
+            if len(node.value) > max(own, _MOST_MERGED):
+                raise ValueError(f"a mapping that merges others into more than {_MOST_MERGED} entries")
+
+    if len(content) > _LONGEST:
+        raise ValueError(f"it has {len(content)} bytes, more than the {_LONGEST} that a model card may have")
     try:
-        card = yaml.safe_load(content)
+        card = yaml.load(content, Loader)
     except Exception as error:  # malformed YAML leads PyYAML to KeyError, AttributeError, RecursionError, ...
         raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
     config = _entry(card, "model_config")
@@ -112,13 +131,19 @@ def _entry(mapping: object, key: str) -> object:
 
 def _text(what: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise InvalidStateError(f"the {what} of a model card is a text, not {str(value)[:80]!r}")
+        raise InvalidStateError(f"the {what} of a model card is a text, not {_shown(value)}")
     return str(value)
+
+
+def _shown(value: object) -> str:
+    """For a message. Lists and dicts are not printed: few lines of YAML can stand for any number of them."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return f"{str(value)[:80]!r}" if plain else f"a {type(value).__name__}"
 
 
 def _count(value: object) -> int:
     if type(value) is not int or value < 1:
-        raise InvalidStateError(f"the shards of a model card are a number from 1 on, not {str(value)[:80]!r}")
+        raise InvalidStateError(f"the shards of a model card are a number from 1 on, not {_shown(value)}")
     return value
 
 
@@ -139,13 +164,13 @@ def _copied(where: str, value: Any, depth: int, left: Iterator[int]) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
-        return [_copied(f"{where}[{number}]", item, depth + 1, left) for number, item in enumerate(value)]
+        return [_copied(f"{where}[{number}]"[:_PLACE], item, depth + 1, left) for number, item in enumerate(value)]
     if not isinstance(value, Mapping):
         raise _not_plain(where, value, "store texts, numbers, booleans, None, lists and dicts")
     for key in value:
         if type(key) not in (str, int):
             raise _not_plain(f"a key of {where}", key, "keys are texts or whole numbers")
-    return {key: _copied(f"{where}.{key}", item, depth + 1, left) for key, item in value.items()}
+    return {key: _copied(f"{where}.{key}"[:_PLACE], item, depth + 1, left) for key, item in value.items()}
 
 
 def _not_plain(where: str, value: object, advice: str) -> InvalidStateError:

@@ -149,9 +149,9 @@ def _consolidated_index(storage: Storage, entry: Entry, record: Manifest) -> Arc
 def _read_index(storage: Storage, key: str, file: FileEntry) -> ArchiveIndex:
     assert file.index is not None
     at, nbytes, crc = file.index
-    content = bytearray(nbytes)
     if storage.size(key) != file.nbytes:
         raise ValueError(f"{key} is not of {file.nbytes} bytes")
+    content = bytearray(nbytes)
     storage.read_into([Read(key, at, memoryview(content))])
     if crc32(content) != crc:
         raise ValueError(f"the index of {key} is not what was written")

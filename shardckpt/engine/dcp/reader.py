@@ -15,7 +15,7 @@ from torch.futures import Future
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.dcp.metadata import UnreadableMetadata, make_metadata
 from shardckpt.engine.dcp.place import find_record, place_of
-from shardckpt.engine.dcp.reading import Reading
+from shardckpt.engine.dcp.reading import Reading, told_as_load_errors
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import CheckpointError, CheckpointLoadError
@@ -98,8 +98,9 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
 
         def trees() -> list[Any]:
             names = [file.name for file in manifest.files if file.tree is not None]
-            contents.open((), names)
-            return [contents.subtree([name], ()) for name in names]
+            with told_as_load_errors(self.checkpoint_id, manifest.step):
+                contents.open((), names)
+                return [contents.subtree([name], ()) for name in names]
 
         return make_metadata(Sources(manifest, _at(manifest, 0, 0)), trees, checkpoint_id=self.checkpoint_id)
 

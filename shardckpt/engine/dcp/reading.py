@@ -52,7 +52,7 @@ class Reading:
         tensors = [(item, planner.resolve_tensor(item).detach()) for item in asked]
         values = [item for item in items if item.type == LoadItemType.BYTE_IO]
         try:
-            with self._told_as_load_errors():
+            with told_as_load_errors(self.url, self._manifest.step):
                 _check_placements(getattr(planner, "state_dict", None))
                 self._check_fit(tensors)
                 fetched = self._read(tensors, values)
@@ -165,16 +165,18 @@ class Reading:
     def _damaged(self, problem: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(f"{self.url} is damaged: {problem}", step=self._manifest.step)
 
-    @contextmanager
-    def _told_as_load_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except (FileNotFoundError, EOFError) as error:
-            raise self._damaged(str(error)) from error
-        except (OSError, ValueError) as error:
-            raise CheckpointLoadError(f"{self.url} was not loaded: {error}", step=self._manifest.step) from error
+
+@contextmanager
+def told_as_load_errors(url: str, step: int) -> Iterator[None]:
+    """What goes wrong while the files of a checkpoint are read, as `CheckpointLoadError` or its "damaged"."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (FileNotFoundError, EOFError) as error:
+        raise CheckpointDamagedError(f"{url} is damaged: {error}", step=step) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointLoadError(f"{url} was not loaded: {error}", step=step) from error
 
 
 def _check_placements(state: Any) -> None:

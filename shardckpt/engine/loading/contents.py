@@ -16,6 +16,9 @@ from shardckpt.format.tree import decode_tree, map_leaves
 from shardckpt.state import Path, join_path
 from shardckpt.storage.base import Read, Storage
 
+_SMALL = 1 << 20
+"""Bytes of an index or a tree that are read without having looked whether the file has them."""
+
 
 class Contents:
     """The files of one committed step, as one rank reads them."""
@@ -52,6 +55,9 @@ class Contents:
     def open(self, names: Iterable[str], trees: Iterable[str]) -> None:
         """Read, check and parse the indexes and trees of these files, all of them at once."""
         wanted = [(name, "index") for name in sorted(set(names))] + [(name, "tree") for name in sorted(set(trees))]
+        # A record may claim any size: before much memory is taken for it, the file must be as large as it says.
+        extents = [(name, getattr(self._entry(name), what)) for name, what in wanted]
+        self.check_sizes({name for name, extent in extents if extent is not None and extent[1] > _SMALL})
         buffers: dict[tuple[str, str], tuple[bytearray, int]] = {}
         reads = []
         for name, what in wanted:

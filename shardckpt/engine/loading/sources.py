@@ -15,6 +15,9 @@ from shardckpt.state import NewWorld
 Chunk = tuple[str, Box]
 """A file, and a box of the tensor that it holds."""
 
+_MOST_CHUNKS = 1 << 19
+"""Of one tensor: far more than any job has ranks. A few bytes of a record can claim any number."""
+
 
 class BelongsToRankError(ValueError):
     """A value that differs between the ranks that saved it, asked for by a job of another shape."""
@@ -238,6 +241,8 @@ class Sources:
                 key = (box.offsets, box.lengths)
                 if key not in chunks or near:
                     chunks[key] = (file, box)
+            if len(chunks) > _MOST_CHUNKS:
+                raise ValueError(f"the record says that a tensor lies in more than {_MOST_CHUNKS} pieces")
         return list(chunks.values())
 
     def _in_pieces(self, layout: LayoutEntry) -> list[Chunk]:

@@ -30,7 +30,8 @@ from shardckpt.format.restricted.allowed import (
 MAX_DEPTH = 256
 """Containers within containers: what other code can still walk by recursion."""
 _MAX_NODES = 1 << 24
-"""Nodes of the tree if nothing were shared, unless the file itself is that large: a bound on the work of walking it."""
+_MAX_SHARING = 64
+"""Nodes of a tree if nothing were shared: at most so many, or so many for each byte. A bound on walking it."""
 _STOP = ord(".")
 
 
@@ -44,9 +45,20 @@ def read_pickle(data: bytes) -> Any:
         nodes, _ = _measure(tree, {}, 0)
     except Exception as error:  # whatever malformed content leads to: a wrong type, index, key, number
         raise ValueError(f"not a well-formed, weights_only-safe pickle: {type(error).__name__}: {error}") from error
-    if nodes > max(_MAX_NODES, 64 * len(data)):
+    if nodes > max(_MAX_NODES, _MAX_SHARING * len(data)):
         raise ValueError(f"a pickle of {len(data)} bytes that unfolds to {nodes} values")
     return tree
+
+
+def shares_too_much(value: Any, nbytes: int) -> bool:
+    """Whether a value that is spelled in so many bytes stands for more than they may.
+
+    Pickles that are put together from values that do not, are never refused for it. (Too deep ones are, elsewhere.)
+    """
+    try:
+        return _measure(value, {}, 0)[0] > _MAX_SHARING * nbytes
+    except ValueError:
+        return False
 
 
 class _Machine:

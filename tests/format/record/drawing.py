@@ -40,7 +40,7 @@ def manifests(draw: st.DrawFn, *, most_ranks: int = 24) -> Manifest:
     world = draw(st.integers(1, most_ranks))
     meshes = tuple(draw(st.lists(meshes_of(world), max_size=3)))
     layouts = tuple(draw(st.lists(layouts_on(meshes), max_size=4)))
-    groups = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, min(3, world)))
     tables = [draw(tables_of(tuple(range(first, world, groups)), meshes, layouts)) for first in range(groups)]
     manifest = Manifest(
         step=draw(st.integers(0, LAST_STEP)),

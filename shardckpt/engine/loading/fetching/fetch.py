@@ -25,6 +25,7 @@ from shardckpt.engine.saving.image import Image
 from shardckpt.format.archive import LINE
 from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import StoredBox, StoredRecord
+from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.placement import Box
 from shardckpt.storage.base import Read, Storage
 
@@ -216,3 +217,12 @@ def find_stored(by_name: Mapping[str, list[StoredBox]], name: str, box: Box, fil
         if (stored.box.offsets, stored.box.lengths) == (box.offsets, box.lengths):
             return stored
     raise ValueError(f"{file} does not hold the part of {name} that the record says it holds")
+
+
+def check_region(record: StoredRecord, region: Region, entry: TensorEntry | None, *, file: str, name: str) -> None:
+    """`ValueError` if a file's own index has another dtype than the commit record, or the region is not in there."""
+    inside = len(region.start) == len(record.shape) and all(
+        start + length <= size for start, length, size in zip(region.start, region.lengths, record.shape, strict=True)
+    )
+    if entry is None or record.dtype != entry.dtype or not inside:
+        raise ValueError(f"{file} and the record do not say the same of {name}")
