@@ -174,10 +174,10 @@ def test_no_permission_and_ctrl_c_end_quietly(
     assert ("not yours" in said) == (status == 2)
 
 
-def test_ten_thousand_steps_cost_three_requests_each() -> None:
+def test_a_step_costs_three_requests() -> None:
     """One for the root and one to look at it again for leftovers; the record's presence, the record, the score."""
     storage = MemoryStorage("run")
-    count = 300  # the count is what matters: it is linear
+    count = 300  # of any number of steps
     for step in range(count):
         commit(storage, step)
     start_attempt(storage, count, "00000000aa")

@@ -12,7 +12,7 @@ import torch
 
 import shardckpt as sc
 from shardckpt.engine.carry import read_metadata
-from shardckpt.engine.loading.fetch import check_region
+from shardckpt.engine.loading.fetching.fetch import check_region
 from shardckpt.engine.loading.integrity import Region
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredBox, StoredRecord, encode_index
