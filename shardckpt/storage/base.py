@@ -123,7 +123,8 @@ class RenamingStorage(Storage, Protocol):
 
 @runtime_checkable
 class SharedPuts(Storage, Protocol):
-    """An object store where several processes can put one object together, in parts, as the uploads of S3 do.
+    """An object store where several processes can put one object together, in parts, as the uploads of S3 do; and
+    where an object can be replaced on the condition that nobody else has done so.
 
     One begins the upload and tells the others its id; each puts parts, in any order; one finishes it, with what all of
     them were answered. Until then nothing is there. `delete_tree` of a folder aborts the uploads below it.
@@ -152,6 +153,11 @@ class SharedPuts(Storage, Protocol):
 
     def list_uploads(self, prefix: str = "") -> list[tuple[str, UploadId]]:
         """Key and id of every upload that was begun and not finished, below a folder, at any depth."""
+        ...
+
+    def swap(self, key: str, old: bytes, new: bytes) -> None:
+        """`replace`, but only what still is `old`: `FileExistsError` if another has replaced it, `FileNotFoundError` if
+        it is gone. Where the server knows no such condition, it is looked at just before."""
         ...
 
 

@@ -165,6 +165,12 @@ class MemoryObjects(_Memory):
         with self._lock:
             return sorted((key, upload) for upload, (key, _) in self._uploads.items() if key.startswith(folder))
 
+    def swap(self, key: str, old: bytes, new: bytes) -> None:
+        with self._lock:
+            if self._get(key) != old:
+                raise self._error(errno.EEXIST, key, "another writer has replaced it")
+            self.replace(key, new)
+
     def delete_tree(self, prefix: str) -> None:
         with self._lock:
             for key, upload in self.list_uploads(prefix):

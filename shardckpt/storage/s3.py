@@ -170,6 +170,18 @@ class S3Storage(FsspecStorage):
         path = self._path(key)
         self._call(self._what("replace", key), lambda fs: requests.put_object(fs, path, bytes(content), new=False))
 
+    def swap(self, key: str, old: bytes, new: bytes) -> None:
+        what, path = self._what("replace", key), self._path(key)
+        taken = OSError(errno.EEXIST, f"{what}: another writer has replaced it in the meantime")
+        content, tag = self._call(what, lambda fs: requests.get_tagged(fs, path))
+        if content != old:
+            raise taken
+        try:
+            self._call(what, lambda fs: requests.put_over(fs, path, bytes(new), tag=tag))
+        except FileExistsError:
+            if self.read(key) != new:  # else it was refused by its own first try, whose answer was lost
+                raise taken from None
+
     def read(self, key: str) -> bytes:
         path = self._path(key)
         return self._call(self._what("read", key), lambda fs: requests.get_object(fs, path))
@@ -208,8 +220,10 @@ class S3Storage(FsspecStorage):
     _delete_objects = staticmethod(requests.delete_objects)
 
     def _forget_folders(self, folders: Sequence[str]) -> None:
-        """Some servers (SeaweedFS) go on to list a folder that is empty until its marker, "folder/", is deleted."""
-        for folder in reversed(folders):
+        """Some servers (SeaweedFS) go on to list a folder that is empty until its marker, "folder/", is deleted; also
+        the one that these were in, which stays where there is something in it."""
+        above = folders[0].rpartition("/")[0]
+        for folder in [*reversed(folders), *([above] if above else [])]:
             with suppress(OSError):
                 self._call(f"cannot delete {folder!r}", partial(requests.delete_marker, path=self._path(folder)))
 

@@ -33,7 +33,7 @@ class StorageWrapper:
 
     Making one (`RetryingStorage(inner)`) gives an object of that class or, if `inner` can rename folders, of a class
     derived from it that has the five renaming methods as well: `isinstance(it, RenamingStorage)` is right both ways.
-    The same with the five methods of a `SharedPuts`.
+    The same with the six methods of a `SharedPuts`.
     """
 
     def __new__(cls, inner: Storage, *_args: Any, **_options: Any) -> Any:
@@ -137,6 +137,9 @@ class _Shares(StorageWrapper):
         return self.around(
             Operation("list_uploads", (prefix,), idempotent=True), lambda: self.inner.list_uploads(prefix)
         )
+
+    def swap(self, key: str, old: bytes, new: bytes) -> None:
+        self.around(Operation("swap", (key,)), lambda: self.inner.swap(key, old, new))
 
 
 def _with(cls: type[StorageWrapper], methods: type[StorageWrapper]) -> type[StorageWrapper]:

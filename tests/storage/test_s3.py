@@ -5,11 +5,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from shardckpt.storage import MemoryObjects, RetryPolicy, S3Storage, SharedPuts, Transfers, is_transient
+from shardckpt.storage.objects import requests
 from shardckpt.storage.objects.parts import cut, nbytes_of, sizes
 from shardckpt.storage.objects.writeonce import WriteOnce
 from shardckpt.testing.storage_suite import filled, ranges
@@ -198,6 +199,43 @@ class TestServersThatDoNotRefuse:
         assert storage.list_uploads() == []
 
 
+@pytest.mark.s3
+def test_what_is_replaced_between_look_and_replacement_stays(
+    any_s3: S3Server, place: Callable[[S3Server], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = any_s3.storage(place(any_s3), retries=QUICK)
+    storage.put("a", [b"1"])
+    put_over = requests.put_over
+
+    def late(fs: Any, path: str, content: bytes, *, tag: str) -> None:
+        storage.replace("a", b"of another")
+        put_over(fs, path, content, tag=tag)
+
+    monkeypatch.setattr(requests, "put_over", late)
+    with pytest.raises(FileExistsError, match=r"'a'.*another writer"):
+        storage.swap("a", b"1", b"2")
+    assert storage.read("a") == b"of another"
+
+
+@pytest.mark.s3
+def test_a_replacement_whose_answer_was_lost_recognises_itself(
+    any_s3: S3Server, place: Callable[[S3Server], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = any_s3.storage(place(any_s3), retries=QUICK)
+    storage.put("a", [b"1"])
+    put_over, tries = requests.put_over, list[str]()
+
+    def deaf(fs: Any, path: str, content: bytes, *, tag: str) -> None:
+        put_over(fs, path, content, tag=tag)
+        tries.append(tag)
+        raise ConnectionResetError("the answer was lost")
+
+    monkeypatch.setattr(requests, "put_over", lambda *a, **k: (put_over if tries else deaf)(*a, **k))
+    storage.swap("a", b"1", b"2")
+    assert storage.read("a") == b"2"
+    assert len(tries) == 1
+
+
 SHARING = ["memory", "moto", "seaweedfs"]
 
 
@@ -241,6 +279,16 @@ class TestSharedPuts:
         storage.abort_upload("a", upload)
         assert storage.read("a") == b"early"
         assert storage.list_uploads() == []
+
+    def test_only_what_is_known_is_replaced(self, storage: SharedPuts) -> None:
+        storage.put("a", [b"1"])
+        storage.swap("a", b"1", b"2")
+        with pytest.raises(FileExistsError, match=r"'a'.*another writer has replaced it"):
+            storage.swap("a", b"1", b"3")
+        assert storage.read("a") == b"2"
+        with pytest.raises(FileNotFoundError, match="'b'"):
+            storage.swap("b", b"1", b"2")
+        assert storage.list() == ["a"]
 
     def test_a_late_writer_of_an_aborted_upload_harms_nothing(self, storage: SharedPuts) -> None:
         upload = storage.begin_upload("d/a")

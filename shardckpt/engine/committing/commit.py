@@ -5,19 +5,22 @@ rename of the folder makes it the step. A step that is there already is exchange
 where the system cannot do that, moved aside first: between the two renames the step is in force under its `.old`
 name (`shardckpt.run.catalog` looks there), so a crash at any point leaves the old or the new one.
 
-Object store: the attempt's files lie under `step_N/<attempt>/`; putting `step_N/manifest.json` makes it the step.
+Object store: the attempt's files lie under `step_N/<attempt>/`; putting `step_N/manifest.json` makes it the step. An
+attempt replaces only the record that was in force when it began: one that was given up, and comes to its commit when
+the step has been saved again, must not put its own record over the newer one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from dataclasses import replace
 
 from shardckpt.errors import CommitUnknownError
 from shardckpt.format.layout import MANIFEST, step_folder
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
-from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
 
 _log = logging.getLogger(__name__)
 
@@ -29,19 +32,32 @@ def attempt_prefix(storage: Storage, step: int, attempt: str, *, folder: str | N
     return f"{folder or step_folder(step)}/{attempt}"
 
 
-def begin_attempt(storage: Storage, prefix: str) -> None:
-    """Make room for an attempt. `FileExistsError` if there is one of this id: ids are never used twice."""
+def begin_attempt(storage: Storage, prefix: str) -> bytes | None:
+    """Make room for an attempt. `FileExistsError` if there is one of this id: ids are never used twice.
+
+    Gives, on an object store, the step's record that is in force now; None if there is none.
+    """
     if isinstance(storage, RenamingStorage):
         storage.make_folder(prefix)
+        return None
+    try:
+        return storage.read(f"{prefix.rpartition('/')[0]}/{MANIFEST}")
+    except FileNotFoundError:
+        return None
 
 
-def commit_attempt(storage: Storage, prefix: str, manifest: Manifest, *, folder: str | None = None) -> None:
-    """Make the attempt the step. Returns only if it is; raises `CommitUnknownError` where that cannot be told."""
+def commit_attempt(
+    storage: Storage, prefix: str, manifest: Manifest, *, folder: str | None = None, known: bytes | None = None
+) -> None:
+    """Make the attempt the step. Returns only if it is; raises `CommitUnknownError` where that cannot be told.
+
+    `known` is what `begin_attempt` gave: on an object store, the one record that may be replaced.
+    """
     target = folder or step_folder(manifest.step)
     if isinstance(storage, RenamingStorage):
         _commit_by_rename(storage, prefix, manifest, target)
     else:
-        _commit_by_record(storage, manifest, target)
+        _commit_by_record(storage, manifest, target, known)
 
 
 def abandon_attempt(storage: Storage, prefix: str) -> None:
@@ -99,7 +115,7 @@ def _remove_replaced(storage: RenamingStorage, folder: str) -> None:
         _log.warning("the new step is in force, but the replaced one, %s, could not be removed: %s", folder, error)
 
 
-def _commit_by_record(storage: Storage, manifest: Manifest, target: str) -> None:
+def _commit_by_record(storage: Storage, manifest: Manifest, target: str, known: bytes | None) -> None:
     stored = replace(
         manifest,
         files=tuple(replace(file, name=f"{manifest.attempt}/{file.name}") for file in manifest.files),
@@ -107,17 +123,29 @@ def _commit_by_record(storage: Storage, manifest: Manifest, target: str) -> None
     key = f"{target}/{MANIFEST}"
     content = encode_manifest(stored)
     try:
-        previous = _read_record(storage, key)
-        if previous is None:
+        replaced = known is not None and _replace_record(storage, key, known, content)
+        if not replaced:
             storage.put(key, [content])
-        else:
-            storage.replace(key, content)
     except OSError as error:
         _settle(storage, key, content, manifest.step, error)
-        previous = None
-    if isinstance(previous, Manifest):
-        with contextlib.suppress(OSError):  # no longer named by any record: leftovers, not checkpoints
-            storage.delete_tree(f"{target}/{previous.attempt}")
+        return
+    if known is not None and replaced:
+        with contextlib.suppress(OSError, ValueError):  # no longer named by any record: leftovers, not checkpoints
+            storage.delete_tree(f"{target}/{decode_manifest(known).attempt}")
+
+
+def _replace_record(storage: Storage, key: str, known: bytes, content: bytes) -> bool:
+    """Put the record over the one that is known; False if that is gone, and `FileExistsError` if it is another now."""
+    try:
+        if isinstance(storage, SharedPuts):
+            storage.swap(key, known, content)
+        elif storage.read(key) == known:
+            storage.replace(key, content)
+        else:
+            raise OSError(errno.EEXIST, f"{key} in {storage.url}: the step was saved by somebody else in the meantime")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError, *, survives: bool = True) -> None:
@@ -142,13 +170,3 @@ def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSErro
             f"{key} is in force, but may not survive a power cut, since its folder could not be synced: {error}",
             step=step,
         ) from error
-
-
-def _read_record(storage: Storage, key: str) -> Manifest | str | None:
-    """The record that is there, or what is wrong with it; None if there is none."""
-    try:
-        return decode_manifest(storage.read(key))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        return str(error)

@@ -66,6 +66,8 @@ class Transaction:
         self._attempt = ""
         self._receipts: list[Receipt] | None = None
         self._uploads: dict[str, UploadId] = {}
+        self._known: bytes | None = None
+        """On rank 0, on an object store: the step's record that was in force when the attempt began."""
         self._may_be_in_force = False
         self.has_met = False
         """Whether this rank has gone to meet the others. Until then they wait for it."""
@@ -187,14 +189,14 @@ class Transaction:
 
     def _make_room(self) -> None:
         make = partial(begin_attempt, self._storage, self._prefix)
-        within(self._limit.work, make, what="making room for the attempt")
+        self._known = within(self._limit.work, make, what="making room for the attempt")
 
     def _put_in_force(self, manifest: Any) -> None:
         self._may_be_in_force = True
         try:
             within(
                 self._limit.talk,  # not less: whatever it ends with, it is better than not to know
-                lambda: commit_attempt(self._storage, self._prefix, manifest),
+                lambda: commit_attempt(self._storage, self._prefix, manifest, known=self._known),
                 what="putting the record in force",
             )
         except CommitUnknownError:

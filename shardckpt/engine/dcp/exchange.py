@@ -86,6 +86,8 @@ class Attempt:
     step: int
     groups: Mapping[str, tuple[int, ...]]
     """By digest of keys, the ranks that hold these keys; the first of them tells them."""
+    known: bytes | None = None
+    """See `begin_attempt`."""
 
 
 def compose(attempt: Attempt, written: Sequence[Written], *, created: str) -> Manifest:

@@ -124,10 +124,10 @@ class DcpWriter(StorageWriter):  # type: ignore[misc, unused-ignore]
         prefix = attempt_prefix(storage, self._place.step or 0, attempt, folder=folder)
         told = {digest: tuple(ranks) for digest, ranks in groups.items()}
         try:
-            begin_attempt(storage, prefix)
+            known = begin_attempt(storage, prefix)
         except OSError as error:
             raise self._error(f"it cannot be begun: {error}") from error
-        self._attempt = Attempt(attempt, prefix, folder, self._place.step or 0, told)
+        self._attempt = Attempt(attempt, prefix, folder, self._place.step or 0, told, known)
         return [
             replace(
                 plan,
@@ -220,7 +220,7 @@ class DcpWriter(StorageWriter):  # type: ignore[misc, unused-ignore]
         created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         try:
             manifest = compose(attempt, written, created=created)
-            commit_attempt(self._storage, attempt.prefix, manifest, folder=attempt.folder)
+            commit_attempt(self._storage, attempt.prefix, manifest, folder=attempt.folder, known=attempt.known)
         except CheckpointError:
             raise
         except (OSError, ValueError) as error:

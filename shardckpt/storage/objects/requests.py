@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardckpt.storage.objects.translate import number_of_code
+from shardckpt.storage.objects.translate import number_of_code, service_codes
 
 _STAMP = "shardckpt-put"
 """Name of the user metadata that tells one put from another."""
 _CHUNK = 1 << 20
+UNKNOWN_HEADER = frozenset({"NotImplemented", "501", "InvalidArgument"})
+"""What servers answer to a condition that they do not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,17 @@ def new_stamp() -> str:
 def put_object(fs: Any, path: str, content: bytes, *, new: bool, stamp: str | None = None) -> None:
     """`new`: only if nothing is there (`If-None-Match: *`)."""
     fs.call_s3("put_object", **_place(fs, path), Body=content, **_stamped(stamp), **_only_if(new))
+
+
+def put_over(fs: Any, path: str, content: bytes, *, tag: str) -> None:
+    """Only over what has this tag (`If-Match`); over anything where the server does not know that."""
+    place = _place(fs, path)
+    try:
+        fs.call_s3("put_object", **place, Body=content, IfMatch=tag)
+    except Exception as error:
+        if not UNKNOWN_HEADER.intersection(service_codes(error)):
+            raise
+        fs.call_s3("put_object", **place, Body=content)
 
 
 def start_upload(fs: Any, path: str, *, stamp: str) -> str:
@@ -85,9 +98,15 @@ def look_at(fs: Any, path: str) -> Head:
 
 def get_object(fs: Any, path: str) -> bytes:
     """All of it, in one request."""
+    return get_tagged(fs, path)[0]
+
+
+def get_tagged(fs: Any, path: str) -> tuple[bytes, str]:
+    """All of it, and the tag by which `put_over` knows it again."""
     from fsspec.asyn import sync
 
-    return bytes(sync(fs.loop, _get, fs, path))
+    content, tag = sync(fs.loop, _get, fs, path)
+    return bytes(content), str(tag)
 
 
 def get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview]) -> int:
@@ -113,10 +132,10 @@ def delete_marker(fs: Any, path: str) -> None:
     fs.call_s3("delete_object", Bucket=bucket, Key=f"{key}/")
 
 
-async def _get(fs: Any, path: str) -> bytes:
+async def _get(fs: Any, path: str) -> tuple[bytes, str]:
     answer = await fs._call_s3("get_object", **_place(fs, path))
     try:
-        return bytes(await answer["Body"].read())
+        return await answer["Body"].read(), answer["ETag"]
     finally:
         answer["Body"].close()
 

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
-from shardckpt.storage.objects.requests import delete_objects, finish_upload, new_stamp, put_object, put_part
+from shardckpt.storage.objects.requests import (
+    UNKNOWN_HEADER,
+    delete_objects,
+    finish_upload,
+    new_stamp,
+    put_object,
+    put_part,
+)
 from shardckpt.storage.objects.requests import start_upload as start
 from shardckpt.storage.objects.translate import service_codes
 
 T = TypeVar("T")
 Call: TypeAlias = Callable[[Callable[[Any], object]], object]
 """Does a request with retries, and raises the errors of the seam."""
-
-_UNKNOWN_HEADER = {"NotImplemented", "501", "InvalidArgument"}
 
 
 class WriteOnce:
@@ -62,7 +67,7 @@ def _is_refused(create: Callable[[], None]) -> bool:
         codes = set(service_codes(error))
         if codes & {"PreconditionFailed", "412"}:
             return True
-        if codes & _UNKNOWN_HEADER:
+        if codes & UNKNOWN_HEADER:
             return False
         raise
     return False

@@ -1,0 +1,54 @@
+"""An attempt that comes late to its commit, on object stores: only the record that it knows may be replaced."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from shardckpt.engine.committing.commit import attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.format.layout import new_attempt
+from shardckpt.run.catalog import Catalog
+from shardckpt.storage import MemoryObjects, open_storage
+from shardckpt.storage.base import Storage
+from tests.run.making import commit, fill, is_whole, record_of
+
+
+@pytest.fixture(params=["conditional", "unconditional"])
+def storage(request: pytest.FixtureRequest) -> Iterator[Storage]:
+    if request.param == "conditional":
+        yield MemoryObjects()
+        return
+    plain = open_storage(f"memory://{uuid.uuid4().hex}")
+    yield plain
+    plain.delete_tree("step_5")
+
+
+def begin(storage: Storage) -> tuple[str, str, bytes | None]:
+    attempt = new_attempt()
+    prefix = attempt_prefix(storage, 5, attempt)
+    known = begin_attempt(storage, prefix)
+    fill(storage, prefix)
+    return attempt, prefix, known
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_newer_record_stays_in_force(storage: Storage, replaces: bool) -> None:
+    if replaces:
+        commit(storage, 5)
+    (late, prefix, known), (newer, *of_newer) = begin(storage), begin(storage)
+    commit_attempt(storage, of_newer[0], record_of(5, newer), known=of_newer[1])
+    with pytest.raises(FileExistsError):
+        commit_attempt(storage, prefix, record_of(5, late), known=known)
+    assert Catalog(storage).record(5)[1].attempt == newer
+    assert is_whole(storage, 5)
+
+
+def test_a_step_that_was_deleted_meanwhile_is_saved_anew(storage: Storage) -> None:
+    commit(storage, 5)
+    attempt, prefix, known = begin(storage)
+    storage.delete(["step_5/manifest.json"])
+    commit_attempt(storage, prefix, record_of(5, attempt), known=known)
+    assert Catalog(storage).record(5)[1].attempt == attempt
+    assert is_whole(storage, 5)
