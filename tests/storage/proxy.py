@@ -6,6 +6,7 @@ import http.client
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Proxy:
     _rules: list[tuple[Harm, Callable[[Request], bool], list[int]]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _seen: list[Request] = field(default_factory=list)
+    _given: Counter[str] = field(default_factory=Counter)
 
     @property
     def seen(self) -> list[Request]:
@@ -71,10 +73,23 @@ class Proxy:
         with self._lock:
             self._rules.append((harm, matches, [times]))
 
+    @property
+    def given(self) -> Counter[str]:
+        """Bytes that were got of objects, by path."""
+        with self._lock:
+            return Counter(self._given)
+
     def heal(self) -> None:
         with self._lock:
             self._rules.clear()
             self._seen.clear()
+            self._given.clear()
+
+    def note(self, request: Request, nbytes: int) -> None:
+        """An answer of so many bytes has come from the server."""
+        if request.kind == "get":
+            with self._lock:
+                self._given[urlsplit(request.path).path] += nbytes
 
     def due(self, request: Request) -> Harm | None:
         with self._lock:
@@ -127,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(*harm.value)
             return
         status, headers, content = self._forward(body)
+        self.server.proxy.note(request, len(content))
         if harm is Harm.LOST:
             self._hang_up()
             return

@@ -20,6 +20,7 @@ _VOLUME_SERVERS = 3
 _GATEWAYS = 2
 _HERE = "127.0.0.1"
 _BUCKET = "checkpoints"
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def running() -> Iterator[Cluster]:
 
 @contextmanager
 def _started(weed: str, folder: Path) -> Iterator[Cluster]:
-    keys = {"AWS_ACCESS_KEY_ID": f"key{secrets.token_hex(8)}", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20)}
+    keys = dict(zip(_KEYS, (f"key{secrets.token_hex(8)}", secrets.token_hex(20)), strict=True))
     ports = free_ports(2 * (2 + _VOLUME_SERVERS + _GATEWAYS))
     parts = _Parts(weed, folder, keys, list(zip(ports[::2], ports[1::2], strict=True)))
     try:
@@ -78,7 +79,8 @@ def _started(weed: str, folder: Path) -> Iterator[Cluster]:
                 options = ["-filer", filer.address, "-localSocket", part.socket, "-autoCreateBucket=false"]
                 options += ["-port.iceberg", "0", "-port.lance", "0"]
                 server = stack.enter_context(part.run("s3", *options, healthy="/healthz"))
-                gateways.append(ObjectServer(f"http://{_HERE}:{part.port}", _BUCKET, *keys.values(), server.pid))
+                endpoint, pair = f"http://{_HERE}:{part.port}", [keys[name] for name in _KEYS]
+                gateways.append(ObjectServer(endpoint, _BUCKET, pair[0], pair[1], server.pid))
             yield Cluster(tuple(gateways), tuple(volume_servers))
     finally:
         for port in ports:
