@@ -3,20 +3,24 @@
 A server of its own on this machine (SeaweedFS, its data in the folder for temporary files: set TMPDIR to choose), one
 process, state A. By turns in one process: ours (`CheckpointManager`), `dcp.save` and `dcp.load` with `FsspecWriter` and
 `FsspecReader`, and the same number of bytes put and got by bare clients: s3fs as shipped, s3fs with parts from several
-threads, obstore; each with several settings, of which the best one counts. What was loaded is compared with what was
-saved before any number counts.
+threads, obstore; each with several settings, of which the best one counts. Then several ranks that hold one state alike
+(`benchmarks.several`): all write against one writes, each byte read once against all read all. What was loaded is
+compared with what was saved before any number counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
+import json
 import os
 import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +29,7 @@ from typing import Any
 import torch
 
 import shardckpt as sc
+from benchmarks import several
 from benchmarks.engines.dcp import Dcp
 from benchmarks.limits import machine_facts
 from benchmarks.places import Place
@@ -67,21 +72,20 @@ class Bare:
     """The clients themselves: one object of as many bytes as the state has."""
 
     def __init__(self, server: ObjectServer, nbytes: int) -> None:
-        import obstore
-        from obstore.store import S3Store
-
         storage: Any = open_storage(server.url, storage_options=server.options)
         self._fs = storage._client()
         self._bucket = server.bucket
-        self._obstore = obstore
-        self._store = S3Store(
-            server.bucket,
-            access_key_id=server.access_key,
-            secret_access_key=server.secret_key,
-            endpoint=server.endpoint,
-            region="us-east-1",
-            client_options={"allow_http": True},
-        )
+        self._obstore: Any = None
+        with suppress(ImportError):  # where it is installed, it is measured as well
+            self._obstore = importlib.import_module("obstore")
+            self._store = importlib.import_module("obstore.store").S3Store(
+                server.bucket,
+                access_key_id=server.access_key,
+                secret_access_key=server.secret_key,
+                endpoint=server.endpoint,
+                region="us-east-1",
+                client_options={"allow_http": True},
+            )
         noise = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
         self._content = memoryview(noise.numpy().data).cast("B")
 
@@ -91,19 +95,17 @@ class Bare:
         }
         for part, threads in ((8, 4), (8, 8), (16, 4)):
             own[f"put, s3fs, {part} MiB x {threads}"] = partial(self._put_s3fs, nbytes=part * _MiB, threads=threads)
-            own[f"put, obstore, {part} MiB x {threads}"] = partial(
-                self._put_obstore, nbytes=part * _MiB, threads=threads
-            )
+            if self._obstore is not None:
+                put = partial(self._put_obstore, nbytes=part * _MiB, threads=threads)
+                own[f"put, obstore, {part} MiB x {threads}"] = put
         return own
 
     def gets(self) -> dict[str, Callable[[str], object]]:
-        return {
-            "get, s3fs, 8 MiB x 16": self._get_s3fs,
-            "get, obstore, 8 MiB": self._get_obstore,
-        }
+        own: dict[str, Callable[[str], object]] = {"get, s3fs, 8 MiB x 16": self._get_s3fs}
+        return own if self._obstore is None else {**own, "get, obstore, 8 MiB": self._get_obstore}
 
     def remove(self, key: str) -> None:
-        self._obstore.delete(self._store, key)
+        self._fs.rm_file(f"{self._bucket}/{key}")
 
     def _put_obstore(self, key: str, *, nbytes: int, threads: int) -> None:
         where, what = (self._store, key), self._content
@@ -199,19 +201,20 @@ class Bench:
 
 
 def told(timings: Timings, nbytes: int) -> str:
-    lines = [f"{'':34}{'s, median (range)':>26}{'MB/s':>8}"]
+    """Markdown."""
+    lines = ["| | s, median (range) | MB/s |", "| --- | ---: | ---: |"]
     for name in timings.seconds:
         spread = timings.spread(name)
         text = f"{spread.middle:.2f} ({spread.least:.2f}-{spread.most:.2f})"
-        lines.append(f"{name:34}{text:>26}{nbytes / spread.middle / 1e6:8.0f}")
-    lines.append("")
+        lines.append(f"| {name} | {text} | {nbytes / spread.middle / 1e6:.0f} |")
+    lines += ["", "| as fast as | times (range) | goal |", "| --- | ---: | ---: |"]
     for what, bare in (("save", "put"), ("load", "get")):
         for against, goal in ((f"{what}, dcp", GOALS["dcp"]), (timings.best(f"{bare},"), GOALS["bare"])):
             pairs = zip(timings.seconds[against], timings.seconds[f"{what}, shardckpt"], strict=True)
             ratio = Spread.of([other / own for other, own in pairs])
             assert ratio is not None
             text = f"{ratio.middle:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
-            lines.append(f"{what}: as fast as '{against}' {text} x; the goal is {goal:g}")
+            lines.append(f"| {what}: {against} | {text} | {goal:g} |")
     return "\n".join(lines)
 
 
@@ -219,19 +222,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.objects", description=__doc__)
     parser.add_argument("--gb", type=float, default=0.3, help="size of the state, in 10^9 bytes (default: 0.3)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    parser.add_argument("--ranks", type=int, default=4, help="of the job with several processes (default: 4; 1: none)")
     parser.add_argument("--patience", type=float, default=0.0, metavar="S", help="wait so long for a quiet machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the seconds of every turn here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    state = make(Shape("A", int(options.gb * 1e9)), rank=0, mesh=None)
+    facts, nbytes = machine_facts(Path(tempfile.gettempdir())), int(options.gb * 1e9)
+    together: dict[str, list[float]] = {}
     with seaweed.running(bucket="benchmark") as server:
-        os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where
+        os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where, and for the ranks
+        state = make(Shape("A", nbytes), rank=0, mesh=None)
         bench = Bench(server, state)
         for number in range(options.rounds):
             bench.round(number, options.patience)
         bench.close()
-    print(machine_facts(Path(tempfile.gettempdir())))
-    print(f"state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, one process, SeaweedFS on this machine\n")
-    print(told(bench.timings, state.nbytes))
+        print(", ".join(f"{key}: {value}" for key, value in facts.items()))
+        print(f"\nOne process, state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, SeaweedFS beside it:\n")
+        print(told(bench.timings, state.nbytes), flush=True)
+        if options.ranks > 1:
+            with tempfile.TemporaryDirectory(prefix="shardckpt-bench-") as folder:
+                where = f"{server.url}/{secrets.token_hex(4)}"
+                task = several.Task(where, nbytes, options.rounds, f"{folder}/result.json", options.patience)
+                together = several.measure(task, options.ranks)
+            print(several.render(together, nbytes, options.ranks))
+    if options.json:
+        found = {"machine": facts, "nbytes": nbytes, "rounds": options.rounds, "ranks": options.ranks}
+        found |= {"one process": bench.timings.seconds, "several ranks": together}
+        options.json.write_text(json.dumps(found, indent=1, default=str))
     return 0
 
 

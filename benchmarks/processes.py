@@ -30,7 +30,7 @@ def run_job(task: Task, ranks: int, folder: Path) -> dict[str, Any]:
     command = [sys.executable, *start, "-m", "benchmarks.job", str(file)]
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=_environment()
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment()
         )
         status: int | str
         try:
@@ -49,7 +49,7 @@ def run_job(task: Task, ranks: int, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, with this package to be found from anywhere."""
     here = str(Path(__file__).resolve().parent.parent)
     paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
