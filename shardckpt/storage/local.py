@@ -14,7 +14,14 @@ from typing import Literal
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
 from shardckpt.storage.posix.choose import Chooser
 from shardckpt.storage.posix.explain import explained
-from shardckpt.storage.posix.folders import open_folder, opened_folder, regular_or_folder, remove_tree, sync_descriptor
+from shardckpt.storage.posix.folders import (
+    let_go,
+    open_folder,
+    opened_folder,
+    regular_or_folder,
+    remove_tree,
+    sync_descriptor,
+)
 from shardckpt.storage.posix.map import MappedFile
 from shardckpt.storage.posix.read import read_runs
 from shardckpt.storage.posix.syscalls import EXCHANGE, Entry, rename_new, renameat2
@@ -88,7 +95,7 @@ class LocalStorage:
             with explained(what):
                 file = os.open(name, _SHARE, 0o666, dir_fd=folder)
             try:
-                again = partial(_open_again, folder, name, file)
+                again = partial(_open_again, (folder, name), file, what)
                 with explained(what):
                     _file(os.fstat(file))
                 return self._chooser.write(file, parts, reopen=again, what=what, offset=offset)
@@ -103,7 +110,7 @@ class LocalStorage:
             file = os.open(name, _CREATE, 0o666, dir_fd=folder)
         try:
             try:
-                again = partial(_open_again, folder, name, file)
+                again = partial(_open_again, (folder, name), file, what)
                 nbytes = self._chooser.write(file, parts, reopen=again, what=what)
             finally:
                 with explained(what):
@@ -216,7 +223,7 @@ class LocalStorage:
         try:
             yield folder, name
         finally:
-            os.close(folder)
+            let_go(folder)
 
     @contextmanager
     def _two_folders(self, one: str, other: str, what: str) -> Iterator[tuple[Entry, Entry]]:
@@ -235,7 +242,7 @@ class LocalStorage:
             try:
                 _file(os.fstat(file))
             except BaseException:
-                os.close(file)
+                let_go(file)
                 raise
         return file
 
@@ -250,10 +257,16 @@ def _file(found: os.stat_result) -> os.stat_result:
     return found
 
 
-def _open_again(folder: int, name: str, file: int, flags: int) -> int:
+def _open_again(entry: Entry, file: int, what: str, flags: int) -> int:
     """A second descriptor of the file that was just created, with more flags."""
-    again = os.open(name, _AGAIN | flags, dir_fd=folder)
-    if os.path.samestat(os.fstat(again), os.fstat(file)):
-        return again
-    os.close(again)
-    raise OSError(errno.ESTALE, "another process has replaced the file while it was being written")
+    folder, name = entry
+    with explained(what):
+        again = os.open(name, _AGAIN | flags, dir_fd=folder)
+        try:
+            if os.path.samestat(os.fstat(again), os.fstat(file)):
+                return again
+        except BaseException:
+            let_go(again)
+            raise
+    let_go(again)
+    raise OSError(errno.ESTALE, f"{what}: another process has replaced the file while it was being written")

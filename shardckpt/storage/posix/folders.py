@@ -23,7 +23,13 @@ def opened_folder(root: str, parts: Sequence[str]) -> Iterator[int]:
     try:
         yield folder
     finally:
-        os.close(folder)
+        let_go(folder)
+
+
+def let_go(descriptor: int) -> None:
+    """Close what was open for reading: a folder, or a file. Nothing was written through it, so nothing can be lost."""
+    with suppress(OSError):  # it is closed, whatever Linux says
+        os.close(descriptor)
 
 
 def open_folder(root: str, parts: Sequence[str], *, create: bool = False) -> int:
@@ -45,11 +51,10 @@ def open_folder(root: str, parts: Sequence[str], *, create: bool = False) -> int
 def _walk(folder: int, parts: Sequence[str], step: Callable[[int, str], int]) -> int:
     try:
         for part in parts:
-            below = step(folder, part)
-            os.close(folder)
-            folder = below
+            above, folder = folder, step(folder, part)
+            let_go(above)
     except BaseException:
-        os.close(folder)
+        let_go(folder)
         raise
     return folder
 
@@ -93,7 +98,7 @@ def _make_root(root: str) -> None:
         try:
             sync_descriptor(above)
         finally:
-            os.close(above)
+            let_go(above)
 
 
 def sync_descriptor(folder: int) -> None:
@@ -133,7 +138,7 @@ def remove_tree(folder: int, name: str) -> None:
             else:
                 return
     finally:
-        os.close(below)
+        let_go(below)
 
 
 def _remove_entries(folder: int) -> None:

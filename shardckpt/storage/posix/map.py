@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from shardckpt.storage.posix.explain import explain, explained
+from shardckpt.storage.posix.folders import let_go
 from shardckpt.storage.posix.write import skipped
 
 _POPULATE_READ = 22  # linux/mman.h; Python does not name it
@@ -41,7 +42,7 @@ class MappedFile:
                 self._nbytes = os.fstat(file).st_size
                 self._map = mmap.mmap(file, self._nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ) if self._nbytes else None
         except BaseException:
-            os.close(file)
+            let_go(file)
             raise
         self._address = _address_of(self._map) if self._map is not None else 0
 
@@ -96,7 +97,7 @@ class MappedFile:
         """Unmapped with the last view of it: closing it under a view would be an error."""
         self._map = None
         if self._file >= 0:
-            os.close(self._file)
+            let_go(self._file)
             self._file = -1
 
     def _now(self, start: int, into: Sequence[memoryview]) -> int:

@@ -9,6 +9,7 @@ from itertools import groupby, islice
 
 from shardckpt.storage.base import Read
 from shardckpt.storage.posix.explain import explained
+from shardckpt.storage.posix.folders import let_go
 from shardckpt.storage.posix.write import MOST_BUFFERS, skipped
 from shardckpt.storage.transfer.ranges import Run, merge
 from shardckpt.storage.transfer.several import for_each
@@ -30,7 +31,7 @@ def read_runs(reads: Sequence[Read], *, opened: Callable[[str], int], url: str, 
             descriptors: dict[str, int] = {}
             for key, _ in batch:
                 descriptors[key] = opened(key)
-                stack.callback(os.close, descriptors[key])
+                stack.callback(let_go, descriptors[key])
 
             def fill(run: Run, descriptors: dict[str, int] = descriptors) -> None:
                 _fill(descriptors[run.key], run, url)

@@ -117,7 +117,7 @@ def write_parts(
             yield piece
 
     with ExitStack() as stack:
-        writer = _writer(file, method, reopen, stack)
+        writer = _writer(file, method, reopen, stack, what)
 
         def write(piece: Piece) -> None:
             with explained(what):
@@ -131,7 +131,9 @@ def write_parts(
     return nbytes
 
 
-def _writer(file: int, method: WriteMethod, reopen: Callable[[int], int], stack: ExitStack) -> Callable[[Piece], None]:
+def _writer(
+    file: int, method: WriteMethod, reopen: Callable[[int], int], stack: ExitStack, what: str
+) -> Callable[[Piece], None]:
     if method.way == "dontcache":
         return _Buffered(file, RWF_DONTCACHE).write
     o_direct = getattr(os, "O_DIRECT", 0)  # Linux only
@@ -142,9 +144,14 @@ def _writer(file: int, method: WriteMethod, reopen: Callable[[int], int], stack:
             if error.errno not in _UNSUPPORTED:
                 raise
         else:
-            stack.callback(os.close, direct)
+            stack.callback(_close, direct, what)
             return _Direct(direct, _Buffered(file, RWF_DONTCACHE)).write
     return _Buffered(file).write
+
+
+def _close(file: int, what: str) -> None:
+    with explained(what):
+        os.close(file)
 
 
 class _Buffered:
