@@ -14,7 +14,7 @@ from shardckpt.gang.base import Gang
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.store import StoreGang
 from shardckpt.gang.wire.mailbox import Store
-from shardckpt.gang.wire.nonce import agree_on_nonce
+from shardckpt.gang.wire.nonce import agree_on_nonce, roll_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -163,21 +163,24 @@ class _Job:
         run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         members = uuid.uuid5(uuid.NAMESPACE_OID, "-".join(map(str, ranks))).hex[:16]
         own = list(ranks).index(self.rank)
+        place = f"start/{run}/{members}"
         nonce = agree_on_nonce(
             self.make_store,
-            place=f"start/{run}/{members}",
+            place=place,
             rank=own,
             size=len(ranks),
             label=f"{run}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
             timeout=timeout,
         )
+        here: dict[str, Any] = {"rank": own, "size": len(ranks), "nonce": nonce}
+        here["roll"] = roll_of(place=place, nonce=nonce, size=len(ranks))
         if not self.with_gloo:
-            return StoreGang(self.make_store, rank=own, size=len(ranks), nonce=nonce)
+            return StoreGang(self.make_store, **here)
         from shardckpt.gang.process_group import ProcessGroupGang
 
         # Gloo heeds this variable only for groups that it chooses the device of.
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-        return ProcessGroupGang(self.make_store, rank=own, size=len(ranks), nonce=nonce, interface=interface)
+        return ProcessGroupGang(self.make_store, interface=interface, **here)
 
 
 def _initialised() -> _Job | None:

@@ -20,6 +20,7 @@ from shardckpt.gang.store import Deadline, StoreGang, last_seen
 from shardckpt.gang.together import together
 from shardckpt.gang.wire.mailbox import Line, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
+from shardckpt.gang.wire.roll import UNKNOWN, Roll, neighbours
 from shardckpt.gang.wire.star import LinkError, Star
 
 _MEETING = 1
@@ -48,11 +49,12 @@ class ProcessGroupGang:
         nonce: str,
         name: str = "root",
         interface: str = "",
+        roll: Roll = UNKNOWN,
     ) -> None:
         self._make_store = make_store
         self._interface = interface
         self._name, self._rank, self._size, self._nonce = name, rank, size, nonce
-        self._meeting = StoreGang(make_store, rank=rank, size=size, nonce=nonce, name=name)
+        self._meeting = StoreGang(make_store, rank=rank, size=size, nonce=nonce, name=name, roll=roll)
         self._history = History()
         self._star: Star | None = None
         self._conversation = ""
@@ -132,9 +134,8 @@ class ProcessGroupGang:
         if len(ranks) == 1:
             return LocalGang(name)
         own = list(ranks).index(self._rank)
-        return ProcessGroupGang(
-            self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, interface=self._interface
-        )
+        options: dict[str, Any] = {"interface": self._interface, "roll": self._meeting.roll.of(ranks)}
+        return ProcessGroupGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, **options)
 
     def line(self) -> Line:
         return self._meeting.line()
@@ -205,8 +206,13 @@ class ProcessGroupGang:
             below: Any = PrefixStore(prefix, store)  # type: ignore[arg-type]
             return Star.open(below, rank=self._rank, size=self._size, timeout=timeout, interface=self._interface)
 
+        others, roll = neighbours(self._rank, self._size), self._meeting.roll
+        roll.call(self._meeting.mailbox, others, timeout_s=deadline.left_s(self._rank))
+
         def connect() -> None:
-            self._star = self._meeting.mailbox.run(make, timeout_s=timeout.total_seconds())
+            self._star = self._meeting.mailbox.run(
+                make, timeout_s=timeout.total_seconds(), ended=lambda: roll.ended(others)
+            )
 
         try:
             together(self._meeting, connect, phase="connecting", timeout=timeout)

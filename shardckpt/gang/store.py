@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardckpt.errors import GangError
@@ -15,6 +16,7 @@ from shardckpt.gang.base import Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.wire.mailbox import Line, Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
+from shardckpt.gang.wire.roll import UNKNOWN, Roll
 
 if TYPE_CHECKING:
     from shardckpt.gang.relay import Relay
@@ -55,9 +57,18 @@ class StoreGang:
     """
 
     def __init__(
-        self, make_store: Callable[[], Store], *, rank: int, size: int, nonce: str, name: str = "root"
+        self,
+        make_store: Callable[[], Store],
+        *,
+        rank: int,
+        size: int,
+        nonce: str,
+        name: str = "root",
+        roll: Roll = UNKNOWN,
     ) -> None:
+        """`roll`: its ranks as processes, where that is known. One that has ended is then not waited for."""
         self._make_store = make_store
+        self.roll = roll
         self._name, self._rank, self._size, self._nonce = name, rank, size, nonce
         self.mailbox = Mailbox(make_store, f"shardckpt/{nonce}", name=f"shardckpt-{name}-{rank}")
         self._history = History()
@@ -94,8 +105,9 @@ class StoreGang:
         values[0] = own
         absent = [rank for rank in range(self._size) if rank not in values]
         if absent:
+            note = self.roll.obituary(absent)
             raise GatherError(
-                f"gang {self._name!r}: {ranks_text(absent)} did not answer within {deadline.waited_s:.3g} s",
+                f"gang {self._name!r}: {ranks_text(absent)} did not answer within {deadline.waited_s:.3g} s{note}",
                 absent=absent,
                 values=values,
             )
@@ -119,7 +131,7 @@ class StoreGang:
         if len(ranks) == 1:
             return LocalGang(name)
         own = list(ranks).index(self._rank)
-        return StoreGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name)
+        return StoreGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, roll=self.roll.of(ranks))
 
     def subnonce(self, name: str, ranks: Sequence[int]) -> str:
         """A nonce for the next subgang of that name; counted by all ranks of this gang, also by those outside."""
@@ -175,7 +187,7 @@ class StoreGang:
                 gang=self._name,
                 size=self._size,
                 waited_s=deadline.waited_s,
-                note=last_seen(strangers, here),
+                note=last_seen(strangers, here) + self.roll.obituary([rank for rank in keys if rank not in here]),
             )
             self._put(self.mailbox.key(conversation, "verdict"), verdict.to_json(), deadline)
             if verdict.is_over_for(0):
@@ -238,13 +250,16 @@ class StoreGang:
 
     def _collect(self, keys: dict[int, str], deadline: Deadline) -> dict[int, Any]:
         with self._translated():
-            return self.mailbox.collect(keys, timeout_s=deadline.left_s(self._rank))
+            self.roll.call(self.mailbox, keys, timeout_s=deadline.left_s(self._rank))
+            ended = partial(self.roll.ended, list(keys))
+            return self.mailbox.collect(keys, timeout_s=deadline.left_s(self._rank), ended=ended)
 
     def _hear(self, key: str, deadline: Deadline) -> Any:
         """What rank 0 says under `key`."""
         heard = self._collect({0: key}, deadline)
         if not heard:
-            raise GangError(f"gang {self._name!r}: rank 0 did not answer within {deadline.waited_s:.3g} s", absent=[0])
+            waited = f"within {deadline.waited_s:.3g} s{self.roll.obituary([0])}"
+            raise GangError(f"gang {self._name!r}: rank 0 did not answer {waited}", absent=[0])
         return heard[0]
 
     @contextmanager

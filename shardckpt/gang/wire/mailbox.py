@@ -9,20 +9,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from shardckpt.gang.base import Json
-from shardckpt.gang.wire.messages import decode, encode
+from shardckpt.gang.wire.messages import decode, encode, ranks_text
 
 _T = TypeVar("_T")
 _C = TypeVar("_C")
 
+_LOOK_S = 0.25
+"""How often whoever waits looks whether that is in vain."""
+_LAST_S = 0.3
+"""How long the others may still take when it is known that somebody will not come."""
 _SLACK_S = 1.0
 """How much longer than its own timeout a store call may take before it is abandoned."""
+
+
+Ended: TypeAlias = Callable[[], AbstractSet[int]]
+"""Tells which ranks have ended since."""
+
+
+def _nobody() -> AbstractSet[int]:
+    return frozenset()
 
 
 class Store(Protocol):
@@ -39,6 +53,14 @@ class Store(Protocol):
 
 class SilentError(TimeoutError):
     """A call did not come back in time; its thread and client were abandoned."""
+
+
+class VainError(ConnectionError):
+    """What was waited for cannot come any more: the processes of `ranks` have ended. The client was abandoned."""
+
+    def __init__(self, ranks: Iterable[int]) -> None:
+        self.ranks = frozenset(ranks)
+        super().__init__(f"{ranks_text(self.ranks)} was killed, or has ended")
 
 
 class _Job(Generic[_C, _T]):
@@ -71,8 +93,11 @@ class Watchdog(Generic[_C]):
         self._thread: threading.Thread | None = None
         self._abandoned = False
 
-    def call(self, act: Callable[[_C], _T], *, within_s: float) -> _T:
-        """`act(client)`, or its error; `SilentError` when it takes longer, and at once after that until `renew`."""
+    def call(self, act: Callable[[_C], _T], *, within_s: float, ended: Ended = _nobody) -> _T:
+        """`act(client)`, or its error; `SilentError` when it takes longer, and at once after that until `renew`.
+
+        `VainError` as soon as `ended` names somebody; the next call has a fresh client.
+        """
         if self._abandoned:
             raise SilentError("an earlier call to the store did not come back")
         if self._jobs is None:
@@ -84,8 +109,8 @@ class Watchdog(Generic[_C]):
         job = _Job(act)
         self._jobs.put(job)
         try:
-            finished = job.done.wait(within_s)
-        except BaseException:  # Ctrl-C: the client is still busy with what nobody waits for any more
+            finished = _wait_for(job.done, within_s, ended)
+        except BaseException:  # Ctrl-C, too: the client is still busy with what nobody waits for any more
             self.abandon()
             self.renew()
             raise
@@ -116,6 +141,16 @@ class Watchdog(Generic[_C]):
 
     def __del__(self) -> None:
         self.abandon()
+
+
+def _wait_for(done: threading.Event, within_s: float, ended: Ended) -> bool:
+    end = time.monotonic() + within_s
+    while not done.wait(min(_LOOK_S, max(end - time.monotonic(), 0.0))):
+        if time.monotonic() >= end:
+            return False
+        if ranks := ended():
+            raise VainError(ranks)
+    return True
 
 
 def _work(make_client: Callable[[], _C], jobs: SimpleQueue[_Job[_C, Any] | None]) -> None:
@@ -169,11 +204,27 @@ class Mailbox:
 
         self.run(act, timeout_s=timeout_s)
 
-    def collect(self, keys: Mapping[int, str], *, timeout_s: float) -> dict[int, Any]:
-        """Wait for all keys; give the values of those that are there when all are, or at the timeout."""
-        if not keys:
-            return {}
-        return self.run(lambda store: _collect(store, keys, timeout_s), timeout_s=timeout_s)
+    def collect(self, keys: Mapping[int, str], *, timeout_s: float, ended: Ended = _nobody) -> dict[int, Any]:
+        """Wait for all keys; give the values of those that are there when all are, or at the timeout.
+
+        `ended` gives the ranks that have ended: when one of those has left no value, that is the end of the waiting.
+        """
+        end, passed = time.monotonic() + timeout_s, set[int]()
+
+        def in_vain() -> AbstractSet[int]:
+            return ended() & keys.keys() - passed
+
+        while keys:
+            left_s = max(end - time.monotonic(), 0.0)
+            wait = partial(_collect, keys=keys, timeout_s=left_s)
+            try:
+                return self.run(wait, timeout_s=left_s, ended=in_vain)
+            except VainError as error:
+                there = self.run(partial(_collect, keys=keys, timeout_s=_LAST_S), timeout_s=_LAST_S)
+                if not error.ranks <= there.keys():
+                    return there
+                passed |= error.ranks  # they have said what they had to say
+        return {}
 
     def peek(self, key: str, *, timeout_s: float) -> Any | None:
         """The value of a key that is deleted by nobody else now, or None if it is not there. Does not wait."""
@@ -188,9 +239,9 @@ class Mailbox:
         self._doomed += [key for stage, key in self._written if stage < before]
         self._written = [entry for entry in self._written if entry[0] >= before]
 
-    def run(self, act: Callable[[Store], _T], *, timeout_s: float) -> _T:
+    def run(self, act: Callable[[Store], _T], *, timeout_s: float, ended: Ended = _nobody) -> _T:
         try:
-            return self._watchdog.call(act, within_s=timeout_s + _SLACK_S)
+            return self._watchdog.call(act, within_s=timeout_s + _SLACK_S, ended=ended)
         except RuntimeError:
             self._watchdog.abandon()
             raise

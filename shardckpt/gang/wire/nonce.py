@@ -10,6 +10,7 @@ from datetime import timedelta
 from shardckpt.errors import GangError
 from shardckpt.gang.wire.mailbox import Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import ranks_text
+from shardckpt.gang.wire.roll import Roll, own_process
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 
@@ -38,7 +39,13 @@ def agree_on_nonce(
         mailbox.close()
 
 
+def roll_of(*, place: str, nonce: str, size: int) -> Roll:
+    """The processes that have agreed on that nonce there."""
+    return Roll(f"shardckpt/{place}/{nonce}/process", range(size))
+
+
 def _draw(mailbox: Mailbox, size: int, nonce: str, end: float) -> str:
+    mailbox.put(mailbox.key(nonce, "process", 0), own_process(), timeout_s=_left_s(end))
     mailbox.put(mailbox.key("call"), nonce, timeout_s=_left_s(end))
     keys = {rank: mailbox.key(nonce, rank) for rank in range(1, size)}
     words = mailbox.collect(keys, timeout_s=_left_s(end))
@@ -56,6 +63,7 @@ def _learn(mailbox: Mailbox, rank: int, end: float) -> str:
         called = mailbox.collect({0: mailbox.key("call")}, timeout_s=_left_s(end))
         if called and called[0] != answered:
             answered = str(called[0])
+            mailbox.put(mailbox.key(answered, "process", rank), own_process(), timeout_s=_left_s(end))
             mailbox.put(mailbox.key(answered, rank), word, timeout_s=_left_s(end))
         if answered:
             verdict = mailbox.peek(mailbox.key(answered, "heard"), timeout_s=_left_s(end))

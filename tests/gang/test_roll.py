@@ -1,0 +1,116 @@
+"""A process that has ended is known to have; one of which nothing is known is not said to have."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from shardckpt.errors import GangError
+from shardckpt.gang import Gangs, StoreGang
+from shardckpt.gang.wire.roll import UNKNOWN, Roll, has_ended, neighbours, own_process
+from shardckpt.testing.gang_acts import ENOUGH_S, LONG
+from shardckpt.testing.pool import ProcessPool, RankLostError
+
+
+@pytest.fixture
+def process() -> Any:
+    made = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield made
+    made.kill()
+    made.communicate()
+
+
+def known(pid: int) -> Any:
+    own: Any = own_process()
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return [*own[:2], pid, started]
+
+
+def test_it_lives_and_then_has_ended(process: Any) -> None:
+    own, other = own_process(), known(process.pid)
+    assert not has_ended(own, own=own)
+    assert not has_ended(other, own=own)
+    process.send_signal(signal.SIGSTOP)
+    assert not has_ended(other, own=own), "it may go on"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert has_ended(other, own=own), "nobody has asked yet how it ended"
+    process.wait()
+    assert has_ended(other, own=own)
+
+
+def test_another_process_that_got_its_number() -> None:
+    own: Any = own_process()
+    assert has_ended([*own[:3], "1"], own=own)
+
+
+def test_of_what_cannot_be_known_nothing_is_said(process: Any) -> None:
+    own, other = own_process(), known(process.pid)
+    process.kill()
+    process.wait()
+    assert not has_ended(["another machine", *other[1:]], own=own)
+    assert not has_ended([other[0], "pid:[1]", *other[2:]], own=own)
+    assert not has_ended(None, own=own)
+    assert not has_ended(other, own=None)
+    assert UNKNOWN.of([0]).ended([0, 1]) == set()
+
+
+def test_neighbours() -> None:
+    assert neighbours(0, 3) == [1, 2]
+    assert neighbours(2, 3) == [0, 1]
+    assert neighbours(100, 4096) == [0, *range(84, 100), *range(101, 117)]
+
+
+def test_a_value_that_was_given_before_the_end_is_taken(process: Any) -> None:
+    """Rank 1 has given its value and ended; rank 2 is only late, and is waited for."""
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    roll = Roll("who", (0, 1, 2), {0: own_process(), 1: known(process.pid), 2: own_process()})
+    gang = StoreGang(lambda: store, rank=0, size=3, nonce="n", roll=roll)
+    process.kill()
+    process.wait()
+    store.set("shardckpt/n/c/1/1", '"given"')
+    gang._conversation = "c"
+    try:
+        with pytest.raises(GangError, match="rank 2 did not answer") as caught:
+            gang.gather("own", timeout=timedelta(seconds=2))
+        assert caught.value.absent == (2,)
+        assert "killed" not in str(caught.value)
+    finally:
+        gang.close()
+
+
+def die_at_leisure(rank: int, size: int, folder: Path, victim: int) -> Any:
+    """Between two conversations, when nobody listens."""
+    gangs = Gangs.from_env()
+    try:
+        gangs.root.enter("before", timeout=LONG)
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(GangError) as caught:
+            gangs.root.enter("after", timeout=LONG)
+        return {"absent": caught.value.absent, "text": str(caught.value), "took_s": time.monotonic() - began}
+    finally:
+        gangs.close()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_is_killed_between_two_conversations(ranks: ProcessPool, victim: int) -> None:
+    outcomes = ranks.run_settled(3, die_at_leisure, victim)
+    assert isinstance(outcomes[victim].error, RankLostError)
+    for outcome in outcomes:
+        if outcome.rank != victim:
+            assert outcome.error is None, str(outcome)
+            assert outcome.value["absent"] == (victim,)
+            assert f"rank {victim} was killed, or has ended" in outcome.value["text"]
+            assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"
