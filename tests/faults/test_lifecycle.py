@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ import torch
 import shardckpt as sc
 from shardckpt.engine.saving.stage import Staging
 from shardckpt.storage.base import Storage
-from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import Operation
 from shardckpt.testing.faults import FailingStorage, GatedStorage, on
@@ -262,28 +259,3 @@ def test_a_storage_that_hangs_in_pruning_does_not_hold_the_training() -> None:
             assert 3 in checkpoints.steps()
     finally:
         gated.open_gate()
-
-
-def held() -> tuple[int, int]:
-    return threading.active_count(), len(os.listdir("/proc/self/fd"))
-
-
-def test_thirty_saves_of_which_every_other_one_fails(tmp_path: Path) -> None:
-    sick = threading.Event()
-    storage = FailingStorage(LocalStorage(tmp_path), lambda op: sick.is_set() and on("put")(op), times=None, error=full)
-    levels = []
-    with manager(storage, keep=sc.KeepLast(2)) as checkpoints:
-        for step in range(1, 31):
-            (sick.set if step % 2 else sick.clear)()
-            pending = checkpoints.save(step, make_state(0, step))
-            if step % 2:
-                with pytest.raises(sc.CheckpointSaveError):
-                    pending.result(LIMIT)
-                levels.append(held())  # here nothing is being pruned
-            else:
-                pending.result(LIMIT)
-        assert checkpoints.latest() == 30
-    threads, files = zip(*levels, strict=True)
-    assert max(threads[2:]) <= max(threads[:2]) + 1, "a thread that has just ended may still be counted"
-    assert max(files[2:]) <= max(files[:2]) + 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_28", "step_30"]
