@@ -227,10 +227,16 @@ def test_any_history(monkeypatch: pytest.MonkeyPatch, scale: Scale, scorecard: S
     scorecard.add("histories of a run (hypothesis)", runs=examples, notes=f"{done} steps")
 
 
+class OnObjects(History):
+    @initialize(kind=st.just(MemoryObjects))
+    def begin(self, kind: type[Storage]) -> None:
+        super().begin(kind)
+
+
 def test_a_score_that_outlives_what_it_was_given_to_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """On object stores, if it lay beside the record and not in the folder of its attempt."""
     monkeypatch.setattr(transaction, "datetime", History.clock)
     for module in (scores, deletion):
         monkeypatch.setattr(module, "score_key", lambda entry: f"{entry.folder}/score.txt")
     with pytest.raises(AssertionError):
-        play(History, 100, 30, phases=(Phase.generate,))  # nobody reads the shortest example
+        play(OnObjects, 100, 30, phases=(Phase.generate,))  # nobody reads the shortest example
