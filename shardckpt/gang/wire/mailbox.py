@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from shardckpt.gang.base import Json
-from shardckpt.gang.wire.messages import decode, encode, ranks_text
+from shardckpt.gang.wire.messages import decode, encode
+from shardckpt.gang.wire.vain import Ended, VainError, nobody, wait_for
 
 _T = TypeVar("_T")
 _C = TypeVar("_C")
 
-_LOOK_S = 0.25
-"""How often whoever waits looks whether that is in vain."""
 _LAST_S = 0.3
 """How long the others may still take when it is known that somebody will not come."""
 _SLACK_S = 1.0
 """How much longer than its own timeout a store call may take before it is abandoned."""
-
-
-Ended: TypeAlias = Callable[[], AbstractSet[int]]
-"""Tells which ranks have ended since."""
-
-
-def _nobody() -> AbstractSet[int]:
-    return frozenset()
 
 
 class Store(Protocol):
@@ -53,14 +44,6 @@ class Store(Protocol):
 
 class SilentError(TimeoutError):
     """A call did not come back in time; its thread and client were abandoned."""
-
-
-class VainError(ConnectionError):
-    """What was waited for cannot come any more: the processes of `ranks` have ended. The client was abandoned."""
-
-    def __init__(self, ranks: Iterable[int]) -> None:
-        self.ranks = frozenset(ranks)
-        super().__init__(f"{ranks_text(self.ranks)} was killed, or has ended")
 
 
 class _Job(Generic[_C, _T]):
@@ -93,7 +76,7 @@ class Watchdog(Generic[_C]):
         self._thread: threading.Thread | None = None
         self._abandoned = False
 
-    def call(self, act: Callable[[_C], _T], *, within_s: float, ended: Ended = _nobody) -> _T:
+    def call(self, act: Callable[[_C], _T], *, within_s: float, ended: Ended = nobody) -> _T:
         """`act(client)`, or its error; `SilentError` when it takes longer, and at once after that until `renew`.
 
         `VainError` as soon as `ended` names somebody; the next call has a fresh client.
@@ -109,7 +92,7 @@ class Watchdog(Generic[_C]):
         job = _Job(act)
         self._jobs.put(job)
         try:
-            finished = _wait_for(job.done, within_s, ended)
+            finished = wait_for(job.done, within_s, ended)
         except BaseException:  # Ctrl-C, too: the client is still busy with what nobody waits for any more
             self.abandon()
             self.renew()
@@ -141,16 +124,6 @@ class Watchdog(Generic[_C]):
 
     def __del__(self) -> None:
         self.abandon()
-
-
-def _wait_for(done: threading.Event, within_s: float, ended: Ended) -> bool:
-    end = time.monotonic() + within_s
-    while not done.wait(min(_LOOK_S, max(end - time.monotonic(), 0.0))):
-        if time.monotonic() >= end:
-            return False
-        if ranks := ended():
-            raise VainError(ranks)
-    return True
 
 
 def _work(make_client: Callable[[], _C], jobs: SimpleQueue[_Job[_C, Any] | None]) -> None:
@@ -204,7 +177,7 @@ class Mailbox:
 
         self.run(act, timeout_s=timeout_s)
 
-    def collect(self, keys: Mapping[int, str], *, timeout_s: float, ended: Ended = _nobody) -> dict[int, Any]:
+    def collect(self, keys: Mapping[int, str], *, timeout_s: float, ended: Ended = nobody) -> dict[int, Any]:
         """Wait for all keys; give the values of those that are there when all are, or at the timeout.
 
         `ended` gives the ranks that have ended: when one of those has left no value, that is the end of the waiting.
@@ -239,7 +212,7 @@ class Mailbox:
         self._doomed += [key for stage, key in self._written if stage < before]
         self._written = [entry for entry in self._written if entry[0] >= before]
 
-    def run(self, act: Callable[[Store], _T], *, timeout_s: float, ended: Ended = _nobody) -> _T:
+    def run(self, act: Callable[[Store], _T], *, timeout_s: float, ended: Ended = nobody) -> _T:
         try:
             return self._watchdog.call(act, within_s=timeout_s + _SLACK_S, ended=ended)
         except RuntimeError:
