@@ -157,5 +157,10 @@ def test_that_an_error_was_swallowed_is_found(bench: Bench, monkeypatch: pytest.
             return sum(memoryview(part).nbytes for part in parts)
 
     monkeypatch.setattr(S3Storage, "put", put)
+
+    def deny_each_in_turn() -> None:
+        for nth in range(1, 20):
+            bench.strike("save", nth, (Harm.DENIED, False))
+
     with pytest.raises((AssertionError, sc.CheckpointError)):
-        bench.sweep("save", full=True)
+        deny_each_in_turn()

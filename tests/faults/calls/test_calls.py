@@ -25,6 +25,7 @@ from shardckpt.storage import local
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.posix.explain import _ADVICE
 from tests.faults.calls.system import Fault, System, install
+from tests.scorecard import Scale, Scorecard
 
 LIMIT = timedelta(seconds=30)
 OLD, NEW = 1, 2
@@ -180,11 +181,13 @@ def template(system: System, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.crash
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", VERBS)
-def test_every_call_in_turn(system: System, template: Path, name: str) -> None:
-    rows = sweep(system, template, VERBS[name], full=False)
+def test_every_call_in_turn(system: System, template: Path, name: str, scale: Scale, scorecard: Scorecard) -> None:
+    rows = sweep(system, template, VERBS[name], full=scale.factor is None)
+    scorecard.add("I/O error at the n-th call, for every n", runs=rows)
     assert rows > 15
-    print(name, rows)
 
 
 def test_an_error_that_the_storage_keeps_to_itself_is_found(
