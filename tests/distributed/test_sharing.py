@@ -108,6 +108,22 @@ def test_ranks_write_one_file_together(tmp_path: Path, size: int) -> None:
     assert not list(folder.glob("rank_*"))
 
 
+@pytest.mark.parametrize(("size", "staging"), [(2, "overlap"), (3, "overlap"), (3, "none")])
+def test_small_tensors_across_the_ends_of_shares(tmp_path: Path, size: int, staging: Any) -> None:
+    """Tensors that are copied together, so many of them that one lies on both sides of every end."""
+
+    def save(gangs: sc.Gangs) -> None:
+        state = {"model": {f"p{n}": torch.full((15_000,), float(n)) for n in range(220)}}
+        with sc.CheckpointManager(tmp_path, gangs, saving=sc.SavePolicy(staging=staging)) as checkpoints:
+            checkpoints.save(1, state, replicated="*").result()
+
+    run_ranks(size, save)
+    with zipfile.ZipFile(tmp_path / "step_1/model.pt") as archive:
+        assert archive.testzip() is None
+    content = torch.load(tmp_path / "step_1/model.pt", mmap=True, weights_only=True)["model"]
+    assert all(torch.equal(content[f"p{n}"], torch.full((15_000,), float(n))) for n in range(220))
+
+
 @pytest.mark.parametrize(("size", "staging"), [(2, "overlap"), (3, "none")])
 def test_ranks_put_one_object_together(size: int, staging: str) -> None:
     storage = MemoryObjects()

@@ -72,8 +72,11 @@ class ImagedFile(StagedFile):
             yield lambda: copy_small([targets[n] for n in small], [records[n].tensor for n in small])
 
     def _is_staged(self, slot: Slot) -> bool:
-        """Whether all of a record comes into the image. Whoever makes the tail needs all small ones for its sum."""
-        return self._share.covers(slot.data, slot.end) or (self._share.tail and slot.nbytes < LARGE)
+        """Whether all of a record comes into the image. Whoever makes the tail needs all small ones for its sum, and a
+        small one that lies across the end of a share is copied whole by the ranks on both sides."""
+        if slot.nbytes < LARGE and (self._share.tail or self._share.touches(slot.data, slot.end)):
+            return True
+        return self._share.covers(slot.data, slot.end)
 
     def seal(self, rank: int, *, threads: int) -> Sealed | None:
         """None if others write all of it."""
