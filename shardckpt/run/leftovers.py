@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
+from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, Aside, is_attempt, parse_aside, parse_step, step_folder
+from shardckpt.format.manifest import decode_manifest
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import is_doomed, remove_folder
 from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
@@ -162,11 +163,29 @@ def _is_leftover(catalog: Catalog, aside: Aside, own_attempts: Mapping[str, int]
         manifest = read_record(catalog.storage, Entry(aside.step, aside.folder, aside.folder))
     except CheckpointNotFoundError:
         return is_doomed(aside) or (aside.kind == "tmp" and aside.attempt in own_attempts)
+    except CheckpointDamagedError:
+        return aside.kind == "tmp" and aside.attempt in own_attempts and _never_finished(catalog, aside)
     except CheckpointLoadError:
-        return False  # unreadable now, damaged, or of another step: for a person to judge
+        return False  # unreadable now: for a person to judge
     if aside.kind == "tmp" and manifest.attempt == aside.attempt:
         return aside.attempt in own_attempts  # it had written its record, and failed at the rename
     return _is_in_force(catalog, aside.step)
+
+
+def _never_finished(catalog: Catalog, aside: Aside) -> bool:
+    """Whether a dead attempt has a record that was never wholly written: a power cut came before it was synced.
+
+    A whole record of another step was put there by a person. And the folder may hold a step that was exchanged with
+    the attempt: it stays while a damaged record lies under the step's own name, for then it may be all that there is.
+    """
+    try:
+        decode_manifest(catalog.storage.read(f"{aside.folder}/{MANIFEST}"))
+    except ValueError:
+        folder = step_folder(aside.step)
+        return MANIFEST not in catalog.storage.list(folder) or _is_in_force(catalog, aside.step)
+    except OSError:
+        return False
+    return False
 
 
 def _is_in_force(catalog: Catalog, step: int) -> bool:

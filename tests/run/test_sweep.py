@@ -141,6 +141,20 @@ def test_an_own_attempt_that_failed_with_its_record_written_is_swept(renaming: M
     assert renaming.list() == []
 
 
+def test_a_dead_attempt_whose_record_was_cut_off_by_a_power_cut_is_swept(renaming: MemoryStorage) -> None:
+    attempt = new_attempt()
+    tmp = aside_folder(5, attempt, "tmp")
+    fill(renaming, tmp)
+    renaming.put(f"{tmp}/{MANIFEST}", [encode_manifest(record_of(5, attempt))[:200]])
+    assert sweep(Catalog(renaming), own_attempts={}) == [], "of somebody else, perhaps"
+    renaming.put(f"step_5/{MANIFEST}", [b"damaged"])
+    assert sweep(Catalog(renaming), own_attempts={attempt: 5}) == [], "it may be all that there is of step 5"
+    renaming.delete_tree("step_5")
+    assert sweep(Catalog(renaming), own_attempts={attempt: 5}) == [tmp]
+    commit(renaming, 6, folder=tmp)
+    assert sweep(Catalog(renaming), own_attempts={attempt: 5}) == [], "a copy of another step"
+
+
 def test_what_was_exchanged_with_an_attempt_that_was_itself_replaced_is_swept(renaming: MemoryStorage) -> None:
     tmp = aside_folder(5, new_attempt(), "tmp")
     commit(renaming, 5, folder=tmp)
