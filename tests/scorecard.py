@@ -66,8 +66,7 @@ class Row:
         self.hangs += other.hangs
         self.code += other.code
         self.outside += other.outside
-        if other.notes and other.notes not in self.notes.split("; "):
-            self.notes = "; ".join(filter(None, (self.notes, other.notes)))
+        self.notes = "; ".join(note for note in dict.fromkeys(f"{self.notes}; {other.notes}".split("; ")) if note)
 
 
 class Scorecard:

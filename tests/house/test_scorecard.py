@@ -45,7 +45,7 @@ def test_rows_are_added_up(tmp_path: Path, arguments: tuple[str, ...], runs: str
 
 def test_the_same_note_is_noted_once() -> None:
     card = Scorecard()
-    for notes in ("a", "b", "a", ""):
+    for notes in ("a", "b", "a; b", ""):
         card.add("row", runs=1, notes=notes)
     assert card.rows == {"row": Row("row", runs=4, notes="a; b")}
 

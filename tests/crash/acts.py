@@ -1,0 +1,195 @@
+"""What is done while the power may fail: one entry per operation, run by every rank of a small job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+from torch import nn
+
+import shardckpt as sc
+from shardckpt.engine.saving import share
+from shardckpt.storage.local import LocalStorage
+from shardckpt.testing.crash.operations import Recording
+from shardckpt.testing.crash.recorder import LeaveOut, Recorder
+from shardckpt.testing.gangs import run_ranks
+from tests.crash.ours import FOREIGN, LIMIT, make_state
+
+ROOT = "run"
+
+
+class Watch(Protocol):
+    """Who is told of promises: a recorder of system calls, or of requests."""
+
+    def begun(self, step: int, version: object) -> None: ...
+    def acknowledged(self, step: int, version: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Hand:
+    """One rank at work: its manager, and whom it tells what was promised to it."""
+
+    manager: sc.CheckpointManager
+    watch: Watch
+    rank: int
+    width: int
+
+    def start(self, step: int, version: int) -> sc.PendingSave:
+        self.watch.begun(step, version)
+        return self.manager.save(step, make_state(self.rank, version, width=self.width), replicated=("model",))
+
+    def end(self, pending: sc.PendingSave, version: int) -> None:
+        pending.result()
+        self.watch.acknowledged(pending.step, version)
+
+    def save(self, step: int, version: int) -> None:
+        self.end(self.start(step, version), version)
+
+
+@dataclass(frozen=True)
+class Act:
+    """An operation: what each rank does, with a manager made with these options."""
+
+    run: Callable[[Hand], None]
+    ranks: tuple[int, ...] = (1, 2, 3, 4)
+    options: dict[str, Any] = field(default_factory=dict)
+    exchanges: bool = True
+    foreign: bool = True
+    """Whether others' files lie in the root; if not, the root itself is not there yet."""
+    shared: bool = False
+    """Whether ranks write one file together, however small it is."""
+
+    @property
+    def width(self) -> int:
+        return 3000 if self.shared else 600
+
+
+def two_steps(hand: Hand) -> None:
+    hand.save(1, 1)
+    hand.save(2, 2)
+
+
+def again(hand: Hand) -> None:
+    hand.save(5, 1)
+    hand.save(5, 2)
+    hand.save(5, 3)
+
+
+def pruned(hand: Hand) -> None:
+    """KeepLast(1): a save lets the step before go, once it is in force itself."""
+    hand.save(1, 1)
+    for step in (2, 3):
+        hand.watch.begun(step - 1, None)
+        hand.save(step, step)
+
+
+def deleted(hand: Hand) -> None:
+    hand.save(1, 1)
+    hand.save(2, 2)
+    hand.watch.begun(1, None)
+    hand.manager.delete_checkpoint(1)
+    hand.watch.acknowledged(1, None)
+    hand.watch.begun(2, ("model", 2))
+    hand.manager.delete_checkpoint(2, preserve_model=True)
+    hand.watch.acknowledged(2, ("model", 2))
+
+
+def in_background(hand: Hand) -> None:
+    """Two saves under way at a time; what was promised is known late."""
+    first, second = hand.start(1, 1), hand.start(2, 2)
+    third = hand.start(2, 3)
+    for pending, version in ((first, 1), (second, 2), (third, 3)):
+        hand.end(pending, version)
+
+
+def scored(hand: Hand) -> None:
+    hand.save(1, 1)
+    hand.manager.save_score(0.5, step=1)
+    hand.save(2, 2)
+    hand.manager.save_score(0.25, step=2)
+    hand.manager.save_score(0.75, step=2)
+
+
+def transaction(hand: Hand, *, export: bool) -> None:
+    """fairseq2's form; with `export` the whole model in a file of its own beside the state."""
+    for step, version in ((1, 1), (2, 2), (2, 3)):
+        state = make_state(hand.rank, version)
+        hand.watch.begun(step, version)
+        hand.manager.begin_checkpoint(step)
+        replicated = () if export else ("model",)
+        hand.manager.save_state(state, replicated_keys=replicated, model_key="net" if export else "model")
+        hand.manager.save_metadata({"version": version})
+        hand.manager.save_score(float(version))
+        if export:
+            model = nn.Linear(20, 2)
+            nn.init.constant_(model.weight, float(version))
+            nn.init.constant_(model.bias, float(version))
+            hand.manager.save_consolidated_fsdp_model(model)
+        hand.manager.commit_checkpoint()
+        hand.watch.acknowledged(step, version)
+
+
+ACTS: dict[str, Act] = {
+    "save": Act(two_steps, foreign=False),
+    "save, files shared by ranks": Act(two_steps, ranks=(2, 3), shared=True),
+    "same step again": Act(again),
+    "same step again, no exchange": Act(again, ranks=(1, 2), exchanges=False),
+    "prune": Act(pruned, options={"keep": sc.KeepLast(1)}),
+    "delete, keep model": Act(deleted, ranks=(1, 2)),
+    "async": Act(in_background, options={"saving": sc.SavePolicy(in_flight=2)}),
+    "score": Act(scored, ranks=(1,)),
+    "transaction": Act(partial(transaction, export=False), ranks=(1, 2)),
+    "export": Act(partial(transaction, export=True)),
+}
+"""By name. To come, when they are there: repair, blobs."""
+
+CASES = [(name, ranks) for name, act in ACTS.items() for ranks in act.ranks]
+
+
+def record(
+    act: Act,
+    ranks: int,
+    folder: Path,
+    *,
+    leave_out: LeaveOut = lambda call: False,
+    spoilt: Callable[[], Any] | None = None,
+) -> Recording:
+    """The operations of a job in an empty folder, whose root is the folder `ROOT` in it. `spoilt`: a context in which
+    the engine has a fault."""
+    if act.foreign:
+        for key, content in FOREIGN.items():
+            (folder / ROOT / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / ROOT / key).write_bytes(content)
+    recorder = Recorder(str(folder), leave_out=leave_out, exchanges=act.exchanges)
+    with recorder.watching(), _shares(act), (spoilt or _sound)():
+        work(act, ranks, lambda: LocalStorage(folder / ROOT), recorder)
+    return recorder.recording
+
+
+def work(act: Act, ranks: int, place: Callable[[], Any], watch: Watch) -> None:
+    """Let every rank of a job do it, each as a thread with a manager of its own."""
+
+    def run(gangs: sc.Gangs) -> None:
+        with sc.CheckpointManager(place(), gangs, timeout=LIMIT, **act.options) as manager:
+            act.run(Hand(manager, watch, gangs.root.rank, act.width))
+
+    run_ranks(ranks, run)
+
+
+@contextmanager
+def _shares(act: Act) -> Iterator[None]:
+    if not act.shared:
+        yield
+        return
+    with mock.patch.multiple(share, LEAST=4096, _GRAIN=4096):
+        yield
+
+
+@contextmanager
+def _sound() -> Iterator[None]:
+    yield
