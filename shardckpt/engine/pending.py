@@ -52,6 +52,7 @@ class PendingSave:
         self.others: tuple[tuple[int, tuple[Phase, ...]], ...] = ()
         """On rank 0, once it is committed: what the other ranks did, and when."""
         self._copied = threading.Event()
+        self._queued = threading.Event()
         self._lock = threading.Lock()
         self._future: Future[CheckpointInfo] = Future()
         self._seen = False
@@ -105,11 +106,14 @@ class PendingSave:
         return self.report.phase(phase)
 
     def wait_until_staged(self, timeout: timedelta | None = None) -> bool:
-        """Called before an optimizer step: hold it until the copy is done, and count the wait. False if time is up."""
-        if self._copied.is_set():
+        """Called before an optimizer step: hold it until the copy is done, and count the wait. False if time is up.
+
+        Of what lies on devices it may only be queued; `Work.hold` then has the device wait, instead of this thread.
+        """
+        if self._queued.is_set():
             return True
         with self.stalling("wait"):
-            return self.staged(timeout)
+            return self._queued.wait(None if timeout is None else timeout.total_seconds())
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait until it is over, in whatever way; False if that took too long. Raises nothing."""
@@ -119,16 +123,22 @@ class PendingSave:
         """The failure has been raised elsewhere."""
         self._seen = True
 
+    def mark_queued(self) -> None:
+        """What is still to be copied has been queued on the devices that it lies on. By the copying thread."""
+        self._queued.set()
+
     def mark_staged(self) -> None:
         """Training may change everything again. Any thread; the first time counts."""
         with self._lock:
             if not self._copied.is_set():
                 self.tell(Staged, self.step, seconds=self.report.stage_s)
                 self._copied.set()
+        self._queued.set()
 
     def finish(self, info: CheckpointInfo) -> None:
         """By the save thread: committed."""
         self._copied.set()
+        self._queued.set()
         try:
             self.tell(Committed, self.step, report=self.report.frozen(), others=self.others)
         finally:
@@ -137,6 +147,7 @@ class PendingSave:
     def fail(self, error: BaseException) -> None:
         """By the save thread, or by whoever finds that it is no more: not committed, unless it is over already."""
         self._copied.set()
+        self._queued.set()
         with self._lock:
             if self._future.done():
                 return

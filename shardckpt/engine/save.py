@@ -30,6 +30,7 @@ from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.patience import Limit
 from shardckpt.engine.pending import CheckpointInfo, PendingSave, Tell
 from shardckpt.engine.saving.again import Planner
+from shardckpt.engine.saving.devices.cuda import Cuda
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.share import least_share
 from shardckpt.engine.saving.stage import Stager
@@ -39,6 +40,7 @@ from shardckpt.errors import CheckpointError, CheckpointSaveError, InvalidStateE
 from shardckpt.format.layout import step_folder
 from shardckpt.format.manifest import FileEntry
 from shardckpt.gang.base import Gang
+from shardckpt.gang.gangs import ranks_of_machine
 from shardckpt.gang.together import together
 from shardckpt.state import Part
 from shardckpt.storage.base import Storage
@@ -73,6 +75,7 @@ class Saver:
         self._tell = tell
         self._committer = Committer(storage, gang, coordinates, on_commit=on_commit, manners=manners or Manners())
         how: dict[str, Any] = {"least_share": least_share(storage), "shared": isinstance(storage, ProcessStorage)}
+        how["devices"] = Cuda(ranks_of_machine())
         self._flights = Flights(lambda: Stager(**how))
         self._planner, self._hooks = Planner(coordinates), StepHooks(self.wait_until_staged)
         self._tries: Counter[int] = Counter()
@@ -228,7 +231,8 @@ class Saver:
         work.later = (lambda tensor: tensor.data_ptr() in memory) if memory else (lambda _: False)
         if options.verify:
             work.staging.note()
-        work.staging.copy((lambda tensor: not work.later(tensor)) if memory else (lambda _: True))
+        now = (lambda tensor: not work.later(tensor)) if memory else (lambda _: True)
+        work.staging.copy_now(now, and_wait=options.staging != "overlap")
         self._hooks.install(parts)
 
     def _begin_copy(self, work: Work) -> None:
@@ -241,7 +245,7 @@ class Saver:
         try:
             if work.error is None and work.staging is not None:
                 with work.pending.report.phase("stage"):
-                    work.staging.copy(work.later)
+                    work.staging.copy_later(work.later, on_queued=work.pending.mark_queued)
         except BaseException as error:
             work.error = error
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -232,3 +233,12 @@ def _another_client(store: Any) -> Any:
     if hasattr(store, "host"):
         return type(store)(store.host, store.port, is_master=False, wait_for_workers=False, timeout=store.timeout)
     return store
+
+
+def ranks_of_machine() -> int:
+    """How many ranks of this job share this machine, as the launcher says (torchrun, Slurm, MPI); 1 if it does not."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+        digits = re.match(r"\d+", os.environ.get(name, ""))  # Slurm: "8", or "8(x2),4" of several machines
+        if digits:
+            return max(1, int(digits[0]))
+    return 1

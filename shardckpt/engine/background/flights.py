@@ -77,6 +77,7 @@ class Flights:
         for work in self._works:
             if not work.pending.wait_until_staged(work.limit.work):
                 work.give_up_copy()
+            work.hold()
 
     def close(self) -> None:
         """Give the memory back."""

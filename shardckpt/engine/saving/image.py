@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
+import weakref
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
 
+from shardckpt.engine.saving.devices.seam import Devices, Mark, Place
 from shardckpt.engine.saving.share import Share
 from shardckpt.engine.writing.shared import SharedMap
 from shardckpt.format.archive import PAGE
+
+_log = logging.getLogger(__name__)
 
 _HUGE = 2 << 20
 _SLICE = 32 << 20
@@ -29,6 +34,9 @@ class Image:
         self._shared = shared
         self._map: mmap.mmap | None = None
         self._bytes: torch.Tensor | None = None
+        self._unlock: weakref.finalize[[Callable[[], None], list[Mark]], Image] | None = None
+        self._awaited: list[Mark] = []
+        self._refused = 0
 
     @property
     def capacity(self) -> int:
@@ -66,10 +74,64 @@ class Image:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         return self._bytes[offset : offset + nbytes].view(dtype).view(shape)
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether copies from devices can be queued; else whoever makes one waits for it."""
+        return self._unlock is not None
+
+    def lock(self, devices: Devices, place: Place) -> None:
+        """Page-lock it where it is, once for as long as it is kept; nobody copies to it meanwhile.
+
+        Where that cannot be done it is said once, and saves go on without.
+        """
+        if self._map is None or self._unlock is not None or self.capacity == self._refused:
+            return
+        try:
+            unlock = devices.lock(self._map, place)
+        except OSError as error:
+            _warn_of(error, self.capacity, first=not self._refused)
+            self._refused = self.capacity
+            return
+        # Also where nobody calls `release`. What undoes the lock refers to the map, which is so not unmapped before.
+        self._unlock = weakref.finalize(self, _unlock, unlock, self._awaited)
+        self._unlock.atexit = False  # the process ends, and its memory with it
+
+    def expect(self, mark: Mark) -> None:
+        """Copies into it are under way until that mark."""
+        self._awaited[:] = [*self._awaited[-_MARKS:], mark]
+
     def release(self) -> None:
         """Give the memory back as soon as nobody looks at it any more."""
+        if self._unlock is not None:
+            self._unlock()
+        self._unlock, self._awaited = None, []
         self._bytes = None
         self._map = None  # unmapped with the last view of it: closing it under a view would be an error
+
+
+_MARKS = 63
+"""That are remembered of an image: more than one save has, and marks of earlier saves have been waited for."""
+
+
+def _unlock(unlock: Callable[[], None], awaited: list[Mark]) -> None:
+    """A device that still copied to memory that is no longer locked would write to whatever comes there."""
+    try:
+        for mark in awaited:
+            mark.wait()
+        unlock()
+    except Exception as error:  # of CUDA itself, which other calls will report as well
+        _log.warning("page-locked memory could not be unlocked: %s", error)
+
+
+def _warn_of(error: OSError, nbytes: int, *, first: bool) -> None:
+    _log.log(
+        logging.WARNING if first else logging.DEBUG,
+        "%.2f GB of host memory for checkpoints are not page-locked: %s. Saves are right all the same, but copies from "
+        "the GPU then take about three times as long, and the next optimizer step waits for them on the host. Give the "
+        "job more memory, or shard the state over more ranks",
+        nbytes / 1e9,
+        error.strerror or error,
+    )
 
 
 def slices(target: torch.Tensor, source: torch.Tensor, at: int, share: Share) -> Iterable[Callable[[], None]]:
@@ -87,7 +149,7 @@ def slices(target: torch.Tensor, source: torch.Tensor, at: int, share: Share) ->
 
 def _copy_job(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
     def copy() -> None:
-        _raw(target).copy_(_raw(source))
+        raw(target).copy_(raw(source))
 
     return copy
 
@@ -95,10 +157,10 @@ def _copy_job(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
 def copy_small(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """20,000 small tensors in one call instead of 20,000."""
     with torch.no_grad():
-        torch._foreach_copy_([_raw(t) for t in targets], [_raw(s) for s in sources])
+        torch._foreach_copy_([raw(t) for t in targets], [raw(s) for s in sources])
 
 
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
+def raw(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or its bytes where torch has no copy for its dtype (bits8, float4, ...)."""
     return tensor.contiguous().view(torch.uint8) if _has_no_copy(tensor.dtype) else tensor
 

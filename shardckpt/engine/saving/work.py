@@ -78,6 +78,12 @@ class Work:
             raise self.error
         return self.staging.led if self.staging is not None else []
 
+    def hold(self) -> None:
+        """Before training changes the state: what it queues on devices is to come after the copies queued there."""
+        staging = self.staging
+        if staging is not None:
+            staging.hold()
+
     def let_go(self) -> None:
         """It is over: the state is not held any longer."""
         if self.staging is not None:

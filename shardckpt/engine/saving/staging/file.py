@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shardckpt.engine.consolidated.fragments import contents_of
+from shardckpt.engine.saving.image import Image
 from shardckpt.engine.saving.plan import FilePlan
 from shardckpt.engine.saving.share import Share, share_out
 from shardckpt.engine.saving.write import Sealed
@@ -87,6 +88,20 @@ class StagedFile(ABC):
     @abstractmethod
     def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
         """What is to be done now for the wanted tensors."""
+
+    @property
+    def image(self) -> Image | None:
+        """The memory that it is copied to, if it is copied."""
+        return None
+
+    def transfers(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Instead of `jobs`, where the image is page-locked and the wanted tensors lie on devices: (target, source) of
+        the copies that are to be queued."""
+        raise RuntimeError("there is no image to copy to")
+
+    def nbytes_of(self, wanted: Callable[[torch.Tensor], bool]) -> int:
+        """Bytes of the records for which it holds."""
+        return sum(record.nbytes for record in self._file.records if wanted(record.tensor)) if self._file else 0
 
     @abstractmethod
     def seal(self, rank: int, *, threads: int) -> Sealed | None:

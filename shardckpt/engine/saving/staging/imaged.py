@@ -27,12 +27,16 @@ class ImagedFile(StagedFile):
 
     def __init__(self, *, shared: bool = False) -> None:
         super().__init__()
-        self.image = Image(shared=shared)
+        self._image = Image(shared=shared)
         self._targets: list[torch.Tensor] = []
         self._small: list[int] = []
         self._others: list[int] = []
         self._spans: list[tuple[int, int]] = []
         self._headers_due = False
+
+    @property
+    def image(self) -> Image:
+        return self._image
 
     def lay_out(self, file: FilePlan, *, least_share: int | None) -> bool:
         """On the caller's thread, so it touches no page: fresh memory costs a tenth of a second per 100 MB."""
@@ -71,6 +75,13 @@ class ImagedFile(StagedFile):
         if small:
             yield lambda: copy_small([targets[n] for n in small], [records[n].tensor for n in small])
 
+    def transfers(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Whole records, also those that others write: they are summed up from the image, so that nobody waits."""
+        assert self._file is not None
+        for target, record in zip(self._targets, self._file.records, strict=True):
+            if record.nbytes and wanted(record.tensor):
+                yield target, record.tensor
+
     def _is_staged(self, slot: Slot) -> bool:
         """Whether all of a record comes into the image. Whoever makes the tail needs all small ones for its sum, and a
         small one that lies across the end of a share is copied whole by the ranks on both sides."""
@@ -100,9 +111,9 @@ class ImagedFile(StagedFile):
         return SealedFile(entry, self._with_tail(tail.content), dict(self.digests), *place)
 
     def _all_crcs(self, view: memoryview, threads: int) -> list[int]:
-        """Of all records: of those in the image from there, of the others from `copy`."""
+        """Of all records: those that `jobs` has not summed up are in the image."""
         slots = self._layout.slots
-        large = [number for number, slot in enumerate(slots) if slot.nbytes >= LARGE and self._is_staged(slot)]
+        large = [number for number, slot in enumerate(slots) if slot.nbytes >= LARGE and self._crcs[number] is None]
 
         def sum_up(number: int) -> None:
             self._crcs[number] = crc32(view[slots[number].data : slots[number].end])
