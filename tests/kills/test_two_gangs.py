@@ -21,6 +21,7 @@ from shardckpt.engine.committing import transaction
 from shardckpt.format.layout import MANIFEST
 from shardckpt.gang import StoreGang
 from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing.gangs import run_threads
 from tests.faults.test_overwrite import PLACES
 from tests.scorecard import Scale, Scorecard
@@ -137,10 +138,16 @@ def test_two_jobs_at_once(tmp_path: Path, kind: str, scale: Scale, scorecard: Sc
 
 @pytest.mark.crash
 def test_that_attempts_share_a_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = PLACES["memory"](Path())
-    assert isinstance(place, RenamingStorage)
+    real = MemoryStorage.make_folder
     monkeypatch.setattr(transaction, "new_attempt", lambda: "0" * 32)
-    real = place.make_folder
-    monkeypatch.setattr(place, "make_folder", lambda prefix, exist_ok=False: real(prefix, exist_ok=True))
+    monkeypatch.setattr(
+        MemoryStorage, "make_folder", lambda self, prefix, exist_ok=False: real(self, prefix, exist_ok=True)
+    )
+
+    def several_rounds() -> None:
+        for _ in range(20):
+            place = MemoryStorage()
+            judge(place, play(place))
+
     with pytest.raises((AssertionError, sc.CheckpointError)):
-        judge(place, play(place))
+        several_rounds()
