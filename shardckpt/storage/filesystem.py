@@ -9,17 +9,25 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from operator import methodcaller
+from secrets import token_hex
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
 from shardckpt.storage.objects.backend import delete_objects, new_instance, protocols, publishes_whole, tries_of
 from shardckpt.storage.objects.secrecy import Redactor, redact
-from shardckpt.storage.objects.translate import service_codes, translate
-from shardckpt.storage.objects.upload import Upload, pipe_new, pipe_over, slices, start_upload
+from shardckpt.storage.objects.translate import absent_if_no_file, service_codes, translate
+from shardckpt.storage.objects.upload import (
+    pipe_new,
+    pipe_over,
+    refuses_to_replace,
+    slices,
+    start_upload,
+    write_piece,
+)
 from shardckpt.storage.retrying import Retrier, RetryPolicy
 from shardckpt.storage.transfer.amounts import Transfers
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
@@ -34,8 +42,9 @@ _DELETES_PER_CALL = 1000
 class FsspecStorage:
     """`root` in the fsspec file system `fs`. Any thread may call; in a child made by fork a new client is made.
 
-    Write-once is as strong as the back end: with a conditional put one of several racing writers wins, without one the
-    key is looked at first, and two that look at the same moment both write. Back ends that write files in place (SFTP)
+    Write-once is as strong as the back end: with a conditional put (a remote one is asked once whether it has that) one
+    of several racing writers wins; without one the key is looked at first, and what was put in one call is read back:
+    who was overwritten is told, unless the other came later still. Back ends that write files in place (SFTP)
     remove what an interrupted put left; a killed process leaves it.
     """
 
@@ -63,6 +72,7 @@ class FsspecStorage:
         self._remote = bool(fs.async_impl)
         self._whole = publishes_whole(fs)
         self._puts = threading.RLock()
+        self._refuses: bool | None = None if self._remote and self._whole else True
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._url!r})"
@@ -94,7 +104,16 @@ class FsspecStorage:
         except FileExistsError:
             if not self._arrived(key, fingerprint([content])):
                 raise
+        if not self.refuses_to_replace() and not stores(self, key, fingerprint([content])):
+            raise OSError(errno.EEXIST, f"{what}: another writer has put it at the same time")
         return len(content)
+
+    def refuses_to_replace(self) -> bool:
+        """Whether a put of what is there is refused by the place itself; remote ones are asked once."""
+        if self._refuses is None:
+            path = f"{self._root}/.probe-{token_hex(8)}"
+            self._refuses = self._call(f"cannot probe {self._url}", lambda fs: refuses_to_replace(fs, path))
+        return self._refuses
 
     def _gather(self, parts: Iterable[Buffer]) -> tuple[list[Buffer], Iterator[Buffer] | None]:
         """The parts so far, and those to come if they are too much for one call."""
@@ -114,7 +133,7 @@ class FsspecStorage:
         sent = Fingerprint()
         try:
             for piece in slices(parts):
-                self._call(what, partial(_write, upload, piece), again=False)
+                self._call(what, partial(write_piece, upload, piece), again=False)
                 sent = sent.extended(piece)
             self._call(what, lambda _: upload.finish(), again=False)
         except BaseException as error:
@@ -142,7 +161,7 @@ class FsspecStorage:
         what = f"cannot read {checked(check_key(key))!r} in {self._url}"
 
         def fetch(fs: Any) -> bytes:
-            with _absent_if_no_file(key):
+            with absent_if_no_file(key):
                 return bytes(fs.cat_file(self._path(key)))
 
         return self._call(what, fetch)
@@ -186,7 +205,7 @@ class FsspecStorage:
 
         def look(fs: Any) -> int:
             fs.invalidate_cache(self._path(key))  # for file systems that were made with a listings cache
-            with _absent_if_no_file(key):
+            with absent_if_no_file(key):
                 info = fs.info(self._path(key))
             if info["type"] != "file":
                 raise FileNotFoundError(key)
@@ -285,16 +304,3 @@ def checked(key: str) -> str:
     if "?versionId=" in key:
         raise ValueError(f"{key!r} is not a storage key here: s3fs would cut off what follows '?'")
     return key
-
-
-@contextmanager
-def _absent_if_no_file(key: str) -> Iterator[None]:
-    """A folder of that name, or a file where a folder would have to be: the object is not there."""
-    try:
-        yield
-    except (IsADirectoryError, NotADirectoryError) as error:
-        raise FileNotFoundError(key) from error
-
-
-def _write(upload: Upload, piece: memoryview, _: Any) -> None:
-    upload.write(piece)

@@ -58,7 +58,8 @@ def test_its_file_system_is_its_own_and_keeps_no_listings(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("protocol", "package"), [("s3", r"shardckpt\[s3\]"), ("gs", "gcsfs"), ("abfs", "adlfs"), ("sftp", "paramiko")]
+    ("protocol", "package"),
+    [("s3", r"shardckpt\[s3\]"), ("gs", r"shardckpt\[gcs\]"), ("abfs", r"shardckpt\[azure\]"), ("sftp", "paramiko")],
 )
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, protocol: str, package: str) -> None:
     def url_to_fs(url: str, **options):

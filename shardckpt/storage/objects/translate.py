@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 _REMOTE_IO = getattr(errno, "EREMOTEIO", errno.EIO)
 _KNOWN = (FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -29,6 +30,9 @@ _CODES: dict[str, int] = {
     "SlowDown": errno.EBUSY,
     "ServiceUnavailable": errno.EBUSY,
     "InternalError": _REMOTE_IO,
+    "401": errno.EACCES,
+    "403": errno.EACCES,
+    "404": errno.ENOENT,
     "429": errno.EBUSY,
     "500": _REMOTE_IO,
     "502": errno.EBUSY,
@@ -110,6 +114,8 @@ def _number(error: Exception) -> int:
         return errno.EACCES
     if isinstance(error, NotImplementedError):
         return errno.ENOTSUP
+    if str(error).startswith("Forbidden: "):  # gcsfs, which says it in no other way
+        return errno.EACCES
     return error.errno or errno.EIO if isinstance(error, OSError) else errno.EIO
 
 
@@ -138,3 +144,12 @@ def service_codes(error: BaseException) -> Iterator[str]:
             if isinstance(status, int):
                 yield str(status)
         link = link.__cause__ or link.__context__
+
+
+@contextmanager
+def absent_if_no_file(key: str) -> Iterator[None]:
+    """A folder of that name, or a file where a folder would have to be: the object is not there."""
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(key) from error

@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Protocol
 
 from shardckpt.storage.base import Buffer
-from shardckpt.storage.objects.backend import publishes_whole
+from shardckpt.storage.objects.backend import delete_objects, publishes_whole
+from shardckpt.storage.objects.translate import service_codes
 from shardckpt.storage.transfer.ranges import as_bytes
 
 _log = logging.getLogger(__name__)
@@ -20,12 +22,31 @@ _SLICE_NBYTES = 8 << 20
 
 
 def pipe_new(fs: Any, path: str, content: bytes) -> None:
-    """Put in one call, with the condition that nothing is there if the back end offers one (`mode="create"`)."""
+    """Put in one call, with the condition that nothing is there if the back end offers one."""
     parameters = inspect.signature(getattr(fs, "_pipe_file", fs.pipe_file)).parameters
     if "mode" in parameters:
         fs.pipe_file(path, content, mode="create")
+    elif "overwrite" in parameters:  # adlfs
+        fs.pipe_file(path, content, overwrite=False)
     else:
         fs.pipe_file(path, content)
+
+
+def refuses_to_replace(fs: Any, path: str) -> bool:
+    """Whether the server honours that condition, found with a small object at `path`, which is made and removed."""
+    with suppress(FileExistsError):  # refused by its own lost first try
+        fs.pipe_file(path, b"1")
+    try:
+        pipe_new(fs, path, b"2")
+    except FileExistsError:
+        return True
+    except Exception as error:
+        if {"PreconditionFailed", "412"} & set(service_codes(error)):
+            return True
+        raise
+    finally:
+        delete_objects(fs, [path])
+    return False
 
 
 def pipe_over(fs: Any, path: str, content: bytes) -> None:
@@ -115,3 +136,8 @@ def slices(parts: Iterable[Buffer]) -> Iterator[memoryview]:
 def start_upload(fs: Any, path: str, *, part_nbytes: int) -> Upload:
     """Begin an object that is too large to be put in one call."""
     return ObjectUpload(fs, path, part_nbytes=part_nbytes) if publishes_whole(fs) else FileUpload(fs, path)
+
+
+def write_piece(upload: Upload, piece: memoryview, _: Any) -> None:
+    """For a caller that hands the file system to all it does."""
+    upload.write(piece)

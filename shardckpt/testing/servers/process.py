@@ -1,4 +1,4 @@
-"""Servers of other makers in processes of their own, on free ports of the loopback interface; gone with their user."""
+"""Servers of other makers, in processes of their own, on free ports of this machine; none outlives its user."""
 
 from __future__ import annotations
 
