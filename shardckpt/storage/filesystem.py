@@ -17,17 +17,10 @@ from secrets import token_hex
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
+from shardckpt.storage.objects import upload as uploads
 from shardckpt.storage.objects.backend import delete_objects, new_instance, protocols, publishes_whole, tries_of
 from shardckpt.storage.objects.secrecy import Redactor, redact
 from shardckpt.storage.objects.translate import absent_if_no_file, service_codes, translate
-from shardckpt.storage.objects.upload import (
-    pipe_new,
-    pipe_over,
-    refuses_to_replace,
-    slices,
-    start_upload,
-    write_piece,
-)
 from shardckpt.storage.retrying import Retrier, RetryPolicy
 from shardckpt.storage.transfer.amounts import Transfers
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
@@ -100,7 +93,7 @@ class FsspecStorage:
         try:
             # fsspec's memory file system looks and writes in two steps: one put at a time, at least of this instance.
             with self._puts if self._in_memory else nullcontext():
-                self._call(what, lambda fs: pipe_new(fs, self._path(key), content))
+                self._call(what, lambda fs: uploads.pipe_new(fs, self._path(key), content))
         except FileExistsError:
             if not self._arrived(key, fingerprint([content])):
                 raise
@@ -112,7 +105,7 @@ class FsspecStorage:
         """Whether a put of what is there is refused by the place itself; remote ones are asked once."""
         if self._refuses is None:
             path = f"{self._root}/.probe-{token_hex(8)}"
-            self._refuses = self._call(f"cannot probe {self._url}", lambda fs: refuses_to_replace(fs, path))
+            self._refuses = self._call(f"cannot probe {self._url}", lambda fs: uploads.refuses_to_replace(fs, path))
         return self._refuses
 
     def _gather(self, parts: Iterable[Buffer]) -> tuple[list[Buffer], Iterator[Buffer] | None]:
@@ -129,11 +122,11 @@ class FsspecStorage:
 
     def _put_in_parts(self, key: str, what: str, parts: Iterable[Buffer]) -> int:
         path, part_nbytes = self._path(key), self._transfers.part_nbytes
-        upload = self._call(what, lambda fs: start_upload(fs, path, part_nbytes=part_nbytes))
+        upload = self._call(what, lambda fs: uploads.start_upload(fs, path, part_nbytes=part_nbytes))
         sent = Fingerprint()
         try:
-            for piece in slices(parts):
-                self._call(what, partial(write_piece, upload, piece), again=False)
+            for piece in uploads.slices(parts):
+                self._call(what, partial(uploads.write_piece, upload, piece), again=False)
                 sent = sent.extended(piece)
             self._call(what, lambda _: upload.finish(), again=False)
         except BaseException as error:
@@ -155,7 +148,7 @@ class FsspecStorage:
         """As atomic as a put of the back end: object stores show the old or the new; SFTP and the like may tear."""
         what = f"cannot replace {checked(check_key(key))!r} in {self._url}"
         with self._puts if self._in_memory else nullcontext():
-            self._call(what, lambda fs: pipe_over(fs, self._path(key), bytes(content)))
+            self._call(what, lambda fs: uploads.pipe_over(fs, self._path(key), bytes(content)))
 
     def read(self, key: str) -> bytes:
         what = f"cannot read {checked(check_key(key))!r} in {self._url}"

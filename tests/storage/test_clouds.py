@@ -67,7 +67,7 @@ ANSWERS = {"gs": True, "gs, plain emulator": False, "az": True}
 """By server: whether it refuses a put of what is there."""
 
 
-@pytest.fixture(params=ANSWERS)
+@pytest.fixture(scope="session", params=ANSWERS)
 def each(request: pytest.FixtureRequest) -> tuple[str, FsspecStorage]:
     name = {"gs": "gcs_storage", "az": "azure_storage"}.get(request.param, "careless_storage")
     return request.param, request.getfixturevalue(name)
