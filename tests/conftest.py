@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -21,6 +22,10 @@ _POOLS: pytest.StashKey[list[ProcessPool]] = pytest.StashKey()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_POOLS] = []
     torch.set_num_threads(1)
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as for a job in the background of a shell; tests press Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
