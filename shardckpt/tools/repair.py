@@ -228,7 +228,7 @@ def _apply(storage: Storage, plan: _Plan) -> None:
             from shardckpt.engine.committing.commit import commit_attempt
 
             _keep(storage, plan, plan.folder)
-            commit_attempt(storage, plan.folder, manifest)
+            commit_attempt(storage, plan.folder, manifest, known=plan.old)
         else:
             _keep(storage, plan, plan.folder)
             storage.replace(f"{plan.folder}/{MANIFEST}", encode_manifest(manifest))

@@ -1,22 +1,28 @@
-"""An attempt that comes late to its commit, on object stores: only the record that it knows may be replaced."""
+"""An attempt that comes late to its commit: only the record that it knows may be replaced."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from shardckpt.engine.committing.commit import attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.format.layout import new_attempt
 from shardckpt.run.catalog import Catalog
-from shardckpt.storage import MemoryObjects, open_storage
+from shardckpt.storage import LocalStorage, MemoryObjects, open_storage
 from shardckpt.storage.base import Storage
 from tests.run.making import commit, fill, is_whole, record_of
 
 
-@pytest.fixture(params=["conditional", "unconditional"])
-def storage(request: pytest.FixtureRequest) -> Iterator[Storage]:
+@pytest.fixture(params=["conditional", "unconditional", "file system", "file system that exchanges nothing"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    if "file system" in request.param:
+        if "nothing" in request.param:
+            monkeypatch.setattr(LocalStorage, "exchange_folders", lambda *_: False)
+        yield LocalStorage(tmp_path)
+        return
     if request.param == "conditional":
         yield MemoryObjects()
         return

@@ -176,10 +176,10 @@ def test_a_commit_that_dies_at_any_point_leaves_the_old_step_or_the_new_one_in_f
     for lives in range(100):
         storage = MemoryStorage("run")
         old, new = commit(storage, 5), new_attempt()
-        tmp = start_attempt(storage, 5, new)
+        known, tmp = storage.read("step_5/manifest.json"), start_attempt(storage, 5, new)
         dying = (DyingStorage if exchanges else ClumsyStorage)(storage, lives)
         try:
-            commit_attempt(dying, tmp, record_of(5, new))
+            commit_attempt(dying, tmp, record_of(5, new), known=known)
         except Killed:
             assert Catalog(storage).record(5)[1].attempt in (old, new)
             sweep(Catalog(storage), own_attempts={new: 5})

@@ -217,12 +217,12 @@ def test_on_an_object_store_a_damaged_step_stays_where_it_is() -> None:
     assert content(storage) == before
 
 
-@pytest.mark.parametrize("operation", ["put", "replace"])
-def test_a_failure_on_the_way_leaves_what_was_there(operation: str, storage: Storage) -> None:
+@pytest.mark.parametrize("operation", [("put",), ("replace", "swap")])
+def test_a_failure_on_the_way_leaves_what_was_there(operation: tuple[str, ...], storage: Storage) -> None:
     """Of both writes of a repair, the copy of the old record and the new one: the next try does it."""
     save(storage, 1, 2)
     storage.replace("step_2/manifest.json", b"nonsense")
-    failing = FailingStorage(storage, on(operation), error=lambda: OSError("full"))
+    failing = FailingStorage(storage, on(*operation), error=lambda: OSError("full"))
     with pytest.raises(sc.CheckpointError, match="full"):
         sc.repair(failing, step=2, apply=True)
     assert storage.read("step_2/manifest.json") == b"nonsense"

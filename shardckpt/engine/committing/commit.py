@@ -5,9 +5,11 @@ rename of the folder makes it the step. A step that is there already is exchange
 where the system cannot do that, moved aside first: between the two renames the step is in force under its `.old`
 name (`shardckpt.run.catalog` looks there), so a crash at any point leaves the old or the new one.
 
-Object store: the attempt's files lie under `step_N/<attempt>/`; putting `step_N/manifest.json` makes it the step. An
-attempt replaces only the record that was in force when it began: one that was given up, and comes to its commit when
-the step has been saved again, must not put its own record over the newer one.
+Object store: the attempt's files lie under `step_N/<attempt>/`; putting `step_N/manifest.json` makes it the step.
+
+On both an attempt replaces only the record that was in force when it began: one that was given up, and comes to its
+commit when the step has been saved again, must not take the place of the newer one. (A file system cannot do that and
+the exchange in one operation: between the two, a few microseconds remain.)
 """
 
 from __future__ import annotations
@@ -35,15 +37,12 @@ def attempt_prefix(storage: Storage, step: int, attempt: str, *, folder: str | N
 def begin_attempt(storage: Storage, prefix: str) -> bytes | None:
     """Make room for an attempt. `FileExistsError` if there is one of this id: ids are never used twice.
 
-    Gives, on an object store, the step's record that is in force now; None if there is none.
+    Gives the step's record that is in force now; None if there is none.
     """
     if isinstance(storage, RenamingStorage):
         storage.make_folder(prefix)
-        return None
-    try:
-        return storage.read(f"{prefix.rpartition('/')[0]}/{MANIFEST}")
-    except FileNotFoundError:
-        return None
+        return _record_in(storage, prefix.rsplit(".", 2)[0])
+    return _record_in(storage, prefix.rpartition("/")[0])
 
 
 def commit_attempt(
@@ -51,11 +50,11 @@ def commit_attempt(
 ) -> None:
     """Make the attempt the step. Returns only if it is; raises `CommitUnknownError` where that cannot be told.
 
-    `known` is what `begin_attempt` gave: on an object store, the one record that may be replaced.
+    `known` is what `begin_attempt` gave: the one record that may be replaced; `FileExistsError` if it is another now.
     """
     target = folder or step_folder(manifest.step)
     if isinstance(storage, RenamingStorage):
-        _commit_by_rename(storage, prefix, manifest, target)
+        _commit_by_rename(storage, prefix, manifest, target, known)
     else:
         _commit_by_record(storage, manifest, target, known)
 
@@ -68,14 +67,23 @@ def abandon_attempt(storage: Storage, prefix: str) -> None:
         _log.warning("could not remove the leftovers of a failed save, %s: %s", prefix, error)
 
 
-def _commit_by_rename(storage: RenamingStorage, prefix: str, manifest: Manifest, target: str) -> None:
+def _record_in(storage: Storage, folder: str) -> bytes | None:
+    try:
+        return storage.read(f"{folder}/{MANIFEST}")
+    except FileNotFoundError:
+        return None
+
+
+def _commit_by_rename(
+    storage: RenamingStorage, prefix: str, manifest: Manifest, target: str, known: bytes | None
+) -> None:
     content = encode_manifest(manifest)
     storage.put(f"{prefix}/{MANIFEST}", [content])
     for folder in sorted({file.name.rpartition("/")[0] for file in manifest.files} - {""}, reverse=True):
         storage.sync_folder(f"{prefix}/{folder}")
     storage.sync_folder(prefix)
     try:
-        replaced = _rename_into_place(storage, prefix, target, manifest.attempt)
+        replaced = _rename_into_place(storage, prefix, target, manifest.attempt, known)
     except OSError as error:
         _settle(storage, f"{target}/{MANIFEST}", content, manifest.step, error, survives=False)
         return
@@ -83,12 +91,16 @@ def _commit_by_rename(storage: RenamingStorage, prefix: str, manifest: Manifest,
         _remove_replaced(storage, replaced)
 
 
-def _rename_into_place(storage: RenamingStorage, prefix: str, target: str, attempt: str) -> str | None:
+def _rename_into_place(
+    storage: RenamingStorage, prefix: str, target: str, attempt: str, known: bytes | None
+) -> str | None:
     """Make the attempt's folder the step's; gives the folder of a step that it has replaced."""
     try:
         storage.rename_folder(prefix, target)
         return None
     except FileExistsError:
+        if _record_in(storage, target) not in (None, known):
+            raise _saved_meanwhile(storage, target) from None
         if storage.exchange_folders(prefix, target):
             return prefix
     aside = _aside(target, attempt, "old")
@@ -142,10 +154,14 @@ def _replace_record(storage: Storage, key: str, known: bytes, content: bytes) ->
         elif storage.read(key) == known:
             storage.replace(key, content)
         else:
-            raise OSError(errno.EEXIST, f"{key} in {storage.url}: the step was saved by somebody else in the meantime")
+            raise _saved_meanwhile(storage, key)
     except FileNotFoundError:
         return False
     return True
+
+
+def _saved_meanwhile(storage: Storage, what: str) -> OSError:
+    return OSError(errno.EEXIST, f"{what} in {storage.url}: the step was saved by somebody else in the meantime")
 
 
 def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError, *, survives: bool = True) -> None:
