@@ -13,7 +13,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-_LAST_WORD = timedelta(seconds=2)
+LAST_WORD = timedelta(seconds=2)
 """How long after its end the ranks of a save still listen to each other, so that all hear who was late."""
 
 
@@ -40,7 +40,7 @@ class Limit:
     @property
     def talk(self) -> timedelta:
         """How long it may take the others to come to the end of such a phase."""
-        return self.timeout if self.end is None else min(self.timeout, self.work + _LAST_WORD)
+        return self.timeout if self.end is None else min(self.timeout, self.work + LAST_WORD)
 
     def check(self) -> None:
         """`TimeoutError` if it is over."""

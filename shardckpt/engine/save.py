@@ -36,7 +36,7 @@ from shardckpt.engine.saving.share import least_share
 from shardckpt.engine.saving.stage import Stager
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
 from shardckpt.engine.writing.process import ProcessStorage
-from shardckpt.errors import CheckpointError, CheckpointSaveError, InvalidStateError
+from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, InvalidStateError
 from shardckpt.format.layout import step_folder
 from shardckpt.format.manifest import FileEntry
 from shardckpt.gang.base import Gang
@@ -148,7 +148,9 @@ class Saver:
     def finish(self, work: Work) -> PendingSave:
         """Write what is staged, and commit, in the background."""
         self._flights.add(work)
-        self._thread.submit(partial(self._committer.run, work)).add_done_callback(partial(_ended, work))
+        saving = self._thread.submit(partial(self._committer.run, work))
+        work.give_up_save = partial(self._thread.give_up, saving)
+        saving.add_done_callback(partial(_ended, work))
         return work.pending
 
     def abort(self, work: Work, reason: str) -> None:
@@ -279,7 +281,10 @@ def _copied(work: Work, future: Future[None]) -> None:
 
 
 def _ended(work: Work, future: Future[None]) -> None:
-    """Also where the thread was ended in the middle of the save: then that is how it went."""
+    """Also where the thread was ended in the middle of the save, or was given up: then that is how it went."""
     error = future.exception()
-    if error is not None:
-        work.pending.fail(as_save_error(error, work.pending.step))
+    if error is None:
+        return
+    if work.lease.may_be_in_force:
+        error = CommitUnknownError(f"step {work.pending.step} may or may not be saved: {error}", step=work.pending.step)
+    work.pending.fail(as_save_error(work.error or error, work.pending.step))

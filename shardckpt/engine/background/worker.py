@@ -83,11 +83,11 @@ class Worker:
                 self._revive()
                 thread, last = self._thread, self._jobs[-1] if self._jobs else None
             if last is not None:
-                concurrent.futures.wait([last.future])
-            if last is None and (not self._closed or thread is None):
-                return
-            if self._closed and thread is not None:
+                concurrent.futures.wait([last.future])  # and look again: its thread may have been given up in it
+            elif self._closed and thread is not None:
                 thread.join()
+            else:
+                return
 
     def _revive(self) -> None:
         """Under the lock: see to it that somebody does what is to be done."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from shardckpt.engine.background.lease import Watch
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.worker import is_ending
 from shardckpt.engine.carry import carry
@@ -54,21 +55,34 @@ class Committer:
 
     def attempt(self, work: Work) -> Transaction:
         """A new attempt to commit it."""
-        return Transaction(self._storage, self._gang, self._book, step=work.pending.step, limit=work.limit)
+        terms: dict[str, Any] = {"step": work.pending.step, "limit": work.limit, "lease": work.lease}
+        return Transaction(self._storage, self._gang, self._book, **terms)
 
     def run(self, work: Work) -> None:
         """Never raises: what happens ends in the `PendingSave`."""
+        with Watch(work.lease, work.limit, partial(self._give_up, work)) as watch:
+            self._run(work, watch)
+
+    def _give_up(self, work: Work) -> None:
+        """On the watching thread: the save thread hangs, and is left behind."""
+        work.pending.progress.cancel()
+        work.stager.forsake()
+        work.give_up_save()
+
+    def _run(self, work: Work, watch: Watch) -> None:
         pending = work.pending
         attempt = work.attempt or self.attempt(work)
         try:
             info = self._write_and_commit(work, attempt)
         except BaseException as error:
+            work.error = error
             self._excuse(work, attempt, error)
             work.let_go()  # before it is over, and the next may use the same memory
             pending.fail(as_save_error(error, pending.step))
             if is_ending() and not pending.skipped:
                 _log.error("at the end of the program: %s", pending.failure())
             return
+        watch.committed()
         work.let_go()
         pending.report.total_s = time.perf_counter() - work.began
         pending.report.total_nbytes = info.nbytes

@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from shardckpt.engine.background.lease import Lease, LeasedGang
 from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.committing.receipts import TableBook, compose_manifest, disagreements, explain, held_of
 from shardckpt.engine.patience import Limit, within
@@ -56,9 +57,10 @@ class Committed:
 class Transaction:
     """One attempt; made anew for each save. Any method may raise; then `abandon` is to be called."""
 
-    def __init__(self, storage: Storage, gang: Gang, book: TableBook, *, step: int, limit: Limit) -> None:
+    def __init__(self, storage: Storage, gang: Gang, book: TableBook, *, step: int, limit: Limit, lease: Lease) -> None:
         self._storage = storage
-        self._gang = gang
+        self._gang: Gang = LeasedGang(gang, lease)
+        self._lease = lease
         self._book = book
         self._step = step
         self._limit = limit
@@ -113,6 +115,7 @@ class Transaction:
 
     def compare(self, alike: Alike) -> None:
         """Raise on all ranks, naming keys and ranks, if two of them hold different values of what is stored once."""
+        self._lease.may_be_in_force = self._gang.rank > 0  # rank 0 asks nobody any more
 
         def differing() -> list[str]:
             return disagreements(self._receipts or ())
@@ -137,6 +140,7 @@ class Transaction:
                 raise CheckpointSaveError("the state that was given is empty on all ranks", step=self._step)
             slowest = max(receipts, key=lambda receipt: receipt.seconds["write"])
             self._limit.check()
+            self._lease.beat()
             within(self._limit.work, partial(self._finish_uploads, receipts), what="finishing the uploads")
             self._put_in_force(manifest)
             return [manifest.nbytes, created, slowest.rank, slowest.seconds["write"]]
@@ -175,6 +179,7 @@ class Transaction:
         at, nbytes, crc = one.index
         content = bytearray(nbytes)
         read = [Read(f"{self._prefix}/{one.name}", at, memoryview(content))]
+        self._lease.beat()
         within(self._limit.timeout, lambda: self._storage.read_into(read), what="reading the model's index")
         if crc32(content) != crc:
             raise CheckpointSaveError(f"{one.name} is not what was just written: its index is damaged", step=self._step)
@@ -182,6 +187,7 @@ class Transaction:
 
     def abandon(self) -> None:
         """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""
+        self._lease.beat()
         if self._gang.rank == 0 and self._prefix and not self._may_be_in_force:
             with contextlib.suppress(TimeoutError):
                 remove = partial(abandon_attempt, self._storage, self._prefix)
@@ -194,17 +200,19 @@ class Transaction:
     def _put_in_force(self, manifest: Any) -> None:
         self._may_be_in_force = True
         try:
-            within(
-                self._limit.talk,  # not less: whatever it ends with, it is better than not to know
-                lambda: commit_attempt(self._storage, self._prefix, manifest, known=self._known),
-                what="putting the record in force",
-            )
+            with self._lease.held():
+                self._lease.may_be_in_force = True
+                within(
+                    self._limit.talk,  # not less: whatever it ends with, it is better than not to know
+                    lambda: commit_attempt(self._storage, self._prefix, manifest, known=self._known),
+                    what="putting the record in force",
+                )
         except CommitUnknownError:
             raise
         except TimeoutError as error:
             raise CommitUnknownError(str(error), step=self._step) from error
         except Exception:
-            self._may_be_in_force = False  # the seam has made sure of that
+            self._may_be_in_force = self._lease.may_be_in_force = False  # the seam has made sure of that
             raise
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from shardckpt.engine.background.lease import Lease
 from shardckpt.engine.background.policy import StagingMode
 from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.patience import Limit
@@ -59,6 +60,9 @@ class Work:
     later: Callable[[torch.Tensor], bool] = lambda _: False
     give_up_copy: Callable[[], None] = lambda: None
     """Let the save fail, and training go on, if copying `later` does not come to an end."""
+    give_up_save: Callable[[], None] = lambda: None
+    """Let the save fail, and another thread take the place of the one that it hangs in."""
+    lease: Lease = field(default_factory=Lease)
     alike: dict[str, dict[str, str]] = field(default_factory=dict)
     """By group: digests of what this rank holds of the tensors that one rank writes for several."""
     attempt: Transaction | None = None
