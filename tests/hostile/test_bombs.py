@@ -132,8 +132,8 @@ def test_a_shard_in_more_pieces_than_can_be_counted(factor: int, rows: int, monk
 
 
 def test_ranks_that_hold_nothing_of_many_pieces_cost_nothing() -> None:
-    sources = Sources(of_shards(("SS(0,9000)",), 1 << 14, 9_000 * 2 - 1), Coordinates(0, 1, 0, 1, (0,)))
-    assert len(sources.chunks("model.w", "first")) == 9_000 * 2 - 1
+    sources = Sources(of_shards(("SS(0,20000)",), 1 << 12, 20_000 * 2 - 1), Coordinates(0, 1, 0, 1, (0,)))
+    assert len(sources.chunks("model.w", "first")) == 20_000 * 2 - 1
 
 
 def test_many_ranks_with_one_piece_each_are_no_bomb() -> None:
