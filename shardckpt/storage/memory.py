@@ -169,7 +169,7 @@ class MemoryObjects(_Memory):
         with self._lock:
             if self._get(key) != old:
                 raise self._error(errno.EEXIST, key, "another writer has replaced it")
-            self.replace(key, new)
+            super().replace(key, new)
 
     def delete_tree(self, prefix: str) -> None:
         with self._lock:

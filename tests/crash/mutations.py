@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from shardckpt.engine.committing import commit, committer
-from shardckpt.engine.loading import fetch
+from shardckpt.engine.loading.fetching import fetch
 from shardckpt.engine.saving import write
 from shardckpt.format import manifest
 from shardckpt.format.layout import MANIFEST
@@ -67,7 +67,7 @@ def in_place() -> Iterator[None]:
     def prefix(storage: Storage, step: int, attempt: str, *, folder: str | None = None) -> str:
         return folder or f"step_{step}"
 
-    def put(storage: RenamingStorage, at: str, record: Any, target: str) -> None:
+    def put(storage: RenamingStorage, at: str, record: Any, target: str, known: bytes | None) -> None:
         storage.put(f"{at}/{MANIFEST}", [commit.encode_manifest(record)])
         storage.sync_folder(at)
 
@@ -103,7 +103,7 @@ def record_first() -> Iterator[None]:
 def remove_and_rename() -> Iterator[None]:
     """The old step is removed to make way for the new one."""
 
-    def into_place(storage: RenamingStorage, prefix: str, target: str, attempt: str) -> None:
+    def into_place(storage: RenamingStorage, prefix: str, target: str, attempt: str, known: bytes | None) -> None:
         storage.delete_tree(target)
         storage.rename_folder(prefix, target)
 

@@ -34,17 +34,14 @@ def record(
     return place
 
 
-def come_last(each: Left, reader: Remembering, *, width: int, sparing: bool = True) -> list[Finding]:
-    """What was sent by the job that died arrives after the next one has saved those steps again, and acknowledged it.
-
-    `sparing`: but for a record that replaces another, which nothing refuses (see `test_requests`)."""
+def come_last(each: Left, reader: Remembering, *, width: int) -> list[Finding]:
+    """What was sent by the job that died arrives after the next one has saved those steps again."""
     place = each.storage()
     findings = recover(place, each.allowed, reader, width=width)
     own = OurReader(1)
     saved = [step for step in own.steps(place) if _version(own, place, step) == NEXT]
     for request in each.late:
-        if not (request.kind == "replace" and sparing):
-            request.carry_out(place)
+        request.carry_out(place)
     for step in saved:
         found = _version(own, place, step) if step in own.steps(place) else None
         if found != NEXT:
@@ -59,9 +56,7 @@ def _version(reader: OurReader, storage: Storage, step: int) -> object:
         return error
 
 
-def try_left(
-    lefts: Iterable[Left], reader: Remembering, *, width: int, recoveries: int, sparing: bool = True, stop: bool = False
-) -> Tried:
+def try_left(lefts: Iterable[Left], reader: Remembering, *, width: int, recoveries: int, stop: bool = False) -> Tried:
     """Each is judged as it is found, and once more with what came late; then a job goes on while it comes."""
     tried = Tried()
     for each in lefts:
@@ -78,7 +73,7 @@ def try_left(
             late = [partial(request.carry_out, place) for request in each.late]
             findings = recover(place, each.allowed, reader, width=width, late=late)
             if not findings and each.late:
-                findings = come_last(each, reader, width=width, sparing=sparing)
+                findings = come_last(each, reader, width=width)
         for finding in findings:
             tried.findings[finding.kind] += 1
             there = sorted(storage._objects)

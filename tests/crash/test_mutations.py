@@ -42,6 +42,6 @@ def test_a_fault_on_object_stores_is_noticed(name: str, scorecard: Scorecard) ->
     fault = OBJECT_MUTATIONS[name]
     place = requested.record(fault.act, fault.ranks, spoilt=fault.context)
     lefts = left(place.events, count=400, seed=1, before=requested.BEFORE)
-    tried = requested.try_left(lefts, reader_of(fault.ranks), width=600, recoveries=400, sparing=False, stop=True)
+    tried = requested.try_left(lefts, reader_of(fault.ranks), width=600, recoveries=400, stop=True)
     scorecard.add(ROW, runs=1)
     assert tried.findings, tried.states

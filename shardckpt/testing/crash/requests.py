@@ -17,7 +17,7 @@ from shardckpt.storage.memory import MemoryObjects
 from shardckpt.storage.transfer.ranges import as_bytes
 from shardckpt.testing.crash.operations import Allowed, Ledger, Mark
 
-Kind = Literal["put", "replace", "delete", "delete_tree", "begin_upload", "finish_upload", "abort_upload"]
+Kind = Literal["put", "replace", "swap", "delete", "delete_tree", "begin_upload", "finish_upload", "abort_upload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,19 @@ class Request:
     content: bytes = b""
     refuses: bool = True
     """Of a put or the end of an upload: whether it fails where there is an object already."""
+    old: bytes = b""
+    """Of a swap: the only content that it replaces."""
 
     def carry_out(self, storage: MemoryObjects) -> None:
-        """As the server does: a put over what is there is refused."""
+        """As the server does: a put over what is there is refused, and a swap of what is not there."""
         if self.kind == "replace" or (self.kind in ("put", "finish_upload") and not self.refuses):
             storage.replace(self.key, self.content)
         elif self.kind in ("put", "finish_upload"):
             with suppress(FileExistsError):
                 storage.put(self.key, [self.content])
+        elif self.kind == "swap":
+            with suppress(FileExistsError, FileNotFoundError):
+                storage.swap(self.key, self.old, self.content)
         elif self.kind == "delete":
             storage.delete([self.key])
         elif self.kind == "delete_tree":
@@ -88,6 +93,11 @@ class RecordedObjects(MemoryObjects):
     def replace(self, key: str, content: bytes) -> None:
         sent = self._send(Request("replace", key, bytes(content)))
         super().replace(key, content)
+        self._note(Answered(sent))
+
+    def swap(self, key: str, old: bytes, new: bytes) -> None:
+        sent = self._send(Request("swap", key, bytes(new), old=bytes(old)))
+        super().swap(key, old, new)
         self._note(Answered(sent))
 
     def delete(self, keys: Iterable[str]) -> None:
