@@ -310,7 +310,7 @@ MUTATIONS: dict[str, Mutation] = {
 def never_refusing() -> Iterator[None]:
     """On an object store: a record is put without the condition that there is none."""
 
-    def commit_it(storage: Storage, record: Any, target: str) -> None:
+    def commit_it(storage: Storage, record: Any, target: str, known: bytes | None) -> None:
         files = tuple(replace(file, name=f"{record.attempt}/{file.name}") for file in record.files)
         storage.replace(f"{target}/{MANIFEST}", commit.encode_manifest(replace(record, files=files)))
 

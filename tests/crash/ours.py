@@ -17,7 +17,7 @@ from shardckpt.run.leftovers import DeadAttempts, sweep
 from shardckpt.storage.base import Storage
 from shardckpt.testing.crash.judge import Finding, Remembering
 from shardckpt.testing.crash.operations import Allowed
-from shardckpt.testing.gangs import run_ranks
+from shardckpt.testing.gangs import RanksError, run_ranks
 
 LIMIT = timedelta(seconds=60)
 FOREIGN: Mapping[str, bytes] = {
@@ -89,7 +89,13 @@ def load_on_ranks(storage: Storage, step: int, ranks: int, *, width: int) -> lis
             manager.load(step, state)
         return state
 
-    return run_ranks(ranks, load)
+    try:
+        return run_ranks(ranks, load)
+    except RanksError as error:  # told on every rank, as it should be, or something else on some
+        kinds = {type(each) for each in error.errors.values()}
+        if kinds == {sc.CheckpointDamagedError} and len(error.errors) == ranks:
+            raise error.errors[0] from None
+        raise
 
 
 def reader_of(ranks: int, *, width: int = 600, sums: bool = True) -> Remembering:

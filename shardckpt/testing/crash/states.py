@@ -34,7 +34,7 @@ from shardckpt.testing.crash.operations import (
 
 SECTOR = 512
 """Bytes that a device writes wholly or not at all; a write that was not synced may be torn between two of them."""
-_QUIET_ROUNDS = 12
+_QUIET_ROUNDS = 60
 """Rounds over all prefixes without a new state after which there are taken to be no more."""
 
 
@@ -201,14 +201,16 @@ def _state(cut: _Cut, model: Model, number: int, draw: random.Random, recording:
         elif keep and isinstance(change, Entries):
             disk.apply(change.changes)
     manners: dict[int, str] = {}
+    if number >= 4 and cut.data and draw.random() < 0.5:  # of many files that may be damaged, a single one is
+        manners = dict.fromkeys((piece.node for piece in cut.data), "all")
+        manners[draw.choice(cut.data).node] = draw.choice(("one lost", "one lost", "torn", "none"))
     for piece in cut.data:
         manner = manners.setdefault(piece.node, _manner(number, draw))
         if isinstance(piece, Size):
-            if manner == "all" or (manner == "torn" and draw.random() < 0.5):
+            if manner in ("all", "one lost") or (manner == "torn" and draw.random() < 0.5):
                 disk.write(piece)
             continue
-        sectors = -(-len(piece.content) // SECTOR)
-        disk.write(piece, [manner == "all" or (manner == "torn" and draw.random() < 0.5) for _ in range(sectors)])
+        disk.write(piece, _sectors(-(-len(piece.content) // SECTOR), manner, draw))
     return _found(cut, disk, recording)
 
 
@@ -230,7 +232,15 @@ def _kept_names(cut: _Cut, model: Model, number: int, draw: random.Random) -> li
 def _manner(number: int, draw: random.Random) -> str:
     if number < 4:
         return "all" if number in (0, 3) else "none"
-    return draw.choice(("all", "none", "torn", "torn"))
+    return draw.choice(("all", "none", "torn", "one lost"))
+
+
+def _sectors(count: int, manner: str, draw: random.Random) -> list[bool]:
+    """Which sectors of a write are there."""
+    if manner == "one lost":
+        lost = draw.randrange(max(count, 1))
+        return [number != lost for number in range(count)]
+    return [manner == "all" or (manner == "torn" and draw.random() < 0.5) for _ in range(count)]
 
 
 def _found(cut: _Cut, disk: _Durable, recording: Recording) -> State:
