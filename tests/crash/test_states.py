@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(3600)]
 
 ROW = "crash states"
 LONGEST = 6000
-"""States of a case and model in a full run. Small jobs have fewer (some 500); all together there are about 110,000."""
+"""States of a case and model in a full run, at most: small jobs have fewer (some 500)."""
 
 
 @pytest.mark.parametrize("model", [ORDERED, MINIMAL], ids=lambda model: model.name)
