@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -10,18 +12,24 @@ from typing import Any
 from shardckpt.engine.events.kinds import Committed, Event, Loaded, SaveFailed, StopAgreed
 from shardckpt.engine.progress import Phase
 
-_HEAD, _TAIL = b'{"displayTimeUnit":"ms","traceEvents":[\n', b"\n]}\n"
+_log = logging.getLogger(__name__)
+
+_HEAD, _TAIL = b"[\n", b"\n]\n"
+"""The array form of the Trace Event Format, whose readers take a file that ends early for what it has."""
 
 
 class Trace:
     """Subscribe it (`checkpoints.subscribe(Trace("trace.json"))`) on all ranks; rank 0 writes the file, for all.
 
     A process of the trace is a rank. Of the other ranks it has what they did until their files were written. Times are
-    those of each rank's own clock. The file is complete after every save, and grows by what is new; an older file of
-    that name is replaced.
+    those of each rank's own clock. The file is complete after every save, and grows by what is new: of a process that
+    is killed, it has all saves that were over; cut in the middle of a line, viewers show what stands before it.
+
+    An older file is never touched: where `trace.json` exists, this run writes `trace.1.json`, or the next name that is
+    free, and says so in the log (INFO).
 
     Args:
-        path: a local file.
+        path: a local file, made with the first event.
         steps: only these; all, if not given.
     """
 
@@ -29,7 +37,12 @@ class Trace:
         self._path = os.fspath(path)
         self._steps = steps
         self._threads: dict[tuple[int, str], int] = {}
-        self._begun = False
+        self._end: int | None = None
+
+    @property
+    def path(self) -> str:
+        """Where this run's events are, or will be if the name is still free at the first of them."""
+        return self._path
 
     def __call__(self, event: Event) -> None:
         if event.rank != 0 or (self._steps is not None and event.step not in self._steps):
@@ -55,24 +68,41 @@ class Trace:
             yield {**mark, "ts": _us(event.at), "pid": 0, "tid": 0}
 
     def _phases(self, rank: int, phases: Iterable[Phase], what: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for phase in phases:
+        for phase in sorted(phases, key=lambda phase: (phase.began, -phase.seconds)):
             number = self._threads.get((rank, phase.thread))
             if number is None:
                 number = self._threads[rank, phase.thread] = 1 + sum(known == rank for known, _ in self._threads)
                 if number == 1:
                     yield _named("process_name", rank, 0, f"rank {rank}")
                 yield _named("thread_name", rank, number, phase.thread)
-            at = {"ts": _us(phase.began), "dur": _us(phase.seconds), "pid": rank, "tid": number}
+            began, ended = _us(phase.began), _us(phase.began + phase.seconds)  # rounded alike, so that what nests does
+            at = {"ts": began, "dur": ended - began, "pid": rank, "tid": number}
             yield {"name": phase.name, "cat": "checkpoint", "ph": "X", **at, "args": what}
 
     def _append(self, content: bytes) -> None:
-        with open(self._path, "r+b" if self._begun else "w+b") as file:
-            if self._begun:
-                file.seek(-len(_TAIL), os.SEEK_END)
-                file.write(b",\n" + content + _TAIL)
-            else:
-                file.write(_HEAD + content + _TAIL)
-        self._begun = True
+        if self._end is None:
+            self._make()
+        assert self._end is not None
+        content = content if self._end == len(_HEAD) else b",\n" + content
+        with open(self._path, "r+b") as file:
+            file.seek(self._end)
+            file.write(content + _TAIL)
+            file.truncate()  # what an earlier one that failed may have left
+        self._end += len(content)
+
+    def _make(self) -> None:
+        """A file of this run's own, of the first name that is free."""
+        wanted, (stem, ending) = self._path, os.path.splitext(self._path)
+        for number in itertools.count(1):
+            try:
+                with open(self._path, "xb") as file:
+                    file.write(_HEAD + _TAIL)
+                break
+            except FileExistsError:
+                self._path = f"{stem}.{number}{ending}"
+        if self._path != wanted:
+            _log.info("%s exists already; this run's trace is %s", wanted, self._path)
+        self._end = len(_HEAD)
 
 
 def _named(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:

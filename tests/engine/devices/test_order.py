@@ -152,6 +152,21 @@ def test_training_waits_for_no_device_and_memory_is_locked_once(devices: Simulat
     assert devices.unlocks == 2
 
 
+def test_page_locked_bytes_are_the_same_after_two_hundred_saves(devices: SimulatedDevices) -> None:
+    place, training = MemoryStorage(), Training(devices, numel=3_000)
+    held: list[tuple[int, int, int]] = []
+    with sc.CheckpointManager(place, sc.Gangs.local(), keep=sc.KeepLast(2), timeout=LIMIT) as checkpoints:
+        for step in range(1, 201):
+            training.step()
+            checkpoints.save(step, training.state).result()
+            locked = sum(stager.locked_nbytes for stager in checkpoints._saver._flights._stagers)
+            held.append((locked, len(devices.locks), devices.unlocks))
+    locked, locks, unlocks = held[2]
+    assert set(held[2:]) == {(locked, locks, unlocks)}
+    assert locked == sum(devices.locks) > 0
+    assert unlocks == 0
+
+
 def test_what_training_waited_for_in_the_first_save_is_only_what_was_copied_at_once(devices: SimulatedDevices) -> None:
     place, training = MemoryStorage(), Training(devices)
     with sc.CheckpointManager(place, sc.Gangs.local(), timeout=LIMIT) as checkpoints:

@@ -181,8 +181,8 @@ def test_who_has_had_enough_hears_no_more() -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """What every reader of the format needs: a duration for each X, whole numbers, a process and a thread."""
-    content = json.loads(path.read_text())
-    for line in content["traceEvents"]:
+    lines: list[dict[str, Any]] = json.loads(path.read_text())
+    for line in lines:
         assert line["ph"] in "XMi"
         assert isinstance(line["pid"], int)
         assert isinstance(line["tid"], int)
@@ -191,7 +191,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if line["ph"] == "X":
             assert isinstance(line["dur"], int)
             assert line["dur"] >= 0
-    return content["traceEvents"]
+    return lines
 
 
 def test_a_trace_of_a_run_has_all_ranks_and_is_whole_after_each_save(tmp_path: Path) -> None:
@@ -226,7 +226,6 @@ def test_a_trace_of_a_run_has_all_ranks_and_is_whole_after_each_save(tmp_path: P
 
 def test_a_trace_of_one_save(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    path.write_text("an older one")
     with local(MemoryStorage()) as checkpoints:
         checkpoints.subscribe(sc.Trace(path, steps=[2]))
         for step in (1, 2, 3):
