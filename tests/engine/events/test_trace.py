@@ -35,7 +35,8 @@ def steps_of(lines: list[dict[str, Any]]) -> set[int]:
 
 def read_cut(content: str) -> list[dict[str, Any]]:
     """As viewers read an array of events that ends early: every event that is whole, to the first that is not."""
-    decoder, lines, at = json.JSONDecoder(), [], content.index("[") + 1
+    lines: list[dict[str, Any]] = []
+    decoder, at = json.JSONDecoder(), content.index("[") + 1
     while True:
         while at < len(content) and content[at] in ", \n":
             at += 1
