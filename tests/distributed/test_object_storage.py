@@ -22,6 +22,9 @@ from tests.storage.s3server import S3Server
 
 pytestmark = pytest.mark.s3
 
+LIMIT = timedelta(seconds=60)
+"""Nothing here may hang for so long."""
+
 
 def small_parts(server: S3Server, url: str) -> S3Storage:
     return server.storage(url, transfers=Transfers(whole_nbytes=5 << 20, part_nbytes=5 << 20))
@@ -64,6 +67,61 @@ def test_faults_on_the_way_are_counted_in_the_report_and_tear_nothing(server: S3
             manager.load(2, loaded)
             assert torch.equal(loaded["weights"], state["weights"])
         assert storage.list_uploads() == []
+
+
+@pytest.mark.leaks(threads=("Thread-",), why="the proxy's, one for each connection that a client keeps")
+def test_answers_that_come_too_late_are_asked_for_again(server: S3Server) -> None:
+    """By a client that waits for a second: parts, their end, the record and ranges that were done but not answered."""
+    url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
+    state = {"weights": torch.arange(5 << 20, dtype=torch.float32)}
+    with proxy.before(server.endpoint) as harmful:
+        options = {**server.options, "endpoint_url": harmful.endpoint, "config_kwargs": {"read_timeout": 1}}
+        with sc.CheckpointManager(url, storage_options=options) as manager:
+            manager.save(1, state).result()
+            for kind in ("create_upload", "part", "complete", "put"):
+                harmful.harm(Harm.LATE, kind, key="step_2")
+            save = manager.save(2, state)
+            save.result(LIMIT)
+            assert save.report.retries >= 4
+            harmful.harm(Harm.LATE, "get", key="rank_0", times=2)
+            loaded = {"weights": torch.zeros(5 << 20)}
+            manager.load(2, loaded)
+            assert torch.equal(loaded["weights"], state["weights"])
+            assert manager.steps() == [1, 2]
+
+
+@pytest.mark.leaks(threads=("Thread-",), why="the proxy's, one for each connection that a client keeps")
+@pytest.mark.parametrize("harm", [Harm.EXPIRED, Harm.DENIED], ids=["expired", "read-only"])
+def test_a_refused_save_says_what_to_do_and_leaves_the_step_before(server: S3Server, harm: Harm) -> None:
+    """Credentials that have expired, and a bucket that may be read only: no try is repeated, and the old step loads."""
+    place = f"{server.bucket}/{uuid.uuid4().hex}"
+    with proxy.before(server.endpoint) as harmful:
+        through = S3Server(harmful.endpoint, server.bucket, server.access_key, server.secret_key)
+        state = {"weights": torch.arange(3 << 20, dtype=torch.float32)}
+        with sc.CheckpointManager(small_parts(through, f"s3://{place}")) as manager:
+            manager.save(1, state).result()
+            harmful.harm(harm, "put", "create_upload", "part", "complete", "delete_objects", "delete", times=1000)
+            save = manager.save(2, {"weights": torch.zeros(3 << 20)})
+            with pytest.raises(sc.CheckpointSaveError, match=r"check the credentials \(have they expired\?\)"):
+                save.result(LIMIT)
+            assert save.report.retries == 0
+            assert manager.steps() == [1]
+            loaded = {"weights": torch.zeros(3 << 20)}
+            manager.load(1, loaded)
+            assert torch.equal(loaded["weights"], state["weights"])
+            harmful.heal()
+            manager.save(2, state).result()
+            assert manager.steps() == [1, 2]
+
+
+def test_a_wrong_bucket_is_named_by_save_and_load(server: S3Server) -> None:
+    with sc.CheckpointManager("s3://no-such-bucket/runs", storage_options=dict(server.options)) as manager:
+        for call in (
+            lambda: manager.save(1, {"weights": torch.zeros(5 << 20)}).result(LIMIT),
+            lambda: manager.load(1, {"weights": torch.zeros(5 << 20)}),
+        ):
+            with pytest.raises(sc.CheckpointError, match=r"s3://no-such-bucket/runs"):
+                call()
 
 
 def test_a_late_writer_of_an_abandoned_attempt_harms_nothing(server: S3Server) -> None:

@@ -6,6 +6,7 @@ import http.client
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ class Harm(Enum):
     RESET = "in the middle of what the client sends"
     TRUNCATED = "in the middle of the answer"
     LOST = "done by the server, but the client gets no answer"
+    LATE = "done by the server at once, and answered after `LATE_S`"
+
+
+LATE_S = 2.5
+"""Longer than a client waits that is told to wait for a second or two."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         if harm is Harm.LOST:
             self._hang_up()
             return
+        if harm is Harm.LATE:
+            time.sleep(LATE_S)
         self.send_response_only(status)
         for name, value in headers:
             self.send_header(name, value)
