@@ -79,7 +79,7 @@ class FsspecStorage:
 
     @property
     def retries(self) -> int:
-        """How many tries were made beyond the first ones, over all requests and threads; not those of the client's own."""
+        """How many tries were made beyond the first ones, over all requests and threads; none of a client's own."""
         return self._retrier.retries
 
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
