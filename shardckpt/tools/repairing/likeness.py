@@ -20,6 +20,7 @@ from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Read, Storage
 from shardckpt.tools.repairing.content import Content, content_of
 from shardckpt.tools.repairing.evidence import Evidence, entries_of
+from shardckpt.tools.report import REBUILT
 
 LOST_TO_LIKENESS = ("metadata of the user", "time of the save")
 _WITNESSES = 3
@@ -40,7 +41,7 @@ def rebuild_like_another(storage: Storage, evidence: Evidence, *, step: int, att
                 created=now,
                 files=entries_of(evidence, kinds),
                 differ=_differing(witness, evidence),
-                metadata={"rebuilt": story},
+                metadata={REBUILT: story},
             )
     return None
 

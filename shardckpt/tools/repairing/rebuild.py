@@ -24,6 +24,7 @@ from shardckpt.format.manifest import HOMES, Home, LayoutEntry, Manifest, Table,
 from shardckpt.format.placement import Piece, is_tiling
 from shardckpt.tools.repairing.content import Content
 from shardckpt.tools.repairing.evidence import Evidence, entries_of, kind_of
+from shardckpt.tools.report import REBUILT
 
 LOST = ("metadata of the user", "time of the save", "mesh and placements of sharded tensors", "versions")
 """What stands in a record and in no file."""
@@ -81,7 +82,7 @@ def rebuild(evidence: Evidence, *, step: int, ranks: int, attempt: str) -> Manif
         differ=tuple(sorted(draft.differ)),
         mesh_sizes={"data": ranks, "model": 1},
         versions={"torch": torch.__version__, "python": platform.python_version()},
-        metadata={"rebuilt": {"from": "the files of the step", "at": now, "lost": list(LOST)}},
+        metadata={REBUILT: {"from": "the files of the step", "at": now, "lost": list(LOST)}},
         model_key=known[0] if known else "model",
     )
 

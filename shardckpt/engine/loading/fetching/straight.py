@@ -16,6 +16,7 @@ threads, seven rounds by turns, ms/GB, median and range):
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,24 +76,27 @@ class Straight(Borrowed):
         super().__init__(storage, folder)
         self._straight: dict[str, list[tuple[Fetched, list[_Piece]]]] = {}
         self._places: list[torch.Tensor] = []
-        self._taken: set[int] = set()
+        self._taken: list[tuple[int, int]] = []  # stretches of memory, in order
 
     def take(self, need: Need, record: StoredRecord, place: torch.Tensor) -> bool:
         """Have a region read into this place by `stream`; False if it must go another way (`add`, `read`, `fill`)."""
         item = Fetched(need, record, runs_of(record, need.region))
         flat = _bytes_of(place, record.dtype)
-        if (
-            flat is None
-            or place.data_ptr() in self._taken
-            or (len(item.runs.offsets) > 1 and item.runs.nbytes < _SHORT)
-        ):
+        in_short_runs = len(item.runs.offsets) > 1 and item.runs.nbytes < _SHORT
+        if flat is None or in_short_runs or self._is_shared(place):
             return False
-        self._taken.add(
-            place.data_ptr()
-        )  # tied in the state, but perhaps not in the file: the other one is copied later
+        insort(self._taken, (place.data_ptr(), place.data_ptr() + len(flat)))
         self._places.append(place)
         self._straight.setdefault(need.file, []).append((item, list(_pieces(item, flat))))
         return True
+
+    def _is_shared(self, place: torch.Tensor) -> bool:
+        """Whether it has memory in common with one that was taken: tied in the state, but perhaps not in the file. Two
+        threads must not fill that at once, each summing up what it finds there; the later one is copied afterwards."""
+        start = place.data_ptr()
+        number = bisect_right(self._taken, (start, start))
+        before, behind = self._taken[max(number - 1, 0) : number], self._taken[number : number + 1]
+        return any(end > start for _, end in before) or any(first < start + place.nbytes for first, _ in behind)
 
     def stream(self, timeout: timedelta) -> tuple[list[str], list[PartialSum]]:
         """Read all that was taken. Gives the files with a damaged record, and the sums of what was read in part.
