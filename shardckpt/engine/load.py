@@ -75,10 +75,13 @@ class Loader:
         try:
             with uncollected():
                 self._compare(parts, policy)
-                self._join(self._read_together(parts))
+                sums = self._read_together(parts)
+                if self._in_place:  # of one record, some pieces may come one way and some the other: joined together
+                    self._changes = True
+                    streamed = self._together(self._stream, "read")
+                    sums = [*(sums or ()), *(streamed or ())]
+                self._join(sums)
                 self._changes = True
-                if self._in_place:
-                    self._join(self._together(self._stream, "read"))
                 self._together(lambda: self._apply(parts), "apply")
         except BaseException as error:
             forget_made_up_state(parts)
