@@ -40,6 +40,7 @@ from benchmarks.rounds import wait_until_quiet
 from benchmarks.states import Llama
 from shardckpt.engine.consolidated.write import write_consolidated
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.gang.wire.ending import leave
 from shardckpt.storage.local import LocalStorage
 
 CASES = {"FSDP2, 2 ranks": (2, 1), "FSDP2 x TP, 4 ranks": (2, 2)}
@@ -262,4 +263,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -24,6 +24,7 @@ from benchmarks.limits import measure_limits
 from benchmarks.measures import MEASURES, WrongContentError
 from benchmarks.places import Place
 from benchmarks.states import Shape, State, make
+from shardckpt.gang.wire.ending import leave
 
 __all__ = ["Task", "WrongContentError", "main", "measure"]
 
@@ -93,3 +94,4 @@ def _engine(task: Task, state: State) -> Iterator[Engine]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -26,6 +26,7 @@ import shardckpt as sc
 from benchmarks.processes import environment, wait_until_quiet
 from benchmarks.report import Spread
 from shardckpt.engine.loading.once.exchange import is_worth_while
+from shardckpt.gang.wire.ending import leave
 from shardckpt.storage import open_storage
 from shardckpt.storage.base import Storage
 
@@ -171,3 +172,4 @@ def main(argument: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -27,6 +27,7 @@ from shardckpt.demo import messages
 from shardckpt.demo.messages import SIZES, Job, Reporter, Resumed, Run, Saved, Started, Stepped, Training, Writing
 from shardckpt.demo.model import Rows, Transformer, local_gradient, shard, split_over_tp
 from shardckpt.demo.text import GlobalBatches, blot, read_text
+from shardckpt.gang.wire.ending import leave
 from shardckpt.storage import open_storage
 from shardckpt.storage.base import Buffer, Storage
 from shardckpt.storage.wrapping import StorageWrapper
@@ -276,3 +277,4 @@ class Saves:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -24,6 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from shardckpt.gang.base import Gang, Json
+from shardckpt.gang.wire.ending import close_at_the_end
 from shardckpt.gang.wire.mailbox import Line, Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import decode, encode, ranks_text
 
@@ -80,6 +81,7 @@ class Halt:
             self._thread = threading.Thread(target=self._attend, name=name, daemon=True)
             self._bell.start()
             self._thread.start()
+            close_at_the_end(self)
 
     @property
     def decision(self) -> Decision | None:

@@ -295,4 +295,4 @@ class ProcessGroupGang:
     def _drop_star(self) -> None:
         star, self._star = self._star, None
         if star is not None:
-            star.hang_up()
+            star.close()

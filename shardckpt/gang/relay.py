@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
+from shardckpt.gang.wire.ending import close_at_the_end
 from shardckpt.gang.wire.mailbox import Mailbox, Store
 from shardckpt.gang.wire.star import LinkError, open_group
 
@@ -20,6 +21,7 @@ class Relay:
         self._group = group
         self._members = tuple(members)
         self._timeout = timeout
+        close_at_the_end(self)
 
     def pass_on(self, content: memoryview, *, source: int) -> None:
         """Bytes of the rank `source` (of the gang) come into the writable `content` of the others, of the same length.

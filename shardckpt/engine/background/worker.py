@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import concurrent.futures.thread  # its exit hook must be registered before ours: hooks run last in, first out
+import concurrent.futures.thread  # its exit hook, and that of gangs, before ours: hooks run last in, first out
 import logging
 import os
 import threading
@@ -12,8 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import shardckpt.gang.wire.ending
+
 _log = logging.getLogger(__name__)
 assert concurrent.futures.thread
+assert shardckpt.gang.wire.ending
 
 _LIVING: weakref.WeakSet[Worker] = weakref.WeakSet()
 """Of this process: those who are let end before the interpreter takes away what they need (see `_let_end`)."""

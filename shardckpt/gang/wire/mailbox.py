@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 from shardckpt.gang.base import Json
+from shardckpt.gang.wire.ending import close_at_the_end, join_at_the_end
 from shardckpt.gang.wire.messages import decode, encode
 from shardckpt.gang.wire.vain import Ended, VainError, nobody, wait_for
 
@@ -28,6 +29,8 @@ _LAST_S = 0.3
 """How long the others may still take when it is known that somebody will not come."""
 _SLACK_S = 1.0
 """How much longer than its own timeout a store call may take before it is abandoned."""
+_END_S = 10.0
+"""How long an idle thread may take to end; it does so at once, unless the machine stands still."""
 
 
 class Store(Protocol):
@@ -88,6 +91,8 @@ class Watchdog(Generic[_C]):
             self._thread = threading.Thread(
                 target=_work, args=(self._make_client, self._jobs), name=self._name, daemon=True
             )
+            join_at_the_end(self._thread)
+            close_at_the_end(self)
             self._thread.start()
         job = _Job(act)
         self._jobs.put(job)
@@ -120,7 +125,7 @@ class Watchdog(Generic[_C]):
         thread = self._thread
         self.abandon()
         if thread is not None:
-            thread.join(timeout=_SLACK_S)
+            thread.join(timeout=_END_S)
 
     def __del__(self) -> None:
         self.abandon()

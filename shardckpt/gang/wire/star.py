@@ -6,8 +6,7 @@ Facts about gloo that this file relies on (each tried with torch 2.13):
 - When a process dies, its connections close, pending operations on them raise within 20 ms, and later ones raise
   when they are posted. Links to others stay usable.
 - When a wait times out *inside* gloo, gloo closes all connections of the group ("Application timeout caused pair
-  closure"). So rank 0 waits outside of gloo, with an event; and a deliberate timeout is how to hang up for sure,
-  as references held by tracebacks or unfinished work would keep the connections open.
+  closure"). So rank 0 waits outside, with an event; a deliberate timeout hangs up whoever still refers to the group.
 - With lazy initialisation only the links in use are connected, N - 1 instead of N * (N - 1) / 2. A lazily
   initialised device serves one group only: a second one on it fails with "Connect timeout".
 """
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo, Work
 from torch.distributed.distributed_c10d import GatherOptions, Store
 
+from shardckpt.gang.wire.ending import close_at_the_end
 from shardckpt.gang.wire.messages import ranks_text
 
 _FRAME_NBYTES = 4096
@@ -62,6 +62,7 @@ class Star:
 
     def __init__(self, group: ProcessGroupGloo) -> None:
         self._group: Any = group  # torch's stubs do not know its send, recv and gather
+        close_at_the_end(self)
         self._rank, self._size = group.rank(), group.size()
         self._busy = self._spoiled = False
         self._called: list[Work] = []
@@ -80,7 +81,7 @@ class Star:
         try:
             star._greet(timeout.total_seconds())
         except BaseException:
-            star.hang_up()
+            star.close()
             raise
         return star
 
@@ -160,9 +161,11 @@ class Star:
                 raise LinkError("rank 0 is at another point of the conversation, or in another one")
             return opened[2] + self._rest(0, _DOWN_REST, opened[1])
 
-    def hang_up(self) -> None:
-        """Close all links at once, whoever still refers to the group. Idempotent; takes milliseconds."""
+    def close(self) -> None:
+        """Close all links at once and end gloo's threads. Idempotent; takes milliseconds."""
         self._spoiled = True
+        if self._group is None:
+            return
         for rank in self._others() if self._rank == 0 else (0,):
             try:
                 self._group.recv([torch.zeros(1)], rank, _PROBE).wait(timedelta(milliseconds=1))
@@ -171,6 +174,7 @@ class Star:
                     break
         self._called.clear()
         self._unfinished.clear()
+        self._group = None
 
     def _greet(self, timeout_s: float) -> None:
         """The first exchange connects the links, so that no later operation has to."""
