@@ -1,5 +1,5 @@
 """The main job on S3, beside a real server: save, kill in the middle of a save, resume on another mesh, keep the last
-ones, the whole model in one file."""
+ones, the whole model in one file, every byte verified."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from io import BytesIO
@@ -71,16 +72,20 @@ def train(rank: int, world_size: int, folder: Path, server: S3Server, url: str, 
 def resume(
     rank: int, world_size: int, folder: Path, server: S3Server, url: str, layout: Layout, beside: Path
 ) -> tuple[int, list[str]]:
-    """(the step that was found, what is not as it was saved); then trains and saves on, at last with the whole model.
+    """(the step that was found, what is not as it was saved); exports its model to another place, then trains and
+    saves on, at last with the whole model.
 
     By URL and options, as programs do it."""
     job = Job(layout, seed=1)
-    with sc.CheckpointManager(
-        url, sc.Gangs.from_mesh(job.mesh), keep=sc.KeepLast(2), storage_options=dict(server.options)
-    ) as manager:
+    gangs, options = sc.Gangs.from_mesh(job.mesh), dict(server.options)
+    with sc.CheckpointManager(url, gangs, keep=sc.KeepLast(2), storage_options=options) as manager:
         info = manager.resume(job.state())
         assert info is not None
         differing = list(differences(torch.load(beside / "saved.pt", weights_only=False), job.gathered()))
+        with sc.CheckpointManager(exported(url), gangs, storage_options=options) as other:
+            other.begin_checkpoint(info.step)
+            other.save_consolidated_fsdp_model(job.module)
+            other.commit_checkpoint()
         for step in range(info.step + 1, LAST):
             job.train_step()
             manager.save(step, job.state()).result()
@@ -91,6 +96,11 @@ def resume(
         manager.save_consolidated_fsdp_model(job.module)
         manager.commit_checkpoint()
         return info.step, differing
+
+
+def exported(url: str) -> str:
+    """Where the model goes that a run was resumed from."""
+    return f"{url}-model"
 
 
 def keys_of(storage: S3Storage, step: int) -> set[str]:
@@ -104,6 +114,39 @@ def whole_model(storage: S3Storage, step: int) -> dict[str, torch.Tensor]:
     (key,) = [key for key in keys_of(storage, step) if key.endswith("/model.pt")]
     content = torch.load(BytesIO(storage.read(key)), weights_only=True)
     return {f"model {name}": tensor for name, tensor in content["model"].items()}
+
+
+def model_in(file: Path) -> dict[str, torch.Tensor]:
+    """Of what `keep_reference` has written."""
+    return {name: tensor for name, tensor in torch.load(file).items() if name.startswith("model ")}
+
+
+def found_by_verify(server: S3Server, url: str) -> list[tuple[int | None, str, tuple[str, ...]]]:
+    """(step, verdict, damaged files) of each that is there."""
+    report = sc.verify(url, storage_options=server.options)
+    assert all(step.checked_nbytes == step.nbytes > 0 for step in report.steps)
+    return [(step.step, step.verdict, tuple(problem.file for problem in step.problems)) for step in report.steps]
+
+
+@contextmanager
+def one_byte_flipped(server: S3Server, path: str) -> Iterator[None]:
+    """In the middle of an object, until the block ends; by the client of the server, which replaces what is there."""
+    content: bytes = server.file_system.cat_file(path)
+    middle = len(content) // 2
+    server.file_system.pipe_file(path, content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    yield
+    server.file_system.pipe_file(path, content)
+
+
+def check_that_verify_finds_damage(server: S3Server, url: str, steps: list[int]) -> None:
+    """Nothing in the steps as they are; and in one of them a byte that was flipped in the largest of its files."""
+    sound = [(step, "COMPLETE", ()) for step in steps]
+    assert found_by_verify(server, url) == sound
+    folder, record = Catalog(storage_of(server, url)).record(steps[1])
+    harmed = max(record.files, key=lambda file: file.nbytes).name
+    with one_byte_flipped(server, f"{url}/{folder}/{harmed}"):
+        assert found_by_verify(server, url) == [sound[0], (steps[1], "DAMAGED", (harmed,)), *sound[2:]]
+    assert found_by_verify(server, url) == sound
 
 
 def sweep(storage: S3Storage) -> list[str]:
@@ -121,7 +164,7 @@ def sweep(storage: S3Storage) -> list[str]:
 @pytest.mark.parametrize(
     ("before", "after"), [(Layout(1), Layout(2)), (Layout(2), Layout(2, 2)), (Layout(2, 2), Layout(1))], ids=str
 )
-def test_save_kill_resume_on_another_mesh_keep_the_last_and_export(
+def test_save_kill_resume_on_another_mesh_keep_the_last_export_and_verify(
     server: S3Server, ranks: ProcessPool, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
     url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
@@ -139,12 +182,14 @@ def test_save_kill_resume_on_another_mesh_keep_the_last_and_export(
     kept = [LAST_SAVED, LAST - 1, LAST]  # the first is what it resumed from
     assert Catalog(storage).steps() == kept
     assert all(is_whole(storage, step) for step in kept)
-    model = whole_model(storage, LAST)
-    reference = {k: v for k, v in torch.load(tmp_path / "last.pt").items() if k.startswith("model ")}
-    assert list(differences(reference, model)) == []
+    assert list(differences(model_in(tmp_path / "last.pt"), whole_model(storage, LAST))) == []
+    other = storage_of(server, exported(url))
+    assert list(differences(model_in(tmp_path / "saved.pt"), whole_model(other, LAST_SAVED))) == []
+    assert found_by_verify(server, exported(url)) == [(LAST_SAVED, "PARTIAL", ())]  # a model, and no more
 
     swept = sweep(storage)
     assert all(name.startswith(f"step_{KILLED_AT}/") for name in swept)
     assert bool(swept) == (not alive)
     assert set(walk(storage)) == {key for step in kept for key in keys_of(storage, step)}  # the bytes are gone, too
     assert storage.list_uploads() == []
+    check_that_verify_finds_damage(server, url, kept)
