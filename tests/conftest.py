@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shardckpt.testing.pool import ProcessPool
+from shardckpt.testing.servers import azurite, gcs
 from tests.leaks import held, leaks
 
 pytest_plugins = ("tests.scorecard",)
@@ -58,6 +59,31 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessPool]:
         request.config.stash[_POOLS].append(pool)
         yield pool
         request.config.stash[_POOLS].remove(pool)
+
+
+@pytest.fixture(scope="session")
+def plain_gcsfs() -> None:
+    """Google's client, imported so that it does not ask what kind a bucket is, by gRPC, which no emulator speaks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install 'shardckpt[gcs]'")
+
+
+@pytest.fixture(scope="session")
+def gcs_server(plain_gcsfs: None) -> Iterator[gcs.GcsServer]:
+    if not gcs.is_installed():
+        pytest.skip("the emulator of GCS is not installed: pip install gcp-storage-emulator")
+    with gcs.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_server() -> Iterator[azurite.BlobServer]:
+    pytest.importorskip("adlfs", reason="adlfs is not installed: pip install 'shardckpt[azure]'")
+    if azurite.program() is None:
+        pytest.skip("Azurite is not installed: it needs node and npm, and then `bash launch/setup.sh` installs it")
+    with azurite.running() as server:
+        yield server
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shardckpt.testing.servers import azurite, gcs
 from tests.storage import s3server
 
 
@@ -24,27 +23,6 @@ def seaweedfs() -> Iterator[s3server.S3Server]:
     """A real object store, in a process of its own."""
     s3server.need_seaweedfs()
     with s3server.seaweedfs() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def gcs_server() -> Iterator[gcs.GcsServer]:
-    with pytest.MonkeyPatch.context() as patch:
-        # Looked at when gcsfs is imported: else it asks what kind a bucket is, by gRPC, which no emulator speaks.
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install 'shardckpt[gcs]'")
-    if not gcs.is_installed():
-        pytest.skip("the emulator of GCS is not installed: pip install gcp-storage-emulator")
-    with gcs.running() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def azure_server() -> Iterator[azurite.BlobServer]:
-    pytest.importorskip("adlfs", reason="adlfs is not installed: pip install 'shardckpt[azure]'")
-    if azurite.program() is None:
-        pytest.skip("Azurite is not installed: it needs node and npm, and then `bash launch/setup.sh` installs it")
-    with azurite.running() as server:
         yield server
 
 

@@ -47,11 +47,15 @@ def test_a_redactor_takes_out_what_it_knows_and_what_urls_hide() -> None:
         "region_name": "eu-west-1",
         "anon": False,
         "short": "abc",
+        "connection_string": "DefaultEndpointsProtocol=http;AccountName=account;AccountKey=s3cret+h/=;BlobEndpoint="
+        "http://host/account?sv=2024-08-04&sig=s3cret%2Bi",
     }
     hide = Redactor(url="s3://me:s3cret%20f@bucket/x?sig=s3cret-g", options=options)
-    for secret in ["s3cret-a", "s3cret-b", "s3cret-c", "s3cret-d", "s3cret-e", "s3cret%20f", "s3cret f", "s3cret-g"]:
+    secrets = ["s3cret-a", "s3cret-b", "s3cret-c", "s3cret-d", "s3cret-e", "s3cret%20f", "s3cret f", "s3cret-g"]
+    for secret in [*secrets, "s3cret+h/=", "s3cret%2Bi", "s3cret+i"]:
         assert hide(f"before {secret} after") == "before *** after"
-    assert hide("abc in eu-west-1 of bucket") == "abc in eu-west-1 of bucket"
+    for plain in ("abc in eu-west-1 of bucket", "http://host/account of account"):
+        assert hide(plain) == plain
     assert hide("GET https://x:y@h/p?sig=unknown failed") == "GET https://h/p failed"
     assert "s3cret" not in repr(hide)
 

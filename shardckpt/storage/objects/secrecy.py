@@ -13,6 +13,11 @@ _SHORTEST_SECRET = 4
 _PLAIN_OPTIONS = frozenset(
     {"endpoint_url", "region_name", "region", "profile", "project", "host", "account_name", "signature_version"}
 )
+# The same for what is written as pairs in one option: connection strings of Azure, and its signed queries.
+_PLAIN_PAIRS = frozenset(
+    {"accountname", "defaultendpointsprotocol", "blobendpoint", "endpointsuffix"}
+    | {"sv", "ss", "srt", "sr", "sp", "spr", "st", "se", "sip", "skv", "sks", "skt", "ske"}
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
@@ -70,7 +75,18 @@ def option_secrets(options: object, name: str = "") -> Iterator[str]:
     elif isinstance(options, str):
         if name not in _PLAIN_OPTIONS:
             yield options
+            yield from _pair_secrets(options)
         yield from url_secrets(options)
+
+
+def _pair_secrets(text: str) -> Iterator[str]:
+    """Those in "AccountName=a;AccountKey=b" or "sv=1&sig=b", each as written and unescaped: a service is sent, and may
+    say, one of them by itself."""
+    for pair in re.split("[;&?]", text):
+        name, _, value = pair.partition("=")
+        if name.lower() not in _PLAIN_PAIRS:
+            yield value
+            yield unquote(value)
 
 
 class Redactor:
