@@ -49,8 +49,7 @@ class Manners:
     by the kernel, which does not."""
     process: bool = False
     """Write in another process, which maps the image of the state. For a path or a URL, with `storage_options` of plain
-    values. The process is this rank's own, and replaced when it dies. What several ranks put
-    together on an object store is sent by the training process all the same."""
+    values. The process is this rank's own, and replaced when it dies."""
 
     def __post_init__(self) -> None:
         if self.rate is not None and not self.rate > 0:

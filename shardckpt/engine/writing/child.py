@@ -15,8 +15,9 @@ from typing import Any
 
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.writing.wire import receive, send
-from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
 from shardckpt.storage.open import open_storage
+from shardckpt.storage.retrying import retries_of
 from shardckpt.storage.transfer.pacing import Pacer
 
 
@@ -37,13 +38,14 @@ def _serve(line: socket.socket, writer: _Writer) -> None:
         if file is not None:
             writer.map(message["map"], file, message["nbytes"])
             continue
+        before = writer.retries
         try:
-            answer: dict[str, Any] = {"nbytes": writer.put(message)}
+            answer = writer.do(message)
         except OSError as error:
             answer = {"errno": error.errno, "error": error.strerror or str(error)}
         except Exception as error:
             answer = {"errno": None, "error": f"{type(error).__name__}: {error}"}
-        send(line, answer)
+        send(line, {**answer, "retries": writer.retries - before})
 
 
 class _Writer:
@@ -58,16 +60,26 @@ class _Writer:
         self._maps[number] = mmap.mmap(file, nbytes, flags=mmap.MAP_SHARED)
         os.close(file)
 
-    def put(self, told: dict[str, Any]) -> int:
-        """Write the ranges of maps that are told, one after the other. Maps that are not named any more are let go."""
+    @property
+    def retries(self) -> int:
+        return retries_of(self._storage)
+
+    def do(self, told: dict[str, Any]) -> dict[str, Any]:
+        """Put the ranges of maps that are told, one after the other. Maps that are not named any more are let go."""
         self._maps = {number: self._maps[number] for number in told["living"]}
         parts: Any = [memoryview(self._maps[number])[start:end] for number, start, end in told["parts"]]
+        nbytes = sum(map(len, parts))
         if self._pacer is not None:
             parts = self._pacer.pace(parts)
-        if told["offset"] is None:
-            return self._storage.put(told["key"], parts)
-        assert isinstance(self._storage, RenamingStorage)
-        return self._storage.put_range(told["key"], told["offset"], parts)
+        storage, key, terms = self._storage, told["key"], told["terms"]
+        if told["verb"] == "put":
+            return {"nbytes": storage.put(key, parts)}
+        if told["verb"] == "put_range":
+            assert isinstance(storage, RenamingStorage)
+            return {"nbytes": storage.put_range(key, terms["offset"], parts)}
+        assert isinstance(storage, SharedPuts)
+        put = storage.put_parts(key, terms["upload"], parts, numbers=range(*terms["numbers"]), nbytes=nbytes)
+        return {"put": [[part.number, part.tag, part.nbytes] for part in put]}
 
 
 if __name__ == "__main__":

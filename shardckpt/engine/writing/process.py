@@ -25,7 +25,7 @@ import shardckpt.engine.writing.child as child
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.writing.shared import SharedMap, place_in
 from shardckpt.engine.writing.wire import receive, send
-from shardckpt.storage.base import Buffer, Storage
+from shardckpt.storage.base import Buffer, PutPart, Storage, UploadId
 from shardckpt.storage.wrapping import StorageWrapper
 
 # Not for speed, or not here. How much a loop in pure Python gets done beside a save, in thousands of rounds per second,
@@ -61,6 +61,7 @@ class WriterProcess:
         self._line: socket.socket | None = None
         self._maps: weakref.WeakKeyDictionary[SharedMap, int] = weakref.WeakKeyDictionary()
         self._numbers = 0
+        self._retries = 0
 
     @property
     def pid(self) -> int | None:
@@ -68,16 +69,36 @@ class WriterProcess:
         process = self._process
         return None if process is None else process.pid
 
-    def put(self, key: str, offset: int | None, parts: Sequence[Buffer]) -> int:
-        """As `Storage.put`, or `put_range` if there is an offset, of parts that all lie in shared memory.
+    @property
+    def retries(self) -> int:
+        """How many tries it and those before it have made beyond the first ones, in puts that they could answer."""
+        return self._retries
+
+    def put(self, key: str, parts: Sequence[Buffer]) -> int:
+        """As `Storage.put`, of parts that all lie in shared memory.
 
         Parts may raise when they are looked at: then the save was cancelled, and the process is killed.
         """
+        return int(self._ask("put", key, parts)["nbytes"])
+
+    def put_range(self, key: str, offset: int, parts: Sequence[Buffer]) -> int:
+        """As `RenamingStorage.put_range`, else as `put`."""
+        return int(self._ask("put_range", key, parts, offset=offset)["nbytes"])
+
+    def put_parts(self, key: str, upload: UploadId, parts: Sequence[Buffer], *, numbers: range) -> tuple[PutPart, ...]:
+        """As `SharedPuts.put_parts`, else as `put`."""
+        put = self._ask("put_parts", key, parts, upload=upload, numbers=[numbers.start, numbers.stop])["put"]
+        return tuple(PutPart(*part) for part in put)
+
+    def _ask(self, verb: str, key: str, parts: Sequence[Buffer], **terms: object) -> dict[str, Any]:
+        """Its answer, or what the storage there has raised."""
         with self._lock:
+            _ = parts[0]  # a save that was given up while it waited here needs no process
             try:
                 line = self._ready()
                 ranges = [self._range(line, part) for part in parts]
-                send(line, {"key": key, "offset": offset, "parts": ranges, "living": sorted(self._maps.values())})
+                living = sorted(self._maps.values())
+                send(line, {"verb": verb, "key": key, "parts": ranges, "living": living, "terms": terms})
                 while not select.select([line], [], [], _LOOK_S)[0]:
                     _ = parts[0]
                 answer, _ = receive(line)
@@ -86,11 +107,12 @@ class WriterProcess:
             except BaseException:
                 self._end(kill=True)
                 raise
+            self._retries += answer["retries"]
         if "error" in answer:
             if answer["errno"] is None:
                 raise RuntimeError(f"the process that writes failed: {answer['error']}")
             raise OSError(answer["errno"], answer["error"])
-        return int(answer["nbytes"])
+        return answer
 
     def close(self) -> None:
         """Let the process end, or end it. May be called twice."""
@@ -160,23 +182,41 @@ class ProcessStorage(StorageWrapper):
         self._seen = False
         """Whether something that the other process wrote has been seen from here."""
 
+    @property
+    def retries(self) -> int:
+        """Of both processes."""
+        return super().retries + self.writer.retries
+
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         shared = _shared(parts)
-        return super().put(key, parts) if shared is None else self._put(key, None, shared)
+        if shared is None:
+            return super().put(key, parts)
+        return self._look(key, 0, self.writer.put(key, shared))
 
     def put_range(self, key: str, offset: int, parts: Iterable[Buffer]) -> int:
         shared = _shared(parts)
         if shared is not None:
-            return self._put(key, offset, shared)
+            return self._look(key, offset, self.writer.put_range(key, offset, shared))
         inner: Any = self.inner
         nbytes: int = inner.put_range(key, offset, parts)
         return nbytes
 
-    def _put(self, key: str, offset: int | None, parts: Sequence[Buffer]) -> int:
-        nbytes = self.writer.put(key, offset, parts)
+    def put_parts(
+        self, key: str, upload: UploadId, parts: Iterable[Buffer], *, numbers: range, nbytes: int | None = None
+    ) -> tuple[PutPart, ...]:
+        """What the other process puts elsewhere by mistake need not be looked for: no such upload is begun there."""
+        shared = _shared(parts)
+        if shared is not None:
+            return self.writer.put_parts(key, upload, shared, numbers=numbers)
+        inner: Any = self.inner
+        put: tuple[PutPart, ...] = inner.put_parts(key, upload, parts, numbers=numbers, nbytes=nbytes)
+        return put
+
+    def _look(self, key: str, offset: int, nbytes: int) -> int:
+        """Once, whether it is here what the other process has put."""
         if not self._seen:
             found = self.inner.size(key)  # `FileNotFoundError` if the other process has another place of that name
-            if found < (offset or 0) + nbytes:
+            if found < offset + nbytes:
                 raise OSError(f"the process that writes has written {nbytes} bytes of {key!r}, and here are {found}")
             self._seen = True
         return nbytes

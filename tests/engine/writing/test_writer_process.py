@@ -187,7 +187,7 @@ def test_what_the_storage_raises_there_is_raised_here(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="a/b"):
         storage.put("a/b", [view])
     with pytest.raises(RuntimeError, match=r"ValueError.*not a storage key"):
-        writer.put("../b", None, [view])
+        writer.put("../b", [view])
     assert storage.put_range("c", 4096, [view[:100]]) == 100
     assert storage.read("c")[4096:] == bytes(view[:100])
     assert writer.pid == pid
@@ -201,7 +201,7 @@ def test_images_that_are_gone_here_are_gone_there(tmp_path: Path) -> None:
     writer = WriterProcess(str(tmp_path), None, OTHER)
     for number in range(4):
         image = SharedMap(4096)
-        writer.put(f"{number}", None, [memoryview(image)])
+        writer.put(f"{number}", [memoryview(image)])
     mapped = Path(f"/proc/{writer.pid}/maps").read_text().count("memfd:shardckpt-image")
     assert mapped <= 2  # the last, and the one before until the next message
     writer.close()
@@ -209,11 +209,11 @@ def test_images_that_are_gone_here_are_gone_there(tmp_path: Path) -> None:
 
 def test_signals_to_the_job_are_not_for_it(tmp_path: Path) -> None:
     image, writer = SharedMap(4096), WriterProcess(str(tmp_path), None, OTHER)
-    writer.put("a", None, [memoryview(image)])
+    writer.put("a", [memoryview(image)])
     pid = writer.pid
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         os.kill(pid, number)
-    writer.put("b", None, [memoryview(image)])
+    writer.put("b", [memoryview(image)])
     assert writer.pid == pid
     assert os.getsid(pid) != os.getsid(0)
     writer.close()
@@ -227,7 +227,7 @@ def test_it_ends_with_the_process_that_it_writes_for(tmp_path: Path) -> None:
         "from shardckpt.engine.writing.process import WriterProcess\n"
         "from shardckpt.engine.writing.shared import SharedMap\n"
         "image, writer = SharedMap(4096), WriterProcess(sys.argv[1], None, Manners())\n"
-        "writer.put('a', None, [memoryview(image)])\n"
+        "writer.put('a', [memoryview(image)])\n"
         "assert 'torch' not in sys.modules\n"
         "print(writer.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
