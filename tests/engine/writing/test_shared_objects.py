@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.engine.writing import child
+from shardckpt.engine.writing.shared import SharedMap
 from shardckpt.format.layout import MANIFEST
 from shardckpt.run.catalog import Catalog
-from shardckpt.storage.base import SharedPuts
+from shardckpt.storage.base import PutPart, SharedPuts
+from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.objects import requests
+from shardckpt.storage.transfer import pacing
 from shardckpt.testing.gangs import run_ranks
 from tests.engine.writing.test_writer_process import LIMIT_S, OTHER, until, writer_of
 from tests.storage import proxy, s3server
@@ -31,7 +35,6 @@ pytestmark = [
 
 VALUES = 5 << 20
 """Of four bytes: each of two ranks has 10 MiB to put, which are two parts of an upload."""
-SLOW = sc.Manners(process=True, rate=5e6)
 FIRST = "partNumber=1"
 """Ends the request of the first part of the stretch of rank 1; that of rank 0 comes after it."""
 
@@ -167,11 +170,12 @@ def test_tries_are_counted_and_errors_told_as_if_they_were_of_this_process(
 def test_in_the_middle_of_the_parts(
     seen: Proxy, server: S3Server, url: str, no_parts_from_here: None, how: str
 ) -> None:
-    """Rank 1 has sent one of its two parts, and its rate holds back the other."""
+    """Rank 1 has sent its first part, and waits for the answer."""
+    seen.harm(Harm.LATE, "part", key=FIRST)
 
-    def act(gangs: sc.Gangs) -> tuple[str, float]:
+    def act(gangs: sc.Gangs) -> str:
         rank = gangs.root.rank
-        with manager(server, url, gangs, SLOW if rank else OTHER) as checkpoints:
+        with manager(server, url, gangs, OTHER) as checkpoints:
             pending = checkpoints.save(1, state(1), replicated="*")
             if rank == 1:
                 until(lambda: [path for path in parts_of(seen) if path.endswith(FIRST)])
@@ -184,19 +188,48 @@ def test_in_the_middle_of_the_parts(
             with pytest.raises(sc.CheckpointSaveError) as caught:
                 pending.result()
             assert checkpoints.steps() == []
-            pending = checkpoints.save(2, state(2), replicated="*")
-            pending.result()
+            checkpoints.save(2, state(2), replicated="*").result()
             assert checkpoints.steps() == [2]
             assert is_loaded(checkpoints, 2)
             if rank == 1:
                 assert writer_of(checkpoints).pid != victim
-            return str(caught.value), sum(p.seconds for p in pending.report.phases if p.name == "put")
+            return str(caught.value)
 
-    told = run_ranks(2, act)
     said = "rank 1: OSError: cannot write" if how == "killed" else "cancelled"
-    assert all(said in message for message, _ in told)
-    assert told[1][1] > 0.9 * 2 * VALUES / SLOW.rate  # its half of the bytes; rank 0 has no limit
+    assert all(said in message for message in run_ranks(2, act))
     storage = server.storage(url)
     assert storage.list_uploads() == []
     assert storage.list() == ["step_2/"]
     assert MANIFEST in storage.list("step_2")
+
+
+@pytest.mark.parametrize(
+    ("verb", "terms", "place"),
+    [
+        ("put", {}, MemoryObjects),
+        ("put_range", {"offset": 0}, MemoryStorage),
+        ("put_parts", {"numbers": [1, 10]}, MemoryObjects),
+    ],
+)
+def test_each_verb_goes_out_at_the_rate(
+    monkeypatch: pytest.MonkeyPatch, verb: str, terms: dict[str, Any], place: type[MemoryObjects | MemoryStorage]
+) -> None:
+    """What the other process does, done here, by a clock that moves only while somebody waits."""
+    waited: list[float] = []
+    monkeypatch.setattr(pacing, "_now", lambda: sum(waited))
+    monkeypatch.setattr(pacing, "_sleep", waited.append)
+    storage = place()
+    monkeypatch.setattr(child, "open_storage", lambda *told, **options: storage)
+    writer = child._Writer({"root": "", "options": {}, "manners": {"rate": 1e6}})
+    image = SharedMap(1_000_000)
+    image[:] = os.urandom(len(image))
+    writer.map(7, os.dup(image.file), len(image))
+    if isinstance(storage, MemoryObjects):
+        upload = storage.begin_upload("a")
+        terms = {**terms, "upload": upload} if verb == "put_parts" else terms
+    told = {"verb": verb, "key": "a", "parts": [(7, 0, 400_000), (7, 400_000, len(image))], "living": [7]}
+    answer = writer.do({**told, "terms": terms})
+    assert sum(waited) == pytest.approx(len(image) / 1e6, rel=0.15)
+    if verb == "put_parts":
+        storage.finish_upload("a", upload, [PutPart(*part) for part in answer["put"]])
+    assert storage.read("a") == image[:]

@@ -197,6 +197,19 @@ def test_what_the_storage_raises_there_is_raised_here(tmp_path: Path) -> None:
     assert writer.pid is None
 
 
+def test_a_save_that_was_given_up_while_it_waited_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GivenUp(list[memoryview]):
+        def __getitem__(self, number: Any) -> Any:
+            raise sc.CheckpointSaveError("cancelled")
+
+    monkeypatch.setattr(sys, "executable", "/no/such/program")
+    writer = WriterProcess(str(tmp_path), None, OTHER)
+    with pytest.raises(sc.CheckpointSaveError, match="cancelled"):
+        writer.put("a", GivenUp([memoryview(SharedMap(4096))]))
+
+
 def test_images_that_are_gone_here_are_gone_there(tmp_path: Path) -> None:
     writer = WriterProcess(str(tmp_path), None, OTHER)
     for number in range(4):
