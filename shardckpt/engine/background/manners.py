@@ -49,7 +49,8 @@ class Manners:
     by the kernel, which does not."""
     process: bool = False
     """Write in another process, which maps the image of the state. For a path or a URL, with `storage_options` of plain
-    values. The process is this rank's own, and replaced when it dies."""
+    values. The process is this rank's own, and replaced when it dies. What has no such image is written by this one:
+    with `staging="none"`, a consolidated model, and what is small (records, copies of `cc/`)."""
 
     def __post_init__(self) -> None:
         if self.rate is not None and not self.rate > 0:
