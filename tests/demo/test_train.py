@@ -1,6 +1,12 @@
-"""launch/train.py, as a person runs it: alone and under torchrun, stopped and run again."""
+"""launch/train.py, as a person runs it: alone and under torchrun, stopped and run again.
 
+What is run alone once more is run by a process of the pool, without seconds of imports.
+"""
+
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,27 +28,43 @@ def train(start: tuple[str, ...], root: Path, last_step: int) -> list[str]:
         [*start, str(PROGRAM), str(root), str(last_step)], capture_output=True, text=True, env=environment, timeout=100
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    return steps_in(done.stdout)
+
+
+def train_here(rank: int, world_size: int, folder: Path, root: Path, last_step: int) -> list[str]:
+    """The same, in a process that has imported all of it."""
+    before = sys.argv
+    sys.argv = [str(PROGRAM), str(root), str(last_step)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(PROGRAM), run_name="__main__")
+    finally:
+        sys.argv = before
+    return steps_in(printed.getvalue())
+
+
+def steps_in(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("step ")]
 
 
 def committed(root: Path) -> set[str]:
     return {record.parent.name for record in root.glob("step_*/manifest.json")}
 
 
-def test_alone_it_goes_on_where_it_stopped(tmp_path):
+def test_alone_it_goes_on_where_it_stopped(ranks, tmp_path):
     first = train(ALONE, tmp_path, 40)
     assert [line.split()[1] for line in first] == ["20", "40"]
     assert committed(tmp_path) == {"step_20", "step_40"}
-    second = train(ALONE, tmp_path, 100)
+    (second,) = ranks.run(1, train_here, tmp_path, 100, backend=None)
     assert [line.split()[1] for line in second] == ["60", "80", "100"]
     assert all(line.endswith("(resumed at 40)") for line in second)
     assert len(committed(tmp_path)) <= 4  # the last three and the best one
 
 
-def test_two_ranks_start_and_one_goes_on(tmp_path):
+def test_two_ranks_start_and_one_goes_on(ranks, tmp_path):
     first = train(TWO_RANKS, tmp_path, 40)
     assert [line.split()[1] for line in first] == ["20", "40"]
     assert (tmp_path / "step_40" / "rank_1.pt").is_file()
-    second = train(ALONE, tmp_path, 60)
+    (second,) = ranks.run(1, train_here, tmp_path, 60, backend=None)
     assert [line.split()[1] for line in second] == ["60"]
     assert second[0].endswith("(resumed at 40)")

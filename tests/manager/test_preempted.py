@@ -1,4 +1,4 @@
-"""Under torchrun, a signal to one rank, or to the agent: one common step is committed, and that is where it resumes."""
+"""A signal to one rank, or to the agent of torchrun: one common step is committed, and that is where it resumes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.testing.gang_acts import await_marks, mark
+from shardckpt.testing.pool import ProcessPool
+from tests.manager.preempted import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -80,17 +84,29 @@ def check_whole(root: Path, step: int, ranks: int) -> None:
     assert model.weight.item() == ranks * step
 
 
-def test_a_signal_to_one_worker_of_four(tmp_path: Path) -> None:
-    with Job(tmp_path, 4) as job:
-        os.kill(job.pids[3], signal.SIGTERM)
-        status, output, ended = job.end()
-    assert status == 0, output
-    assert len(ended) == 4, output
-    assert len(set(ended.values())) == 1, output
+def train_on_a_rank(rank: int, world_size: int, folder: Path, root: Path, marks: Path) -> tuple[int, int]:
+    (marks / f"pid_{rank}").write_text(str(os.getpid()))
+    return train(str(root), lambda rank: mark(marks, "trains", rank))
+
+
+def test_a_signal_to_one_worker_of_four(ranks: ProcessPool, tmp_path: Path) -> None:
+    """Processes of the pool: what torchrun does about it, the next test sees."""
+    marks, root = tmp_path / "marks", tmp_path / "run"
+    marks.mkdir()
+
+    def act() -> None:
+        await_marks(marks, "trains", 4)
+        os.kill(int((marks / "pid_3").read_text()), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as beside:
+        sent = beside.submit(act)
+        ended = ranks.run(4, train_on_a_rank, root, marks)
+        sent.result()
+    assert len(set(ended)) == 1, ended
     step, first = ended[0]
     assert first == 1
-    assert committed(tmp_path) == [f"step_{step}"]
-    check_whole(tmp_path, step, 4)
+    assert committed(root) == [f"step_{step}"]
+    check_whole(root, step, 4)
 
 
 def test_a_signal_to_the_agent_and_in_the_next_job_to_one_of_two(tmp_path: Path) -> None:

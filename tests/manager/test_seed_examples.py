@@ -2,7 +2,7 @@
 
 The blocks of `fairseq2_ckpt.rst` are put, unchanged, into one small training program. It is started twice: it trains,
 saves, prunes, trains on; then it starts again, goes on from its checkpoint, and must come to the same numbers. Two
-ranks are started by torchrun; one, and four, are processes of the pool with the environment that torchrun gives.
+ranks are first started by torchrun; all others are processes of the pool with the environment that torchrun gives.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from shardckpt.testing.pool import ProcessPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # two starts of torchrun, on a machine that may be busy
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # a start of torchrun, on a machine that may be busy
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = Path(__file__).with_name("fairseq2_ckpt.rst")
@@ -161,7 +161,7 @@ def launch(pool: ProcessPool, program: Path, ranks: int, seed: int, port: int) -
     notes = program.parent / f"notes_{seed}"
     notes.mkdir()
     environment = {"SEED": str(seed), "NOTES": str(notes)}
-    if ranks == 2:
+    if ranks == 2 and seed == 0:
         printed = run_by_torchrun(program, ranks, environment)
     else:
         environment["MASTER_PORT"] = str(port)
