@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.consolidate import CASES, Both, render
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.consolidate import CASES, Both, main, render
 
 
 def test_a_table_of_both() -> None:
@@ -39,11 +35,10 @@ def test_files_that_differ_are_no_measurement(tmp_path: Path, wrong: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # a start of torchrun; half a minute on a machine that is busy
-def test_two_ranks_as_a_person_starts_them(tmp_path: Path) -> None:
-    options = ["--gb", "0", "--rounds", "1", "--cases", next(iter(CASES)), "--root", str(tmp_path)]
-    command = [sys.executable, "-m", "benchmarks.consolidate", *options]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)
-    assert ended.returncode == 0, ended.stderr
-    assert "| shardckpt |" in ended.stdout
-    assert "| torch |" in ended.stdout
+def test_two_ranks_that_torchrun_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each of the ranks is `python -m benchmarks.consolidate`, too."""
+    assert main(["--gb", "0", "--rounds", "1", "--cases", next(iter(CASES)), "--root", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert "| shardckpt |" in printed
+    assert "| torch |" in printed
     assert not list(tmp_path.iterdir())
