@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,16 @@ def make_state(rank: int, step: int) -> dict[str, Any]:
     stream = torch.Generator().manual_seed(step)  # threads share torch's own
     shared = {"weight": torch.randn(64, 300, generator=stream), "bias": torch.randn(3, generator=stream)}
     return {"model": shared, "own": {"position": torch.full((5,), rank + 10 * step)}, "value": [rank, step]}
+
+
+def at_once(rows: Iterable[Callable[[], None]]) -> None:
+    """Run rows that wait for most of their time; what the first of them that failed has raised, with its number."""
+    rows = list(rows)
+    with ThreadPoolExecutor(len(rows), thread_name_prefix="row") as threads:
+        runs = [threads.submit(row) for row in rows]
+    for number, run in enumerate(runs):
+        if (error := run.exception()) is not None:
+            raise AssertionError(f"row {number}: {error}") from error
 
 
 def blank_state(rank: int) -> dict[str, Any]:

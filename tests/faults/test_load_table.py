@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 
 import shardckpt as sc
 from shardckpt.storage.base import Storage
+from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import Operation
 from shardckpt.testing.faults import FailingStorage, GatedStorage, on
 from shardckpt.testing.gangs import run_ranks
-from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, blank_state, make_place, make_state, same
+from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, at_once, blank_state, make_place, make_state, same
 
 
 @dataclass
@@ -146,13 +148,22 @@ def test_a_file_is_gone_for_one_rank(tmp_path: Path, rank: int, name: str) -> No
     check(run_load(view, switch), rank, kind=sc.CheckpointDamagedError)
 
 
-HANGS = [("size", 2), ("index", 1), *[("data", rank) for rank in range(RANKS)]]  # three seconds each
+HANGS = [("size", 2), ("index", 1), *[("data", rank) for rank in range(RANKS)]]
 
 
-@pytest.mark.parametrize(("name", "rank"), HANGS)
-def test_one_rank_hangs_in_its_reads_and_wakes_up_late(tmp_path: Path, name: str, rank: int) -> None:
-    """The late bytes come while the next load is under way: they reach no state."""
-    where, switch = make_place("memory", tmp_path), phase(name)
+def test_one_rank_hangs_in_its_reads_and_wakes_up_late() -> None:
+    """The late bytes come while the next load is under way: they reach no state. The rows wait at the same time."""
+
+    def row(name: str, rank: int) -> None:
+        table = hang(MemoryStorage(), rank, phase(name))
+        check(table, rank, kind=sc.CheckpointLoadError, deadline=SHORT)
+        assert not any(isinstance(seen.error, sc.CheckpointDamagedError) for seen in table), "slow is not damaged"
+
+    at_once(partial(row, name, rank) for name, rank in HANGS)
+
+
+def hang(where: Storage, rank: int, switch: Switch) -> list[Seen]:
+    """Of a load in which that operation of that rank does not end before all have raised."""
     gates: list[GatedStorage] = []
 
     def view(own: int) -> Storage:
@@ -161,9 +172,7 @@ def test_one_rank_hangs_in_its_reads_and_wakes_up_late(tmp_path: Path, name: str
         gates.append(GatedStorage(where, switch))
         return gates[0]
 
-    table = run_load(view, switch, deadline=SHORT, before_retry=lambda: gates[0].open_gate())
-    check(table, rank, kind=sc.CheckpointLoadError, deadline=SHORT)
-    assert not any(isinstance(seen.error, sc.CheckpointDamagedError) for seen in table), "slow is not damaged"
+    return run_load(view, switch, deadline=SHORT, before_retry=lambda: gates[0].open_gate())
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -183,19 +192,12 @@ def test_rank_0_cannot_read_the_record(tmp_path: Path, place: str) -> None:
         assert seen.loads_again
 
 
-@pytest.mark.parametrize(("place", "what"), [("objects", "list"), ("memory", "size"), ("memory", "read")])
-def test_rank_0_hangs_at_the_record(tmp_path: Path, place: str, what: str) -> None:
-    where, switch = make_place(place, tmp_path), Switch(on(what))
-    gates: list[GatedStorage] = []
+def test_rank_0_hangs_at_the_record() -> None:
+    def row(where: Storage, what: str) -> None:
+        check(hang(where, 0, Switch(on(what))), 0, kind=sc.CheckpointError, deadline=SHORT)
 
-    def view(own: int) -> Storage:
-        if own:
-            return where
-        gates.append(GatedStorage(where, switch))
-        return gates[0]
-
-    table = run_load(view, switch, deadline=SHORT, before_retry=lambda: gates[0].open_gate())
-    check(table, 0, kind=sc.CheckpointError, deadline=SHORT)
+    rows = [(MemoryObjects(), "list"), (MemoryStorage(), "size"), (MemoryStorage(), "read")]
+    at_once(partial(row, where, what) for where, what in rows)
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

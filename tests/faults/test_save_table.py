@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import shardckpt as sc
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.testing.faults import FailingStorage, GatedStorage, on
-from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, Outcome, make_place, run_row
+from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, Outcome, at_once, make_place, run_row
 
 
 def check(
@@ -80,9 +81,15 @@ def test_one_rank_cannot_write(tmp_path: Path, place: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rank", range(RANKS))
-def test_one_rank_hangs_in_its_write_and_wakes_up_late(tmp_path: Path, place: str, rank: int) -> None:
-    """The writer wakes up after everybody has given up, while the retry is under way: it harms nothing."""
+def test_one_rank_hangs_in_its_write_and_wakes_up_late(tmp_path: Path, place: str) -> None:
+    """The writer wakes up after everybody has given up, while the retry is under way: it harms nothing.
+
+    Each of the ranks, in a row of its own; the rows wait at the same time.
+    """
+    at_once(partial(hang_in_write, make_place(place, tmp_path / str(rank)), rank) for rank in range(RANKS))
+
+
+def hang_in_write(where: Storage, rank: int) -> None:
     armed = threading.Event()
     gates: list[GatedStorage] = []
 
@@ -103,8 +110,6 @@ def test_one_rank_hangs_in_its_write_and_wakes_up_late(tmp_path: Path, place: st
     def let_go(own: int) -> None:
         if own == rank:
             gates[0].open_gate()
-
-    where = make_place(place, tmp_path)
 
     def arm(manager: sc.CheckpointManager, own: int) -> None:
         if own == rank:
