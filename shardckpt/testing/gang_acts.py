@@ -18,7 +18,7 @@ from shardckpt.gang.together import together, together_gather
 
 LONG = timedelta(seconds=30)
 """For what succeeds."""
-SHORT = timedelta(seconds=1)
+SHORT = timedelta(seconds=0.5)
 """For what fails, because somebody does not come."""
 ENOUGH_S = 10.0
 """Far less than `LONG` and far more than what is done at once takes: a rank that took longer has waited in vain."""
