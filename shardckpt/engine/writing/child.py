@@ -1,16 +1,20 @@
 """What runs in the process that writes. It imports neither torch nor the training program.
 
 It does what it is told on its line, one message after the other, and ends when the line does: with the manager, or with
-the process that it writes for. Signals to the whole job are for that process, and not for this one.
+the process that it writes for, whatever it hangs in then. Signals to the whole job are for that process, and not for
+this one.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
+import threading
+import traceback
 from typing import Any
 
 from shardckpt.engine.background.manners import Manners
@@ -22,14 +26,29 @@ from shardckpt.storage.transfer.pacing import Pacer
 
 
 def main(line_file: int) -> None:
+    """Never returns. No farewell of a client of a storage keeps the process from ending."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=line_file) as line:
-        try:
-            message, _ = receive(line)
-            _serve(line, _Writer(message))
-        except (EOFError, ConnectionError):
-            pass  # nobody is there any more who wants anything written
+    threading.Thread(target=_end_with, args=(line_file,), name="line", daemon=True).start()
+    status = 1
+    try:
+        line = socket.socket(fileno=line_file)
+        message, _ = receive(line)
+        _serve(line, _Writer(message))
+    except (EOFError, ConnectionError):
+        status = 0  # nobody is there any more who wants anything written
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _end_with(line_file: int) -> None:
+    """In a thread of its own: the process ends with its line, also when it hangs."""
+    poll = select.poll()
+    poll.register(line_file, 0)  # which is told when the other end is gone
+    poll.poll()
+    os._exit(0)
 
 
 def _serve(line: socket.socket, writer: _Writer) -> None:

@@ -7,8 +7,8 @@ over there, and can be ended, which no thread can.
 
 from __future__ import annotations
 
+import logging
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import shardckpt.engine.writing.child as child
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.writing.shared import SharedMap, place_in
-from shardckpt.engine.writing.wire import receive, send
+from shardckpt.engine.writing.wire import LOOK_S, Look, receive, send
 from shardckpt.storage.base import Buffer, PutPart, Storage, UploadId
 from shardckpt.storage.wrapping import StorageWrapper
 
@@ -42,9 +42,9 @@ from shardckpt.storage.wrapping import StorageWrapper
 # Checksums and system calls let go of the interpreter's lock anyway. What holds it for long is the making of index and
 # record of 20,000 tensors (a pause of 0.1 s and more), which is done here in both cases. So it is off by default.
 
+_log = logging.getLogger(__name__)
+
 _PACKAGE = Path(child.__file__).parents[3]
-_LOOK_S = 0.1
-"""How often somebody who waits for a put looks whether the save was cancelled."""
 _FAREWELL_S = 5.0
 """How long the process may take to end by itself when it is told to; it may be in the middle of a system call."""
 
@@ -92,22 +92,27 @@ class WriterProcess:
 
     def _ask(self, verb: str, key: str, parts: Sequence[Buffer], **terms: object) -> dict[str, Any]:
         """Its answer, or what the storage there has raised."""
-        with self._lock:
-            _ = parts[0]  # a save that was given up while it waited here needs no process
-            try:
-                line = self._ready()
-                ranges = [self._range(line, part) for part in parts]
-                living = sorted(self._maps.values())
-                send(line, {"verb": verb, "key": key, "parts": ranges, "living": living, "terms": terms})
-                while not select.select([line], [], [], _LOOK_S)[0]:
-                    _ = parts[0]
-                answer, _ = receive(line)
-            except (EOFError, ConnectionError) as error:
-                raise OSError(f"cannot write {key!r}: the process that writes {self._end(kill=True)}") from error
-            except BaseException:
-                self._end(kill=True)
-                raise
+
+        def look() -> None:
+            _ = parts[0]
+
+        while not self._lock.acquire(timeout=LOOK_S):  # a put that was cancelled is about to end the process
+            look()
+        try:
+            look()  # a save that was given up while it waited here needs no process
+            line = self._ready(look)
+            ranges = [self._range(line, part, look) for part in parts]
+            living = sorted(self._maps.values())
+            send(line, {"verb": verb, "key": key, "parts": ranges, "living": living, "terms": terms}, look=look)
+            answer, _ = receive(line, look=look)
             self._retries += answer["retries"]
+        except (EOFError, ConnectionError) as error:
+            raise OSError(f"cannot write {key!r}: the process that writes {self._end(kill=True)}") from error
+        except BaseException:
+            self._end(kill=True)
+            raise
+        finally:
+            self._lock.release()
         if "error" in answer:
             if answer["errno"] is None:
                 raise RuntimeError(f"the process that writes failed: {answer['error']}")
@@ -116,16 +121,22 @@ class WriterProcess:
 
     def close(self) -> None:
         """Let the process end, or end it. May be called twice."""
-        with self._lock:
+        if not self._lock.acquire(timeout=2 * _FAREWELL_S):  # a put that was left behind has it, and is stuck
+            _log.warning("the process that writes is left behind: it can be neither started nor ended")
+            return
+        try:
             self._end(kill=False)
+        finally:
+            self._lock.release()
 
-    def _ready(self) -> socket.socket:
+    def _ready(self, look: Look) -> socket.socket:
         if self._process is not None and self._process.poll() is not None:
             self._end(kill=True)  # it died while there was nothing to do, which harms nobody
         if self._line is not None:
             return self._line
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, ExitStack() as stack:
+            stack.enter_context(ours)
             code = f"import sys; sys.path.insert(0, {str(_PACKAGE)!r}); from {child.__name__} import main; "
             # A new session: what a terminal, or a launcher, sends to the training's group is not for it.
             self._process = subprocess.Popen(
@@ -134,19 +145,21 @@ class WriterProcess:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            stack.pop_all()
+        ours.setblocking(False)
         self._line = ours
         self._maps.clear()
-        send(ours, self._told)
+        send(ours, self._told, look=look)
         return ours
 
-    def _range(self, line: socket.socket, part: Buffer) -> tuple[int, int, int]:
+    def _range(self, line: socket.socket, part: Buffer, look: Look) -> tuple[int, int, int]:
         found = place_in(memoryview(part))
         assert found is not None, "looked at before"
         owner, start = found
         number = self._maps.get(owner)
         if number is None:
             number = self._numbers = self._numbers + 1
-            send(line, {"map": number, "nbytes": len(owner)}, file=owner.file)
+            send(line, {"map": number, "nbytes": len(owner)}, file=owner.file, look=look)
             self._maps[owner] = number
         return number, start, start + memoryview(part).nbytes
 
@@ -164,7 +177,7 @@ class WriterProcess:
         ended = process.poll()
         if ended is None:
             with suppress(subprocess.TimeoutExpired):  # after an end of the line it may be just about to end
-                ended = process.wait(_LOOK_S) if kill else None
+                ended = process.wait(LOOK_S) if kill else None
         process.kill()
         with suppress(subprocess.TimeoutExpired):  # not as long as it is in a system call that does not return
             process.wait(_FAREWELL_S)
