@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardckpt.engine.events.kinds import Event as Event
     from shardckpt.engine.events.kinds import Loaded as Loaded
     from shardckpt.engine.events.kinds import SaveFailed as SaveFailed
+    from shardckpt.engine.events.kinds import SaveOver as SaveOver
     from shardckpt.engine.events.kinds import SaveSkipped as SaveSkipped
     from shardckpt.engine.events.kinds import SaveStarted as SaveStarted
     from shardckpt.engine.events.kinds import Staged as Staged
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
     from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
     from shardckpt.engine.pending import PendingSave as PendingSave
+    from shardckpt.engine.progress import OtherRank as OtherRank
     from shardckpt.engine.progress import Phase as Phase
     from shardckpt.engine.progress import SaveReport as SaveReport
     from shardckpt.errors import CheckpointDamagedError as CheckpointDamagedError
@@ -87,12 +89,14 @@ _HOME = {
     "LoadPolicy": "engine.loading.fit",
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
+    "OtherRank": "engine.progress",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
     "RngState": "state",
     "RunReport": "tools.report",
     "SaveFailed": "engine.events.kinds",
+    "SaveOver": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",
     "SaveSkipped": "engine.events.kinds",

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, TypeAlias
 
 from shardckpt.engine.events.kinds import Committed, Event, SaveFailed, SaveSkipped, Staged
-from shardckpt.engine.progress import Phase, Progress, SaveReport
+from shardckpt.engine.progress import OtherRank, Progress, SaveReport
 from shardckpt.errors import CheckpointError, CheckpointSaveError, CheckpointSkippedError
 
 
@@ -49,8 +49,8 @@ class PendingSave:
         self.tell = tell
         self.report = SaveReport(step)
         self.progress = Progress()
-        self.others: tuple[tuple[int, tuple[Phase, ...]], ...] = ()
-        """On rank 0, once it is committed: what the other ranks did, and when."""
+        self.others: tuple[OtherRank, ...] = ()
+        """On rank 0, once they have met: what the other ranks did, and when."""
         self._copied = threading.Event()
         self._queued = threading.Event()
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class PendingSave:
         self._copied.set()
         self._queued.set()
         try:
-            self.tell(Committed, self.step, report=self.report.frozen(), others=self.others)
+            self.tell(Committed, self.step, **self._told())
         finally:
             self._future.set_result(info)
 
@@ -158,10 +158,13 @@ class PendingSave:
 
     def _tell_of(self, error: BaseException) -> None:
         if isinstance(error, CheckpointSkippedError):
-            self.tell(SaveSkipped, self.step, reason=str(error))
+            self.tell(SaveSkipped, self.step, reason=str(error), **self._told())
         else:
             told = {"error": str(error).partition("\n")[0], "kind": type(error).__name__}
-            self.tell(SaveFailed, self.step, report=self.report.frozen(), **told)
+            self.tell(SaveFailed, self.step, **told, **self._told())
+
+    def _told(self) -> dict[str, Any]:
+        return {"report": self.report.frozen(), "others": self.others}
 
 
 def _as_save_error(error: BaseException, step: int) -> CheckpointSaveError:

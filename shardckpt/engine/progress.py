@@ -28,6 +28,17 @@ class Phase:
         return self.began + self.seconds
 
 
+@dataclass(frozen=True, slots=True)
+class OtherRank:
+    """What rank 0 knows of another rank's part in a save; times are by that rank's clock."""
+
+    rank: int
+    began: float
+    """When `save` was called there, in seconds since 1970."""
+    phases: tuple[Phase, ...] = ()
+    """What it did until its files were written; none if that was never."""
+
+
 @dataclass(slots=True)
 class SaveReport:
     """What one save cost on this rank. Seconds are wall-clock; `rate` is bytes per second from `save` to commit."""
@@ -49,6 +60,8 @@ class SaveReport:
     """The rank whose write took longest, once it is committed."""
     slowest_s: float = 0.0
     """How long that took."""
+    began: float = field(default_factory=time.time)
+    """When `save` was called, in seconds since 1970."""
     phases: list[Phase] = field(default_factory=list)
     """In the order in which they ended."""
     _epoch: float = field(default_factory=lambda: time.time() - time.perf_counter(), repr=False, compare=False)

@@ -56,6 +56,7 @@ class Committer:
     def attempt(self, work: Work) -> Transaction:
         """A new attempt to commit it."""
         terms: dict[str, Any] = {"step": work.pending.step, "limit": work.limit, "lease": work.lease}
+        terms["began"] = work.pending.report.began
         return Transaction(self._storage, self._gang, self._book, **terms)
 
     def run(self, work: Work) -> None:
@@ -129,8 +130,8 @@ class Committer:
             raise
         finally:
             report.retries = retries_of(self._storage) - before
+            work.pending.others = attempt.others()
         report.slowest_rank, report.slowest_s = committed.slowest_rank, committed.slowest_s
-        work.pending.others = attempt.phases_of_others()
         url = f"{self._storage.url.rstrip('/')}/{step_folder(step)}"
         metadata = dict(work.options.metadata)
         return CheckpointInfo(step, url, committed.nbytes, self._at.world_size, committed.created, metadata)

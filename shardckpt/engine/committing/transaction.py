@@ -22,7 +22,7 @@ from shardckpt.engine.background.lease import Lease, LeasedGang
 from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.committing.receipts import TableBook, compose_manifest, disagreements, explain, held_of
 from shardckpt.engine.patience import Limit, within
-from shardckpt.engine.progress import Phase
+from shardckpt.engine.progress import OtherRank
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, decode_receipt
 from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
@@ -33,7 +33,7 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.format.reduced import reduce_to_model
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
-from shardckpt.gang.together import together, together_gather
+from shardckpt.gang.together import together_gather
 from shardckpt.storage.base import Read, SharedPuts, Storage, UploadId
 from shardckpt.storage.transfer.several import for_each
 
@@ -57,13 +57,18 @@ class Committed:
 class Transaction:
     """One attempt; made anew for each save. Any method may raise; then `abandon` is to be called."""
 
-    def __init__(self, storage: Storage, gang: Gang, book: TableBook, *, step: int, limit: Limit, lease: Lease) -> None:
+    def __init__(
+        self, storage: Storage, gang: Gang, book: TableBook, *, step: int, limit: Limit, lease: Lease, began: float
+    ) -> None:
         self._storage = storage
         self._gang: Gang = LeasedGang(gang, lease)
         self._lease = lease
         self._book = book
         self._step = step
         self._limit = limit
+        self._began = began
+        self._all_began: list[float] | None = None
+        """On rank 0, by rank, once they have met."""
         self._prefix = ""
         self._attempt = ""
         self._receipts: list[Receipt] | None = None
@@ -84,7 +89,13 @@ class Transaction:
         make room."""
         self.has_met = True
         self._gang.enter(scope, timeout=self._limit.talk)
-        together(self._gang, ready, phase="stage", **self._terms)
+
+        def meet() -> float:
+            ready()
+            return self._began
+
+        began: Any = together_gather(self._gang, meet, phase="stage", **self._terms)
+        self._all_began = began
         self._attempt = str(announce(self._gang, new_attempt, phase="begin", **self._terms))
         self._prefix = attempt_prefix(self._storage, self._step, self._attempt)
         announce(self._gang, self._make_room, phase="begin", **self._terms)
@@ -155,9 +166,12 @@ class Transaction:
                 step=self._step,
             ) from error
 
-    def phases_of_others(self) -> tuple[tuple[int, tuple[Phase, ...]], ...]:
-        """On rank 0: what the other ranks did until their files were written, and when."""
-        return tuple((receipt.rank, receipt.phases) for receipt in self._receipts or () if receipt.rank)
+    def others(self) -> tuple[OtherRank, ...]:
+        """On rank 0, once all have met: when the other ranks began, and what they did until their files were
+        written."""
+        phases = {receipt.rank: receipt.phases for receipt in self._receipts or ()}
+        met = enumerate(self._all_began or ())
+        return tuple(OtherRank(rank, began, phases.get(rank, ())) for rank, began in met if rank)
 
     def _finish_uploads(self, receipts: Sequence[Receipt]) -> None:
         """Make objects of the parts that the ranks have receipts for. Before the record, and all bytes are known to be

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardckpt.engine.progress import Phase, SaveReport
+from shardckpt.engine.progress import OtherRank, SaveReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,30 +44,34 @@ class Written(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Committed(Event):
-    """The step is a checkpoint."""
+class SaveOver(Event):
+    """A save has ended on this rank, in one of the three ways below."""
 
     report: SaveReport
     """What it cost here; a copy, which nobody changes any more."""
-    others: tuple[tuple[int, tuple[Phase, ...]], ...] = ()
-    """On rank 0: of each other rank the phases until its files were written."""
+    others: tuple[OtherRank, ...] = ()
+    """On rank 0: the other ranks, if they have met."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveSkipped(Event):
+class Committed(SaveOver):
+    """The step is a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSkipped(SaveOver):
     """The save was not made, or was given up, because others were under way, as the policy of saving says."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveFailed(Event):
+class SaveFailed(SaveOver):
     """The step was not committed, or nobody knows whether it was."""
 
     error: str
     kind: str
     """The class name of the error."""
-    report: SaveReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

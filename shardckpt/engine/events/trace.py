@@ -9,11 +9,14 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from shardckpt.engine.events.kinds import Committed, Event, Loaded, SaveFailed, StopAgreed
-from shardckpt.engine.progress import Phase
+from shardckpt.engine.events.kinds import Committed, Event, Loaded, SaveFailed, SaveOver, SaveSkipped, StopAgreed
+from shardckpt.engine.progress import OtherRank, Phase
+from shardckpt.errors import CommitUnknownError
 
 _log = logging.getLogger(__name__)
 
+_SAVES, _ROWS = "saves", 1000
+"""Name of the rows of whole saves, and by how much they come before those of threads."""
 _HEAD, _TAIL = b"[\n", b"\n]\n"
 """The array form of the Trace Event Format, whose readers take a file that ends early for what it has."""
 
@@ -21,9 +24,13 @@ _HEAD, _TAIL = b"[\n", b"\n]\n"
 class Trace:
     """Subscribe it (`checkpoints.subscribe(Trace("trace.json"))`) on all ranks; rank 0 writes the file, for all.
 
-    A process of the trace is a rank. Of the other ranks it has what they did until their files were written. Times are
-    those of each rank's own clock. The file is complete after every save, and grows by what is new: of a process that
-    is killed, it has all saves that were over; cut in the middle of a line, viewers show what stands before it.
+    A process of the trace is a rank. The first of its rows, `saves`, has a bar for each save, from the call to its end,
+    with step and `outcome` ("committed", "failed", "skipped", or "unknown" where nobody knows); below it lie the
+    phases, by thread. Saves that are under way at the same time have rows of their own. Of the other ranks it has the
+    bar, once they have met, which ends when the save is over on rank 0, and what they did until their files were
+    written. Times are those of each rank's own clock. The file is complete after every save, and grows by what is new:
+    of a process that is killed, it has all saves that were over; cut in the middle of a line, viewers show what stands
+    before it.
 
     An older file is never touched: where `trace.json` exists, this run writes `trace.1.json`, or the next name that is
     free, and says so in the log (INFO).
@@ -37,6 +44,8 @@ class Trace:
         self._path = os.fspath(path)
         self._steps = steps
         self._threads: dict[tuple[int, str], int] = {}
+        self._busy: dict[int, list[int]] = {}
+        """By rank, for each row of saves: until when it is taken, in microseconds."""
         self._end: int | None = None
 
     @property
@@ -52,32 +61,48 @@ class Trace:
             self._append(",\n".join(lines).encode())
 
     def _lines(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Committed | SaveFailed):
-            failed = {"error": event.error} if isinstance(event, SaveFailed) else {}
-            yield from self._phases(0, event.report.phases, {"step": event.step, **failed})
-        if isinstance(event, Committed):
-            for rank, phases in event.others:
-                yield from self._phases(rank, phases, {"step": event.step})
+        step = {"step": event.step}
+        if isinstance(event, SaveOver):
+            outcome = step | _outcome(event)
+            for each in (OtherRank(0, event.report.began, tuple(event.report.phases)), *event.others):
+                yield from self._bar(each, event.at, outcome)
+                yield from self._phases(each.rank, each.phases, step)
         elif isinstance(event, Loaded):
-            yield from self._phases(
-                0, [Phase("load", event.at - event.seconds, event.seconds, "training")], {"step": event.step}
-            )
+            yield from self._phases(0, [Phase("load", event.at - event.seconds, event.seconds, "training")], step)
         if isinstance(event, Committed | SaveFailed | StopAgreed):
             name = {Committed: "committed", SaveFailed: "failed", StopAgreed: "stop agreed"}[type(event)]
             mark = {"name": f"step {event.step} {name}", "cat": "checkpoint", "ph": "i", "s": "p"}
             yield {**mark, "ts": _us(event.at), "pid": 0, "tid": 0}
 
+    def _bar(self, save: OtherRank, end: float, what: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """All of a save, in the first row of saves that is free. It encloses its phases, also where the clocks of two
+        ranks, or what was read of the same one in two ways, differ."""
+        began = _us(min([save.began, *(phase.began for phase in save.phases)]))
+        ended = max([began, _us(end), *(_us(phase.ended) for phase in save.phases)])
+        rows = self._busy.setdefault(save.rank, [])
+        row = next((number for number, busy in enumerate(rows) if busy <= began), len(rows))
+        rows[row:] = [ended, *rows[row + 1 :]]
+        name = _SAVES if row == 0 else f"{_SAVES} ({row + 1})"
+        yield from self._span(save.rank, name, (f"step {what['step']}", began, ended), what)
+
     def _phases(self, rank: int, phases: Iterable[Phase], what: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for phase in sorted(phases, key=lambda phase: (phase.began, -phase.seconds)):
-            number = self._threads.get((rank, phase.thread))
-            if number is None:
-                number = self._threads[rank, phase.thread] = 1 + sum(known == rank for known, _ in self._threads)
-                if number == 1:
-                    yield _named("process_name", rank, 0, f"rank {rank}")
-                yield _named("thread_name", rank, number, phase.thread)
-            began, ended = _us(phase.began), _us(phase.began + phase.seconds)  # rounded alike, so that what nests does
-            at = {"ts": began, "dur": ended - began, "pid": rank, "tid": number}
-            yield {"name": phase.name, "cat": "checkpoint", "ph": "X", **at, "args": what}
+            yield from self._span(rank, phase.thread, (phase.name, _us(phase.began), _us(phase.ended)), what)
+
+    def _span(
+        self, rank: int, thread: str, span: tuple[str, int, int], what: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        """Name, begin and end; both are rounded, and not the duration, so that what nests does."""
+        number = self._threads.get((rank, thread))
+        if number is None:
+            number = self._threads[rank, thread] = 1 + sum(known == rank for known, _ in self._threads)
+            if number == 1:
+                yield _meta("process_name", rank, 0, name=f"rank {rank}")
+            yield _meta("thread_name", rank, number, name=thread)
+            yield _meta("thread_sort_index", rank, number, sort_index=number - _ROWS * thread.startswith(_SAVES))
+        name, began, ended = span
+        at = {"ts": began, "dur": ended - began, "pid": rank, "tid": number}
+        yield {"name": name, "cat": "checkpoint", "ph": "X", **at, "args": what}
 
     def _append(self, content: bytes) -> None:
         if self._end is None:
@@ -105,8 +130,17 @@ class Trace:
         self._end = len(_HEAD)
 
 
-def _named(kind: str, rank: int, thread: int, name: str) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": rank, "tid": thread, "args": {"name": name}}
+def _outcome(event: SaveOver) -> dict[str, str]:
+    if isinstance(event, SaveFailed):
+        outcome = "unknown" if event.kind == CommitUnknownError.__name__ else "failed"
+        return {"outcome": outcome, "error": event.error}
+    if isinstance(event, SaveSkipped):
+        return {"outcome": "skipped", "reason": event.reason}
+    return {"outcome": "committed"}
+
+
+def _meta(kind: str, rank: int, thread: int, **what: Any) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": rank, "tid": thread, "args": what}
 
 
 def _us(seconds: float) -> int:

@@ -93,9 +93,10 @@ def test_the_report_says_what_each_phase_cost_and_who_was_slowest() -> None:
     assert zero.slowest_s == one.slowest_s
     assert one.slowest_s >= sum(phase.seconds for phase in one.phases if phase.name in ("seal", "put"))
     (committed,) = [event for event in told if isinstance(event, sc.Committed)]
-    ((rank, phases),) = committed.others
-    assert rank == 1
-    assert {phase.name for phase in phases} == {"save", "stage", "meet", "seal", "put"}
+    (other,) = committed.others
+    assert other.rank == 1
+    assert other.began == one.began
+    assert {phase.name for phase in other.phases} == {"save", "stage", "meet", "seal", "put"}
     (committed,) = [event for event in told_too if isinstance(event, sc.Committed)]
     assert committed.others == ()
 
