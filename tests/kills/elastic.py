@@ -75,7 +75,7 @@ class Line:
         return None
 
 
-Say = Callable[..., None]
+Say = Callable[..., object]
 """`say(word, step, value="")`"""
 
 
