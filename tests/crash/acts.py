@@ -14,11 +14,15 @@ from torch import nn
 
 import shardckpt as sc
 from shardckpt.engine.saving import share
+from shardckpt.format.layout import MANIFEST, aside_folder, step_folder
+from shardckpt.run.catalog import Catalog
+from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.crash.operations import Recording
 from shardckpt.testing.crash.recorder import LeaveOut, Recorder
+from shardckpt.testing.crash.requests import RecordedObjects
 from shardckpt.testing.gangs import run_ranks
-from tests.crash.ours import FOREIGN, LIMIT, make_state
+from tests.crash.ours import FOREIGN, LIMIT, make_state, rebuilt
 
 ROOT = "run"
 
@@ -32,9 +36,10 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class Hand:
-    """One rank at work: its manager, and whom it tells what was promised to it."""
+    """One rank at work: its manager, the place as it sees it, and whom it tells what was promised to it."""
 
     manager: sc.CheckpointManager
+    storage: Storage
     watch: Watch
     rank: int
     width: int
@@ -134,6 +139,27 @@ def transaction(hand: Hand, *, export: bool) -> None:
         hand.watch.acknowledged(step, version)
 
 
+def repaired(hand: Hand, *, attempt: bool) -> None:
+    """The record of a step is lost, and rank 0 makes it anew. With `attempt` the folder has lost its name as well, as
+    if the step had been written and not committed; on an object store that is the same."""
+    hand.save(1, 1)
+    hand.save(2, 2)
+    if hand.rank != 0:
+        return
+    hand.watch.begun(2, None)
+    written = Catalog(hand.storage).record(2)[1]
+    record = f"{step_folder(2)}/{MANIFEST}"
+    if isinstance(hand.storage, RecordedObjects):
+        hand.storage.lose(record)
+    else:
+        hand.storage.delete([record])
+    if attempt and isinstance(hand.storage, RenamingStorage):
+        hand.storage.rename_folder(step_folder(2), aside_folder(2, written.attempt, "tmp"))
+    hand.watch.begun(2, rebuilt(2))
+    assert sc.repair(hand.storage, step=2, apply=True).applied
+    hand.watch.acknowledged(2, rebuilt(2))
+
+
 ACTS: dict[str, Act] = {
     "save": Act(two_steps, foreign=False),
     "save, files shared by ranks": Act(two_steps, ranks=(2, 3), shared=True),
@@ -145,8 +171,10 @@ ACTS: dict[str, Act] = {
     "score": Act(scored, ranks=(1,)),
     "transaction": Act(partial(transaction, export=False), ranks=(1, 2)),
     "export": Act(partial(transaction, export=True)),
+    "repair": Act(partial(repaired, attempt=False), ranks=(1, 2)),
+    "repair, an attempt": Act(partial(repaired, attempt=True), ranks=(2,)),
 }
-"""By name. To come, when they are there: repair, blobs."""
+"""By name. To come, when they are there: blobs."""
 
 CASES = [(name, ranks) for name, act in ACTS.items() for ranks in act.ranks]
 
@@ -175,8 +203,9 @@ def work(act: Act, ranks: int, place: Callable[[], Any], watch: Watch) -> None:
     """Let every rank of a job do it, each as a thread with a manager of its own."""
 
     def run(gangs: sc.Gangs) -> None:
-        with sc.CheckpointManager(place(), gangs, timeout=LIMIT, **act.options) as manager:
-            act.run(Hand(manager, watch, gangs.root.rank, act.width))
+        storage = place()
+        with sc.CheckpointManager(storage, gangs, timeout=LIMIT, **act.options) as manager:
+            act.run(Hand(manager, storage, watch, gangs.root.rank, act.width))
 
     run_ranks(ranks, run)
 

@@ -243,6 +243,10 @@ def _is_attempt(path: str) -> bool:
     return path.endswith(".tmp")
 
 
+def _is_step(path: str) -> bool:
+    return path.startswith("run/step_") and not _is_attempt(path)
+
+
 def _is_root(path: str) -> bool:
     return path == "run"
 
@@ -257,6 +261,12 @@ MUTATIONS: dict[str, Mutation] = {
     "no fsync of the metadata": Mutation("transaction", ORDERED, syncs=_file("metadata.pt")),
     "no fsync of what `replace` writes": Mutation(
         "delete, keep model", ORDERED, syncs=lambda c: MANIFEST + "." in c.path
+    ),
+    "no fsync of a record that a repair writes": Mutation("repair", ORDERED, syncs=lambda c: MANIFEST + "." in c.path),
+    "no rename of a record that a repair writes": Mutation("repair", ORDERED, context=replaced_in_place),
+    "no fsync of the folder of a step that is repaired": Mutation("repair", syncs=_folder(_is_step)),
+    "no fsync of the record of an attempt that is repaired": Mutation(
+        "repair, an attempt", ORDERED, syncs=_file(MANIFEST)
     ),
     "no fsync of any folder": Mutation("save", ORDERED, syncs=_folder(lambda path: True)),
     "no fsync of the attempt's folder": Mutation("save", syncs=_folder(_is_attempt)),

@@ -43,6 +43,11 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
+def rebuilt(version: int) -> str:
+    """That version, when its record is not the one that was written with it."""
+    return f"{version}, rebuilt"
+
+
 class OurReader:
     """A `Reader`: the catalog, and a load by as many ranks as have saved."""
 
@@ -67,7 +72,8 @@ class OurReader:
                 manager.load(step, {"model": model})
             return "model", self._whole(int(model["bias"][0]), [{"model": model}])
         loaded = load_on_ranks(storage, step, self._ranks, width=self._width)
-        return self._whole(int(loaded[0]["value"][1]), loaded)
+        version = self._whole(int(loaded[0]["value"][1]), loaded)
+        return rebuilt(version) if "rebuilt" in manifest.metadata else version
 
     def _whole(self, version: int, states: list[dict[str, Any]]) -> int:
         for rank, state in enumerate(states):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import shardckpt as sc
+from shardckpt.run.catalog import Catalog
 from shardckpt.storage.local import LocalStorage
-from shardckpt.testing.crash.judge import judge, on_disk
+from shardckpt.testing.crash.judge import in_memory, judge, on_disk
+from shardckpt.testing.crash.operations import Allowed
 from shardckpt.testing.crash.states import LYING, MINIMAL, ORDERED, Model, states
 from tests.crash.acts import ACTS, CASES, ROOT, record
-from tests.crash.ours import OurReader, reader_of, recover
+from tests.crash.ours import OurReader, reader_of, rebuilt, recover
 from tests.crash.tries import try_states
 from tests.scorecard import Scale, Scorecard
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(3600)]
 
-ROW = "crash states"
+ROW, ROW_OF_REPAIRS = "crash states", "crash states, repaired"
 LONGEST = 6000
 """States of a case and model in a full run, at most: small jobs have fewer (some 500)."""
 
@@ -40,6 +43,36 @@ def test_after_a_power_cut(
     scorecard.add("crash states from which a job went on", runs=tried.recovered)
     assert not findings, tried.first
     assert tried.states > 50
+
+
+@pytest.mark.parametrize("name", ["save", "same step again", "delete, keep model", "export", "repair"])
+def test_a_repair_after_a_power_cut(tmp_path: Path, name: str, scale: Scale, scorecard: Scorecard) -> None:
+    """Whatever was left, what repair puts in force by itself is whole, and of a version that had been begun. A repair
+    that was cut off comes to its end when it is done again."""
+    recording, reader = record(ACTS[name], 2, tmp_path), reader_of(2)
+    made, again = 0, 0
+    for state in states(recording, MINIMAL, count=scale.runs(sample=150, full=LONGEST), seed=4):
+        storage = in_memory(state.files, state.folders, below=ROOT)
+        before = Catalog(storage).steps()
+        for step in {number for number in state.allowed if number not in before}:
+            with suppress(sc.CheckpointError):  # it cannot be proven that all is there, or there is nothing
+                made += sc.repair(storage, step=step, apply=True).applied
+        findings = [finding for finding in judge(storage, begun(state.allowed), reader) if finding.kind != "back"]
+        scorecard.add(ROW_OF_REPAIRS, runs=1, torn=len(findings), notes=name)
+        assert findings == [], f"after {state.prefix} operations: {findings}; there: {sorted(state.files)}"
+        if rebuilt(2) in state.allowed.get(2, ()):
+            again += 1
+            assert reader.version(storage, 2) in (2, rebuilt(2))
+    assert bool(again) == (name == "repair")
+    assert made
+
+
+def begun(allowed: Allowed) -> Allowed:
+    """Versions that may be found once a repair has rebuilt the records of some."""
+    return {
+        step: frozenset([*versions, *(rebuilt(version) for version in versions if isinstance(version, int))])
+        for step, versions in allowed.items()
+    }
 
 
 def test_a_device_that_lies_is_told_of(tmp_path: Path, scale: Scale, scorecard: Scorecard) -> None:

@@ -64,7 +64,14 @@ class Answered:
     sent: Sent
 
 
-Event = Sent | Answered | Mark
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An object is gone, by no request of the job: it cannot come late."""
+
+    key: str
+
+
+Event = Sent | Answered | Lost | Mark
 
 
 class RecordedObjects(MemoryObjects):
@@ -82,6 +89,11 @@ class RecordedObjects(MemoryObjects):
 
     def acknowledged(self, step: int, version: object) -> None:
         self._note(Mark(step, version, acknowledged=True))
+
+    def lose(self, key: str) -> None:
+        """An accident."""
+        super().delete([key])
+        self._note(Lost(key))
 
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         content = b"".join(map(as_bytes, parts))
@@ -192,3 +204,5 @@ def _prefixes(events: Sequence[Event], number: int, seed: int, before: tuple[Req
         elif isinstance(event, Answered):
             waiting.remove(event.sent)
             done += event.sent.requests
+        elif isinstance(event, Lost):
+            done.append(Request("delete", event.key))
