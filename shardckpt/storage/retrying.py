@@ -33,6 +33,7 @@ _PASSING = frozenset(
         errno.ENETUNREACH,
         errno.EHOSTDOWN,
         errno.EHOSTUNREACH,
+        errno.EPROTO,  # an answer that the server did not give: something in between did
         getattr(errno, "EREMOTEIO", errno.ETIMEDOUT),  # s3fs: 500 InternalError
     }
 )

@@ -210,6 +210,12 @@ class S3Storage(FsspecStorage):
         path = self._path(key)
         return self._call(self._what("look at", key), lambda fs: requests.look_at(fs, path).nbytes)
 
+    def _entries(self, folder: str) -> list[tuple[str, bool]]:
+        path = self._path(folder)
+        with suppress(FileNotFoundError):
+            return self._call(f"cannot list {folder!r} in {self._url}", lambda fs: list(requests.list_folder(fs, path)))
+        return []
+
     def delete_tree(self, prefix: str) -> None:
         """Uploads below it that are not finished are aborted, too."""
         folder = check_key(check_folder(prefix))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import re
+import select
 import socket
 import struct
 import threading
@@ -29,6 +31,12 @@ class Harm(Enum):
     TRUNCATED = "in the middle of the answer"
     LOST = "done by the server, but the client gets no answer"
     LATE = "done by the server at once, and answered after `LATE_S`"
+    STALL = "the server never hears of it, and no answer ever comes"
+    STUCK = "done by the server; half of the answer comes, and then nothing more"
+    TWICE = "reaches the server twice, and the client gets the second answer"
+    ERROR_INSIDE = "not done, but the answer is 200, and an error is in it, as S3 does when an upload is completed"
+    GARBAGE = "not done, but the answer is 200, with a page for people in it, as gateways and login pages do"
+    CUT_LISTING = "done by the server; the answer, a listing, has lost its second half, and does not say how to go on"
 
 
 LATE_S = 2.5
@@ -64,6 +72,8 @@ class Proxy:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _seen: list[Request] = field(default_factory=list)
     _given: Counter[str] = field(default_factory=Counter)
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set when it serves no longer."""
 
     @property
     def seen(self) -> list[Request]:
@@ -117,6 +127,7 @@ def before(endpoint: str) -> Iterator[Proxy]:
     try:
         yield server.proxy
     finally:
+        server.proxy.over.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -144,9 +155,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._hang_up()
             return
         body = self.rfile.read(nbytes)
-        if harm is not None and isinstance(harm.value, tuple):
-            self._refuse(*harm.value)
+        if harm is Harm.STALL:
+            self._wait_for_hanging_up()
             return
+        if harm is not None and (instead := _instead(harm)):
+            self._answer(*instead)
+            return
+        if harm is Harm.TWICE:
+            self._forward(body)
         status, headers, content = self._forward(body)
         self.server.proxy.note(request, len(content))
         if harm is Harm.LOST:
@@ -154,15 +170,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if harm is Harm.LATE:
             time.sleep(LATE_S)
-        self.send_response_only(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if harm is Harm.TRUNCATED else content)
+        if harm is Harm.CUT_LISTING:
+            content = cut_listing(content)
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            headers.append(("Content-Length", str(len(content))))
+        broken_off = harm in (Harm.TRUNCATED, Harm.STUCK)
+        self._answer(status, headers, content, sent=len(content) // 2 if broken_off else len(content))
         if harm is Harm.TRUNCATED:
-            self.wfile.flush()
             self._hang_up()
+        elif harm is Harm.STUCK:
+            self._wait_for_hanging_up()
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
 
@@ -183,14 +200,22 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             upstream.close()
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, *, sent: int = -1) -> None:
+        """With so many bytes of the content, all of which are promised."""
         self.send_response_only(status)
-        self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers:
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: sent if sent >= 0 else None])
+        self.wfile.flush()
+
+    def _wait_for_hanging_up(self) -> None:
+        """Until the client has had enough."""
+        while not self.server.proxy.over.is_set():
+            if select.select([self.connection], [], [], 0.05)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                break
+        self.close_connection = True
 
     def _hang_up(self) -> None:
         """With a reset, not a farewell."""
@@ -199,3 +224,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def _instead(harm: Harm) -> tuple[int, list[tuple[str, str]], bytes] | None:
+    """Status, headers and content that the client gets in the place of the server's answer; None if that is not how it
+    is harmed."""
+    if isinstance(harm.value, tuple):
+        status, code, message = harm.value
+    elif harm is Harm.ERROR_INSIDE:
+        status, code, message = 200, *Harm.BROKEN.value[1:]
+    elif harm is Harm.GARBAGE:
+        page = b"<html><head><title>Welcome</title></head><body><p>Please log in.</p></body></html>"
+        return 200, [("Content-Type", "text/html"), ("Content-Length", str(len(page)))], page
+    else:
+        return None
+    content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    return status, [("Content-Type", "application/xml"), ("Content-Length", str(len(content)))], content
+
+
+def cut_listing(content: bytes) -> bytes:
+    """A listing of objects without the second half of what it names, which says that there is more, and not where."""
+    named = re.findall(rb"<(?:Contents|CommonPrefixes)>.*?</(?:Contents|CommonPrefixes)>", content, re.DOTALL)
+    for entry in named[len(named) // 2 :]:
+        content = content.replace(entry, b"", 1)
+    content = re.sub(rb"<NextContinuationToken>.*?</NextContinuationToken>", b"", content)
+    return re.sub(rb"(?i)<IsTruncated>false</IsTruncated>", b"<IsTruncated>true</IsTruncated>", content)

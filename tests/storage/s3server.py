@@ -31,12 +31,15 @@ class S3Server:
     """Its own: what one server of moto holds, all later ones in the same process hold, too."""
     access_key: str = ACCESS_KEY
     secret_key: str = SECRET_KEY
+    patience_s: float | None = None
+    """How long a client waits for an answer; as long as it does by itself, if not given."""
 
     @property
     def options(self) -> Mapping[str, Any]:
         if not self.endpoint:  # s3fs takes what the environment says
             return {}
-        return {"key": self.access_key, "secret": self.secret_key, "endpoint_url": self.endpoint}
+        patience = {} if self.patience_s is None else {"config_kwargs": {"read_timeout": self.patience_s}}
+        return {"key": self.access_key, "secret": self.secret_key, "endpoint_url": self.endpoint, **patience}
 
     def make_bucket(self) -> None:
         self.file_system.mkdir(self.bucket)

@@ -1,12 +1,17 @@
 """The single requests to S3, through s3fs: each is one try, and raises what s3fs raises.
 
 Any thread may call. `path` is bucket and key, as s3fs writes them.
+
+A status of 200 proves nothing: gateways and login pages answer it in the place of the server, and S3 itself with an
+error inside. botocore finds the error, but takes any other page for an answer that says nothing: a put that was done,
+a folder in which nothing is. So each answer must have what S3 always gives with it (`_answered`).
 """
 
 from __future__ import annotations
 
+import errno
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,41 +40,43 @@ def new_stamp() -> str:
 
 def put_object(fs: Any, path: str, content: bytes, *, new: bool, stamp: str | None = None) -> None:
     """`new`: only if nothing is there (`If-None-Match: *`)."""
-    fs.call_s3("put_object", **_place(fs, path), Body=content, **_stamped(stamp), **_only_if(new))
+    _answered(fs.call_s3("put_object", **_place(fs, path), Body=content, **_stamped(stamp), **_only_if(new)), "ETag")
 
 
 def put_over(fs: Any, path: str, content: bytes, *, tag: str) -> None:
     """Only over what has this tag (`If-Match`); over anything where the server does not know that."""
     place = _place(fs, path)
     try:
-        fs.call_s3("put_object", **place, Body=content, IfMatch=tag)
+        answer = fs.call_s3("put_object", **place, Body=content, IfMatch=tag)
     except Exception as error:
         if not UNKNOWN_HEADER.intersection(service_codes(error)):
             raise
-        fs.call_s3("put_object", **place, Body=content)
+        answer = fs.call_s3("put_object", **place, Body=content)
+    _answered(answer, "ETag")
 
 
 def start_upload(fs: Any, path: str, *, stamp: str) -> str:
     """Begin a multipart upload; gives its id."""
-    return str(fs.call_s3("create_multipart_upload", **_place(fs, path), **_stamped(stamp))["UploadId"])
+    return str(_answered(fs.call_s3("create_multipart_upload", **_place(fs, path), **_stamped(stamp)), "UploadId"))
 
 
 def put_part(fs: Any, path: str, upload: str, number: int, content: memoryview) -> str:
     """Gives the tag by which `finish_upload` knows the part. Holds one copy of it: s3fs takes no memoryview."""
     answer = fs.call_s3("upload_part", **_place(fs, path), UploadId=upload, PartNumber=number, Body=bytes(content))
-    return str(answer["ETag"])
+    return str(_answered(answer, "ETag"))
 
 
 def finish_upload(fs: Any, path: str, upload: str, parts: Sequence[tuple[int, str]], *, new: bool) -> None:
     """Publish the parts, sorted by number, as the object."""
     listed = [{"PartNumber": number, "ETag": tag} for number, tag in sorted(parts)]
-    fs.call_s3(
+    answer = fs.call_s3(
         "complete_multipart_upload",
         **_place(fs, path),
         UploadId=upload,
         MultipartUpload={"Parts": listed},
         **_only_if(new),
     )
+    _answered(answer, "ETag")
 
 
 def abort_upload(fs: Any, path: str, upload: str) -> None:
@@ -83,16 +90,37 @@ def list_uploads(fs: Any, path: str) -> Iterator[tuple[str, str]]:
     page: dict[str, str] = {}
     while True:
         answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **page)
+        truncated = _answered(answer, "IsTruncated")
         for upload in answer.get("Uploads", ()):
             yield f"{bucket}/{upload['Key']}", str(upload["UploadId"])
-        if not answer.get("IsTruncated") or not answer.get("NextKeyMarker"):
+        if not truncated:
             return
-        page = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer.get("NextUploadIdMarker", "")}
+        page = {"KeyMarker": _answered(answer, "NextKeyMarker"), "UploadIdMarker": answer.get("NextUploadIdMarker", "")}
+
+
+def list_folder(fs: Any, path: str) -> Iterator[tuple[str, bool]]:
+    """Names directly below the folder (or the bucket), and whether each is a folder; nothing if there is none."""
+    bucket, folder, _ = fs.split_path(path)
+    prefix = f"{folder}/" if folder else ""
+    page: dict[str, str] = {}
+    while True:
+        answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **page)
+        truncated = _answered(answer, "IsTruncated")
+        for below in answer.get("CommonPrefixes", ()):
+            yield str(below["Prefix"]).removeprefix(prefix)[:-1], True
+        for found in answer.get("Contents", ()):
+            name = str(found["Key"]).removeprefix(prefix)
+            if name:  # else the marker of the folder itself
+                yield name, False
+        if not truncated:
+            return
+        page = {"ContinuationToken": _answered(answer, "NextContinuationToken")}
 
 
 def look_at(fs: Any, path: str) -> Head:
     """`FileNotFoundError` if there is no such object."""
     answer = fs.call_s3("head_object", **_place(fs, path))
+    _answered(answer, "ETag")
     return Head(int(answer["ContentLength"]), answer.get("Metadata", {}).get(_STAMP))
 
 
@@ -120,10 +148,12 @@ def delete_objects(fs: Any, paths: Sequence[str]) -> None:
     """A thousand at most. Not by s3fs's bulk delete: it swallows errors."""
     bucket = fs.split_path(paths[0])[0]
     objects = [{"Key": fs.split_path(path)[1]} for path in paths]
-    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    # Not quiet: what a server says that has deleted nothing is like what it then says of success.
+    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": False})
     for failed in answer.get("Errors", []):
         code = str(failed.get("Code"))
         raise OSError(number_of_code(code), f"{failed.get('Key')}: {code} {failed.get('Message')}")
+    _answered(answer, "Deleted")
 
 
 def delete_marker(fs: Any, path: str) -> None:
@@ -135,7 +165,7 @@ def delete_marker(fs: Any, path: str) -> None:
 async def _get(fs: Any, path: str) -> tuple[bytes, str]:
     answer = await fs._call_s3("get_object", **_place(fs, path))
     try:
-        return await answer["Body"].read(), answer["ETag"]
+        return await answer["Body"].read(), _answered(answer, "ETag")
     finally:
         answer["Body"].close()
 
@@ -145,6 +175,7 @@ async def _get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview]
     answer = await fs._call_s3("get_object", **_place(fs, path), Range=f"bytes={offset}-{offset + nbytes - 1}")
     body, have = answer["Body"], 0
     try:
+        _answered(answer, "ETag")
         if offset and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
             raise NotImplementedError("the server gives whole objects where a range is asked for")
         for buffer in into:
@@ -158,6 +189,13 @@ async def _get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview]
         return have
     finally:
         body.close()
+
+
+def _answered(answer: Mapping[str, Any], name: str) -> Any:
+    """What S3 always gives under this name. `OSError` with `EPROTO` if it is not there: the answer is none of S3's."""
+    if name not in answer:
+        raise OSError(errno.EPROTO, f"the answer has no {name}")
+    return answer[name]
 
 
 def _place(fs: Any, path: str) -> dict[str, str]:

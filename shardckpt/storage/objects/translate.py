@@ -73,6 +73,8 @@ _ADVICE: dict[int, str] = {
     errno.ECANCELED: "the upload in parts is over: finished already, or given up, since its save has failed",
     errno.ETIMEDOUT: "no answer in time: check the network and the timeouts in storage_options",
     errno.ECONNRESET: "no connection, or it broke: check endpoint_url, network and proxy",
+    errno.EPROTO: "what came is no answer of such a server: is a proxy or a login page in between, or is endpoint_url "
+    "wrong? Check them and try again",
     errno.EIO: "an unexpected failure of the storage library",
     errno.ENOTSUP: "this kind of storage cannot do that: choose another root",
 }
