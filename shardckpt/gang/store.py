@@ -267,9 +267,11 @@ class StoreGang:
         try:
             yield
         except (SilentError, RuntimeError) as error:
+            missed = "rank 0" if self._rank else "the others"
             raise GangError(
-                f"gang {self._name!r}: the store that its ranks talk through failed on rank {self._rank}: {error}. "
-                "The process that hosts it may have ended, or the network to it may be cut"
+                f"gang {self._name!r}: rank {self._rank} does not reach {missed}: the store that they talk through "
+                f"failed: {error}. The process that hosts it may have ended, or the network to it may be cut",
+                absent=[0] if self._rank else (),
             ) from error
 
 
