@@ -7,10 +7,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from benchmarks.engines import ENGINES
 from benchmarks.goals import render_goals
+from benchmarks.loop import EVERY
 from benchmarks.places import Place
 from benchmarks.plots import can_plot, plot
 from benchmarks.progress import Bar
@@ -66,17 +68,18 @@ def _root(text: str | None) -> Place:
 
 
 def _settings(given: argparse.Namespace) -> Settings:
-    nbytes = round(given.gb * 1e9)
-    shapes = tuple(
-        Shape(name, nbytes, layers=given.layers, count=given.count, tokens=given.tokens)
-        for name in dict.fromkeys(given.state)
-    )
+    shapes = {
+        shape.label: shape
+        for name, gb in product(given.state, given.gb)
+        for shape in [Shape(name, round(gb * 1e9), layers=given.layers, count=given.count, tokens=given.tokens)]
+    }
     return Settings(
-        shapes=shapes,
+        shapes=tuple(shapes.values()),
         ranks=tuple(dict.fromkeys(given.ranks)),
         engines=tuple(dict.fromkeys(given.engines)),
         rounds=given.rounds,
         saves=given.saves,
+        steps=given.steps,
         measures=tuple(measure for measure in MEASURES if measure in given.measures),
         targets=tuple(dict.fromkeys(given.reshard)),
     )
@@ -106,8 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_positive, default=5, help="turns of each engine (default: 5)")
     parser.add_argument("--saves", type=_several, default=3,
                         help="saves of one process; the first is told apart (default: 3)")  # fmt: skip
+    parser.add_argument("--steps", type=_tens, default=40,
+                        help='of the training loop of "loop", with a save before every tenth '
+                        "(default: 40)")  # fmt: skip
     parser.add_argument(
-        "--gb", type=float, default=1.0, help="size of A, and of C, over all ranks, in 10^9 bytes (default: 1)"
+        "--gb",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        metavar="GB",
+        help="sizes of A, and of C, over all ranks, in 10^9 bytes (default: 1)",
     )
     parser.add_argument(
         "--layers", type=_positive, default=8, help="of A, 8 make 300 tensors, and of D, 8 make 448 (default: 8)"
@@ -136,6 +147,13 @@ def _positive(text: str) -> int:
 
 def _several(text: str) -> int:
     return _at_least(text, 2)
+
+
+def _tens(text: str) -> int:
+    number = _at_least(text, EVERY)
+    if number % EVERY:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {EVERY}")
+    return number
 
 
 def _at_least(text: str, least: int) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from benchmarks.cells import Spread
 from benchmarks.limits import READ_LIMITS, WRITE_LIMITS
-from benchmarks.report import OURS, Case, Spread
+from benchmarks.report import OURS, Case
 
 _DCP_SAVES = ("dcp.save", "dcp.save, 2 threads")
 _ASYNC_PEERS = ("dcp.async_save", "torch_checkpointing, async")
@@ -31,18 +32,18 @@ class Goal:
 
 def goals_of(case: Case) -> list[Goal]:
     """Those for which there are numbers."""
-    return [*_saves(case), *_cached(case), *_stalls(case), *_loads(case), *_reshards(case), *_costs(case)]
+    return [*_saves(case), *_cached(case), *_stalls(case), *_loop(case), *_loads(case), *_reshards(case), *_costs(case)]
 
 
 def render_goals(cases: Sequence[Case]) -> str:
     """Markdown: one table for all states and numbers of ranks."""
     lines = ["| state, ranks | measure | is | to be | |", "| --- | --- | ---: | ---: | --- |"]
-    for case in cases:
-        for goal in goals_of(case):
-            least = "at least" if goal.more else "at most"
-            is_, aim = (f"{number:.3g}{goal.unit}" for number in (goal.reached, goal.aim))
-            verdict = "yes" if goal.is_met else "**no**"
-            lines.append(f"| {case.state}, {case.ranks} | {goal.what} | {is_} | {least} {aim} | {verdict} |")
+    goals = [(case, goal) for case in cases for goal in goals_of(case)]
+    for case, goal in [*goals, *_growth(cases)]:
+        least = "at least" if goal.more else "at most"
+        is_, aim = (f"{number:.3g}{goal.unit}" for number in (goal.reached, goal.aim))
+        verdict = "yes" if goal.is_met else "**no**"
+        lines.append(f"| {case.label}, {case.ranks} | {goal.what} | {is_} | {least} {aim} | {verdict} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
@@ -90,6 +91,27 @@ def _stalls(case: Case) -> Iterator[Goal]:
         yield Goal(
             "training time lost to a save against dcp.async_save", slowed.middle / shipped.middle, 1 / 3, more=False
         )
+
+
+def _loop(case: Case) -> Iterator[Goal]:
+    ours = case.spread(OURS, "loop", "over_bare")
+    if ours and case.state == "A":
+        what = "training loop with saves, over the loop without them plus the device's share"
+        yield Goal(what, ours.middle, 1.03, more=False)
+
+
+def _growth(cases: Sequence[Case]) -> Iterator[tuple[Case, Goal]]:
+    """What must not grow with the bytes: the largest A against the smallest on as many ranks."""
+    for ranks, measure in product(dict.fromkeys(case.ranks for case in cases), ("stall", "loop")):
+        found = {
+            _nbytes(case): (case, spread)
+            for case in cases
+            if case.state == "A" and case.ranks == ranks and (spread := case.spread(OURS, measure, "stall_s"))
+        }
+        if len(found) > 1:
+            (small, before), (large, after) = found[min(found)], found[max(found)]
+            what = f"steady stall{' in a training loop' * (measure == 'loop')}, against that of {small.label}"
+            yield large, Goal(what, after.middle / before.middle, 1.5, more=False)
 
 
 def _loads(case: Case) -> Iterator[Goal]:

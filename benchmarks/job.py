@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from benchmarks.engines import ENGINES, Engine
 from benchmarks.gauges import rank, together, total, world
 from benchmarks.limits import measure_limits
+from benchmarks.loop import measure_loop
 from benchmarks.measures import MEASURES, WrongContentError
 from benchmarks.places import Place
 from benchmarks.states import Shape, State, make
@@ -36,13 +37,15 @@ class Task:
     """What one job is to do; travels as a JSON file."""
 
     measure: str
-    """"limits", or a name of `benchmarks.measures`."""
+    """"limits", "loop", or a name of `benchmarks.measures`."""
     engine: str
     shape: Shape
     url: str
     """Where the engine saves; "load", "cold" and "reshard" find there what "save" has left."""
     saves: int
     """How many saves, the first of which is told apart."""
+    steps: int = 40
+    """Of the training loop of "loop"."""
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -79,7 +82,10 @@ def measure(task: Task, mesh: DeviceMesh | None) -> Values:
     """Everything but "limits". `WrongContentError` on every rank if what was loaded is not what was saved."""
     state = make(task.shape, rank=rank(), mesh=mesh)
     with _engine(task, state) as engine:
-        values = MEASURES[task.measure](task.saves, state, engine)
+        if task.measure == "loop":
+            values = measure_loop(task.steps, state, engine) | {"synced": ENGINES[task.engine].synced}
+        else:
+            values = MEASURES[task.measure](task.saves, state, engine)
     return values | {"state_nbytes": total(state.nbytes), "tensors": len(state.tensors), "verified": True}
 
 

@@ -26,7 +26,7 @@ from benchmarks.gauges import forget
 from benchmarks.places import Place
 
 _PIECE = 16 << 20
-_DIRECT = getattr(os, "O_DIRECT", 0)
+DIRECT = getattr(os, "O_DIRECT", 0)
 
 LIMITS = ("write cached", "write buffered", "write direct", "read warm", "read cold", "read cold direct", "copy",
           "copy 2 threads", "first touch")  # fmt: skip
@@ -57,9 +57,9 @@ def measure_limits(place: Place, nbytes: int) -> dict[str, float]:
 
 def _measure_files(folder: Path, source: mmap.mmap, target: mmap.mmap) -> dict[str, float]:
     path, seconds = folder / "limit", {}
-    for name, flags in (("write cached", 0), ("write buffered", 0), ("write direct", _DIRECT)):
+    for name, flags in (("write cached", 0), ("write buffered", 0), ("write direct", DIRECT)):
         synced = name != "write cached"
-        seconds[name] = _seconds(lambda flags=flags, synced=synced: _write(path, source, flags, synced=synced))  # type: ignore[misc]
+        seconds[name] = _seconds(lambda flags=flags, synced=synced: write_file(path, source, flags, synced=synced))  # type: ignore[misc]
         if name == "write buffered":
             seconds |= _measure_reads(path, target)
         path.unlink()
@@ -72,7 +72,7 @@ def _measure_reads(path: Path, target: mmap.mmap) -> dict[str, float]:
     forget(path)
     cold = _seconds(lambda: _read(path, target, threads=1))
     forget(path)
-    direct = _seconds(lambda: _read(path, target, threads=4, flags=_DIRECT))
+    direct = _seconds(lambda: _read(path, target, threads=4, flags=DIRECT))
     return {"read warm": warm, "read cold": cold, "read cold direct": direct}
 
 
@@ -102,7 +102,7 @@ def machine_facts(root: Path | Place) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, source: mmap.mmap, flags: int, *, synced: bool) -> None:
+def write_file(path: Path, source: mmap.mmap, flags: int, *, synced: bool) -> None:
     """Preallocated, pieces of 16 MiB, on four threads past the page cache or two through it; synced with its folder."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o644)
     try:

@@ -94,7 +94,7 @@ def _loaded(saves: int, state: State, engine: Engine, prepare: Callable[[Path], 
     with peak_memory() as memory:
         seconds = timed(lambda: engine.load(saves - 1))
     read = device_bytes_read() - before
-    _compare(expected, state, engine)
+    compare(expected, state, engine)
     return {"seconds": [seconds], "peak_nbytes": total(memory["peak"]), "read_nbytes": total(read)}
 
 
@@ -111,7 +111,7 @@ def _stall(saves: int, state: State, engine: Engine) -> Values:
             seen.append(_train_on(asynchronous, step, state))
             plain.append(timed(lambda: _train(state)))
     engine.load(saves - 1)
-    _compare(expected, state, engine)
+    compare(expected, state, engine)
     blocked, waited, during = (slowest([row[column] for row in seen]) for column in range(3))
     stalls = slowest([row[0] + row[1] for row in seen])
     step_s = median(plain)
@@ -185,10 +185,10 @@ def _check(step: int, state: State, engine: Engine) -> None:
     expected = state.digests()
     state.fill(1)
     engine.load(step)
-    _compare(expected, state, engine)
+    compare(expected, state, engine)
 
 
-def _compare(expected: dict[str, int], state: State, engine: Engine) -> None:
+def compare(expected: dict[str, int], state: State, engine: Engine) -> None:
     found = state.digests()
     wrong = [name for name, digest in expected.items() if found[name] != digest]
     if total(len(wrong) + (not expected)):

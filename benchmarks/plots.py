@@ -15,6 +15,7 @@ _PANELS = (
     ("save, not synced", "cached", "seconds"),
     ("async save: training is held", "stall", "stall_s"),
     ("async save: training loses", "stall", "lost_s"),
+    ("training loop: what its saves add", "loop", "lost_s"),
     ("load, warm", "load", "seconds"),
     ("load, cold", "cold", "seconds"),
 )
@@ -37,7 +38,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
         for kind, draw in (("ratios", _ratios), ("timeline", _timeline)):
             figure = draw(case)
             if figure is not None:
-                path = folder / f"{kind}_{case.state}_{case.ranks}.png"
+                path = folder / f"{kind}_{case.label.replace(', ', '_').replace(' ', '')}_{case.ranks}.png"
                 figure.savefig(path, dpi=120, bbox_inches="tight")
                 made.append(path)
     matplotlib.pyplot.close("all")

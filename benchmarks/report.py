@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from benchmarks import cells
+from benchmarks.cells import Spread
 from benchmarks.limits import LIMITS, READ_LIMITS, REMOTE_LIMITS, WRITE_LIMITS
 from benchmarks.rounds import Results, Sample
 
@@ -14,25 +16,12 @@ OURS = "shardckpt"
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """A number over the rounds, each round counted once."""
-
-    middle: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, numbers: Iterable[float]) -> Spread | None:
-        """None if there are no numbers."""
-        found = sorted(numbers)
-        return cls(median(found), found[0], found[-1]) if found else None
-
-
-@dataclass(frozen=True, slots=True)
 class Case:
     """The samples of one state on one number of ranks."""
 
     state: str
+    label: str
+    """The state with the size that was asked for."""
     ranks: int
     engines: Sequence[str]
     samples: Sequence[Sample]
@@ -62,9 +51,9 @@ def cases(results: Results) -> list[Case]:
     found = []
     for ranks in results.settings.ranks:
         for shape in results.settings.shapes:
-            samples = [s for s in results.samples if (s.state, s.ranks) == (shape.name, ranks)]
+            samples = [s for s in results.samples if (s.state, s.ranks) == (shape.label, ranks)]
             if samples:
-                found.append(Case(shape.name, ranks, results.settings.engines, samples))
+                found.append(Case(shape.name, shape.label, ranks, results.settings.engines, samples))
     return found
 
 
@@ -73,7 +62,7 @@ def render(results: Results) -> str:
     lines = [_heading(results), ""]
     for case in cases(results):
         lines += [title(case), ""]
-        for table in (_saves, _stalls, _loads, _reshards, _limits, _phases):
+        for table in (_saves, _stalls, _loops, _loads, _reshards, _limits, _phases):
             lines += [*table(case), ""]
     lines += [f"- {engine} was skipped: it {why}" for engine, why in results.skipped.items()]
     lines += [f"- FAILED: {failure}" for failure in results.failed]
@@ -116,11 +105,12 @@ def _saves(case: Case) -> list[str]:
             continue
         rate = written.middle / seconds.middle
         rows.append([
-            engine, _seconds(seconds), _times(seconds, ours), _seconds(first), f"{rate / 1e9:.2f}", _share(rate, limit),
-            _seconds(cached), _times(cached, case.spread(OURS, "cached", "seconds")),
-            f"{written.middle / 1e6:.1f} in {files.middle:.0f}", _mb(peak), _milliseconds(own),
+            engine, cells.seconds(seconds), cells.times(seconds, ours), cells.seconds(first), f"{rate / 1e9:.2f}",
+            cells.share(rate, limit), cells.seconds(cached),
+            cells.times(cached, case.spread(OURS, "cached", "seconds")),
+            f"{written.middle / 1e6:.1f} in {files.middle:.0f}", cells.mb(peak), cells.milliseconds(own),
         ])  # fmt: skip
-    return _table(
+    return cells.table(
         "Save, seconds",
         ["engine", "durable, steady", "against ours", "first", "GB/s", "of the write limit",
          "not synced", "against ours", "MB in files", "peak memory beyond the state, MB", "own processor time, ms"],
@@ -136,13 +126,13 @@ def _stalls(case: Case) -> list[str]:
             *_first_and_steady(case, engine, "blocked_s"),
             *_first_and_steady(case, engine, "stall_s"),
             *_first_and_steady(case, engine, "lost_s"),
-            _percent(case.spread(engine, "stall", "slowdown")),
-            _mb(case.spread(engine, "stall", "peak_nbytes")),
+            cells.percent(case.spread(engine, "stall", "slowdown")),
+            cells.mb(case.spread(engine, "stall", "peak_nbytes")),
         ]
         for engine in engines
     ]
     step = case.spread(engines[0], "stall", "step_s") if engines else None
-    return _table(
+    return cells.table(
         "Save while training goes on, milliseconds"
         + (f" (a training step without a save: {step.middle * 1e3:.0f})" if step and step.middle > 1e-3 else ""),
         ["engine", "the call blocks: first", "steady", "against ours, first / steady",
@@ -156,8 +146,50 @@ def _stalls(case: Case) -> list[str]:
 def _first_and_steady(case: Case, engine: str, value: str) -> list[str]:
     found = [case.spread(engine, "stall", name) for name in (f"first_{value}", value)]
     ours = [case.spread(OURS, "stall", name) for name in (f"first_{value}", value)]
-    ratios = [_times(own, other) for own, other in zip(found, ours, strict=True)]
-    return [*map(_milliseconds, found), " / ".join(ratios)]
+    ratios = [cells.times(own, other) for own, other in zip(found, ours, strict=True)]
+    return [*map(cells.milliseconds, found), " / ".join(ratios)]
+
+
+def _loops(case: Case) -> list[str]:
+    """One row for the bare saves, which were measured in the processes of all engines."""
+    engines = case.taking_part("loop")
+    rows = [
+        [
+            engine,
+            str(case.of(engine, "loop")[0].values["synced"]),
+            *_in_loops(case, [engine], ("plain_s", "saved_s"), cells.seconds),
+            *_in_loops(case, [engine], ("over_plain", "over_bare"), cells.ratio),
+            *_costs_in_loops(case, [engine], ""),
+        ]
+        for engine in engines
+    ]
+    if rows:
+        totals = _in_loops(case, engines, ("plain_s", "bare_s"), cells.seconds)
+        ratios = _in_loops(case, engines, ("bare_over_plain",), cells.ratio)
+        rows.append(["bare copy and write", "all", *totals, *ratios, "1", *_costs_in_loops(case, engines, "bare_")])
+    return cells.table(
+        f"Training loop of {case.value('loop', 'steps')} steps, a save before every tenth",
+        ["engine", "synced by itself", "without saves, s", "with saves, s", "over without", "over bare saves",
+         "then until all is on the device, s", "stall of a save: first, ms", "steady, ms",
+         "processor time of a save, ms", "MB of a save"],
+        rows,
+    )  # fmt: skip
+
+
+def _costs_in_loops(case: Case, engines: Sequence[str], whose: str) -> list[str]:
+    (end,) = _in_loops(case, engines, (f"{whose}end_s",), cells.seconds)
+    spent = _in_loops(
+        case, engines, (f"{whose}first_stall_s", f"{whose}stall_s", f"{whose}processor_s"), cells.milliseconds
+    )
+    return [end, *spent, *_in_loops(case, engines, (f"{whose}file_nbytes",), cells.mb)]
+
+
+def _in_loops(
+    case: Case, engines: Sequence[str], values: Sequence[str], cell: Callable[[Spread | None], str]
+) -> list[str]:
+    """Cells of values over the rounds of these engines taken together."""
+    samples = [sample for engine in engines for sample in case.of(engine, "loop")]
+    return [cell(Spread.of(_one(s.values[value]) for s in samples if value in s.values)) for value in values]
 
 
 def _loads(case: Case) -> list[str]:
@@ -169,12 +201,12 @@ def _loads(case: Case) -> list[str]:
         for measure, limits in READ_LIMITS.items():
             seconds = case.spread(engine, measure, "seconds")
             rate = nbytes / seconds.middle if seconds else 0.0
-            row += [_seconds(seconds), _times(seconds, ours[measure]), _share(rate, case.limit(*limits))]
+            row += [cells.seconds(seconds), cells.times(seconds, ours[measure]), cells.share(rate, case.limit(*limits))]
         read = case.spread(engine, "cold", "read_nbytes")
-        rows.append([*row, _over(read, nbytes), _mb(case.spread(engine, "load", "peak_nbytes"))])
+        rows.append([*row, cells.over(read, nbytes), cells.mb(case.spread(engine, "load", "peak_nbytes"))])
     columns = ["engine", "warm", "against ours", "of the read limit", "cold", "against ours", "of the read limit",
                "bytes read / needed", "peak memory beyond the state, MB"]  # fmt: skip
-    return _table("Load into the state, seconds", columns, rows)
+    return cells.table("Load into the state, seconds", columns, rows)
 
 
 def _reshards(case: Case) -> list[str]:
@@ -187,9 +219,11 @@ def _reshards(case: Case) -> list[str]:
             read = case.spread(engine, measure, "read_nbytes")
             relative = f"{same.middle / seconds.middle:.2f} x" if same and seconds else ""
             ranks = f"{case.ranks} to {measure.removeprefix('reshard to ')}"
-            rows.append([engine, ranks, _seconds(seconds), _times(seconds, ours), relative, _over(read, nbytes)])
+            rows.append([
+                engine, ranks, cells.seconds(seconds), cells.times(seconds, ours), relative, cells.over(read, nbytes)
+            ])  # fmt: skip
     columns = ["engine", "ranks", "warm", "against ours", "speed against the same mesh", "bytes read / needed"]
-    return _table("Load on another number of ranks, seconds", columns, rows)
+    return cells.table("Load on another number of ranks, seconds", columns, rows)
 
 
 def _limits(case: Case) -> list[str]:
@@ -202,70 +236,26 @@ def _limits(case: Case) -> list[str]:
         spread = case.spread("limits", "limits", name)
         assert spread is not None
         row.append(f"{spread.middle / 1e9:.2f} ({spread.least / 1e9:.2f}-{spread.most / 1e9:.2f})")
-    return _table("What the machine can do, GB/s", names, [row])
+    return cells.table("What the machine can do, GB/s", names, [row])
 
 
 def _phases(case: Case) -> list[str]:
     """Where a save's time goes, as the engine itself reports it."""
     rows = []
-    for measure in ("save", "stall"):
+    for measure in ("save", "stall", "loop"):
         samples = case.of(OURS, measure)
         if samples:
             ranks = [sample.values["phases"] for sample in samples]
             names = list(ranks[0][0])
             spreads = [Spread.of(max(of_rank[name] for of_rank in every) for every in ranks) for name in names]
-            rows.append([f"last {measure}", *map(_seconds, spreads)])
+            rows.append([f"last {measure}", *map(cells.seconds, spreads)])
     names = ["stall", "stage", "write", "commit", "total"]
-    return _table("What shardckpt reports of its save, seconds of the slowest rank", ["", *names], rows)
-
-
-def _table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns in which nothing stands are left out."""
-    if not rows:
-        return []
-    filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return [f"**{heading}**", "", *(f"| {' | '.join(line[number] for number in filled)} |" for line in lines)]
+    return cells.table("What shardckpt reports of its save, seconds of the slowest rank", ["", *names], rows)
 
 
 def _any(case: Case, value: str) -> Any:
-    return next((case.value(m, value) for m in ("save", "stall", "load", "cold") if case.value(m, value)), None)
+    return next((case.value(m, value) for m in ("save", "stall", "loop", "load", "cold") if case.value(m, value)), None)
 
 
 def _one(value: float | Sequence[float]) -> float:
     return float(value) if isinstance(value, (int, float)) else median(value)
-
-
-def _formatted(write: Callable[[float], str]) -> Callable[[Spread | None], str]:
-    def cell(spread: Spread | None) -> str:
-        if spread is None:
-            return ""
-        return f"{write(spread.middle)} ({write(spread.least)}-{write(spread.most)})"
-
-    return cell
-
-
-_seconds = _formatted(lambda seconds: f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.3f}")
-_milliseconds = _formatted(lambda seconds: f"{seconds * 1e3:.0f}" if abs(seconds) >= 0.01 else f"{seconds * 1e3:.1f}")
-
-
-def _percent(spread: Spread | None) -> str:
-    return f"{spread.middle:.0%} ({spread.least:.0%}-{spread.most:.0%})" if spread else ""
-
-
-def _over(read: Spread | None, needed: int) -> str:
-    return f"{read.middle / needed:.2f}" if read and needed else ""
-
-
-def _mb(spread: Spread | None) -> str:
-    return f"{spread.middle / 1e6:.0f}" if spread else ""
-
-
-def _times(spread: Spread | None, ours: Spread | None) -> str:
-    if spread is None or ours is None or min(spread.middle, ours.middle) <= 0:
-        return ""  # a loss that drowns in the noise is none
-    return f"{spread.middle / ours.middle:.1f} x" if spread is not ours and spread != ours else "1"
-
-
-def _share(rate: float, limit: float | None) -> str:
-    return f"{rate / limit:.0%}" if limit and rate else ""

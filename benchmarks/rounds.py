@@ -24,11 +24,13 @@ from benchmarks.states import Shape
 __all__ = ["MEASURES", "JobFailedError", "Noise", "Progress", "Results", "Rounds", "Sample", "Settings", "run_job",
            "wait_until_quiet"]  # fmt: skip
 
-FORMAT = 2
+FORMAT = 3
 _Turn: TypeAlias = tuple[int, str, str, int, Shape]
-MEASURES: tuple[str, ...] = ("limits", "save", "load", "cold", "reshard", "cached", "stall", "own")
+MEASURES: tuple[str, ...] = ("limits", "save", "load", "cold", "reshard", "cached", "stall", "loop", "own")
 """In this order: "load", "cold" and "reshard" read what "save" has left."""
 _AFTER_SAVE = ("load", "cold", "reshard")
+_ON_DISKS = ("cold", "cached", "loop")
+"""Measures of folders only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Settings:
     engines: tuple[str, ...]
     rounds: int
     saves: int
+    steps: int = 40
+    """Of the training loop of "loop"."""
     measures: tuple[str, ...] = MEASURES
     targets: tuple[int, ...] = ()
     """Numbers of ranks that load what another number of ranks has saved."""
@@ -52,6 +56,7 @@ class Sample:
     round: int
     engine: str
     state: str
+    """The label of its shape."""
     ranks: int
     measure: str
     """Of `MEASURES`; "reshard to 4" says to how many ranks."""
@@ -145,7 +150,7 @@ class Rounds:
         return self.results
 
     def _turns(self) -> Iterator[tuple[_Turn, list[str]]]:
-        """(round, engine, state, ranks, shape) with the measures it takes part in; the order shifts by round."""
+        """(round, engine, label, ranks, shape) with the measures it takes part in; the order shifts by round."""
         settings = self.results.settings
         engines = [engine for engine in settings.engines if engine not in self.results.skipped]
         for number in range(settings.rounds):
@@ -156,12 +161,12 @@ class Rounds:
                     for engine in ("limits", *order):
                         measures = list(self._measures_of(engine, ranks))
                         if measures:
-                            yield (number, engine, shape.name, ranks, shape), measures
+                            yield (number, engine, shape.label, ranks, shape), measures
 
     def _measures_of(self, engine: str, ranks: int) -> Iterator[str]:
         settings = self.results.settings
         for measure in settings.measures:
-            if not _takes_part(engine, measure) or (measure in ("cold", "cached") and not self._root.is_local):
+            if not _takes_part(engine, measure) or (measure in _ON_DISKS and not self._root.is_local):
                 continue
             if measure == "reshard":
                 yield from (f"reshard to {target}" for target in settings.targets if target != ranks)
@@ -203,7 +208,8 @@ class Rounds:
         within.make()
         kind, _, target = measure.partition(" to ")
         used = shape.shrunk() if measure == "own" else shape
-        task = Task(kind, engine, used, within.url, self.results.settings.saves)
+        settings = self.results.settings
+        task = Task(kind, engine, used, within.url, settings.saves, settings.steps)
         try:
             with tempfile.TemporaryDirectory(prefix="shardckpt-bench-job-") as folder:
                 return run_job(task, int(target or ranks), Path(folder))

@@ -25,8 +25,6 @@ _HEADS, _KV_HEADS = 8, 2
 _SEED = 20261100
 _BLOCK = 1 << 22
 """Elements of the noise that everything is cut from: drawing a gigabyte of normal numbers takes seconds."""
-
-
 _LORA_RANK, _LORA_WIDTH = 8, 4096
 
 
@@ -49,6 +47,11 @@ class Shape:
     """Of one training step of A, on each rank."""
     width: int = _LORA_WIDTH
     """Of the model that D adapts."""
+
+    @property
+    def label(self) -> str:
+        """The name, with the size if that can be chosen."""
+        return f"{self.name}, {self.nbytes / 1e9:g} GB" if self.name in "AC" else self.name
 
     def shrunk(self) -> Shape:
         """The same tensors by number and name with almost no bytes: what saving them costs is the engine's own."""

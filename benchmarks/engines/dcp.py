@@ -27,12 +27,12 @@ class Dcp(Peer):
         self._threads = threads
 
     def save(self, step: int) -> None:
-        save(self._state.tensors, storage_writer=self._writer(step))
+        save(self._tensors, storage_writer=self._writer(step))
 
     def load(self, step: int) -> None:
         place = self.place(step)
         reader = FileSystemReader(place.path) if place.is_local else FsspecReader(place.url)
-        load(self._state.tensors, storage_reader=reader)
+        load(self._tensors, storage_reader=reader)
 
     def _writer(self, step: int) -> Any:
         place = self.place(step)
@@ -54,11 +54,14 @@ class DcpAsync(Dcp):
         if not dist.is_initialized() and kind == "process":
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # where its process looks for this one
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several else None  # it plans while training talks
 
     def start(self, step: int) -> Started:
         started = async_save(
-            self._state.tensors,
+            self._tensors,
             storage_writer=self._writer(step),
+            process_group=self._group,
             async_checkpointer_type=self._kind,
             async_stager=self._stager,
         )

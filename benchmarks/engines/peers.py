@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from benchmarks.engines.seam import FutureSave, Peer, Started, sync
+from benchmarks.engines.seam import FutureSave, Peer, Started, sync_all
 from benchmarks.places import Place
 from benchmarks.states import State
 
@@ -26,6 +27,7 @@ class TorchCheckpointing(Peer):
         tc = import_module("torch_checkpointing")
         resharder = import_module("torch_checkpointing.default_resharder").DefaultResharder()
         storage = import_module("torch_checkpointing.storage.filesystem").LocalFileSystemStorageConfig
+        _gather_without_cuda()
         logging.getLogger("torch_checkpointing").setLevel(logging.ERROR)  # a warning for each plain tensor
         self._manager = tc.CheckpointManager(
             tc.CheckpointManager.Config(
@@ -36,20 +38,33 @@ class TorchCheckpointing(Peer):
         )
 
     def start(self, step: int) -> Started:
-        future = self._manager.save(str(self.place(step).path), {"state": self._state.tensors})
+        future = self._manager.save(str(self.place(step).path), {"state": self._tensors})
         return _LockedSave(future, self._manager.lock())
 
     def save(self, step: int) -> None:
-        self._manager.save(str(self.place(step).path), {"state": self._state.tensors})
+        self._manager.save(str(self.place(step).path), {"state": self._tensors})
         if self._durable:
-            _sync_all(self.place(step))
+            sync_all(self.place(step))
 
     def load(self, step: int) -> None:
         with torch.no_grad():
-            self._manager.load(str(self.place(step).path), into={"state": self._state.tensors})
+            self._manager.load(str(self.place(step).path), into={"state": self._tensors})
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _gather_without_cuda() -> None:
+    """2026-11: on several ranks its metadata are gathered through memory of a GPU, and a job without one fails."""
+    manager = import_module("torch_checkpointing.metadata_manager").DefaultMetadataManager
+
+    def gather(self: Any, data: Any, process_group: Any = None) -> dict[int, Any]:
+        gathered: list[Any] = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(gathered, data, group=process_group)
+        return dict(enumerate(gathered))
+
+    if not torch.cuda.is_available():
+        manager._all_gather_pickled_data = gather
 
 
 class _LockedSave(FutureSave):
@@ -70,7 +85,7 @@ class TorchSnapshot(Peer):
     def save(self, step: int) -> None:
         import_module("torchsnapshot").Snapshot.take(str(self.place(step).path), self._state_of_rank())
         if self._durable:
-            _sync_all(self.place(step))
+            sync_all(self.place(step))
 
     def start(self, step: int) -> Started:
         snapshot = import_module("torchsnapshot").Snapshot
@@ -87,10 +102,3 @@ class TorchSnapshot(Peer):
 class _Snapshot(FutureSave):
     def result(self) -> None:
         self._future.wait()
-
-
-def _sync_all(place: Place) -> None:
-    """Make a finished step durable: files, folders, and the folder above."""
-    paths = [path for path in place.path.rglob("*") if not path.is_symlink()]
-    for path in [*paths, place.path, place.path.parent]:
-        sync(path)

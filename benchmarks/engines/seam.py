@@ -51,6 +51,8 @@ class Peer:
 
     def __init__(self, state: State, root: Place, *, durable: bool) -> None:
         self._state = state
+        self._tensors = {name: tensor.detach() for name, tensor in state.tensors.items()}
+        """As `Module.state_dict` gives them: without gradients, in the same memory."""
         self._root = root
         self._durable = durable
 
@@ -78,6 +80,13 @@ class FutureSave:
 
     def result(self) -> None:
         self._future.result()
+
+
+def sync_all(place: Place) -> None:
+    """Make a finished step durable: files, folders, and the folder above."""
+    paths = [path for path in place.path.rglob("*") if not path.is_symlink()]
+    for path in [*paths, place.path, place.path.parent]:
+        sync(path)
 
 
 def sync(path: Path) -> None:

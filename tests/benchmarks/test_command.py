@@ -28,7 +28,8 @@ from shardckpt.testing.pool import ProcessPool
 from tests.storage.s3server import ACCESS_KEY, SECRET_KEY, running
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--gb", "0", "--layers", "1", "--count", "20", "--tokens", "8", "--rounds", "1", "--saves", "2"]
+TINY = ["--gb", "0", "--layers", "1", "--count", "20", "--tokens", "8", "--rounds", "1", "--saves", "2",
+        "--steps", "20"]  # fmt: skip
 
 ASYNC = ("torch_checkpointing, async",)
 """Besides those with "process" in their name: they start a process that imports this one's main module."""
@@ -93,7 +94,12 @@ def test_every_measure_of_every_engine_is_verified(
     assert all(rate > 0 for rate in taken["limits", "limits"].values())
     for engine, each in expected:
         values = taken[engine, each]
-        if each == "stall":
+        if each == "loop":
+            assert all(len(values[f"{kind}_s"]) == 2 for kind in ("plain", "bare", "saved")), "forth and back"
+            assert len(values["stall_s"]) == len(values["bare_stall_s"]) == 4, "two saves in each"
+            assert values["file_nbytes"] > values["state_nbytes"]
+            assert values["bare_file_nbytes"] >= values["state_nbytes"]
+        elif each == "stall":
             assert values["stall_s"][0] >= values["blocked_s"][0] > 0
         else:
             assert all(seconds > 0 for seconds in values["seconds"])
@@ -123,7 +129,7 @@ def test_two_ranks_as_a_person_starts_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", *TINY, *TWO_RANKS, "save", "reshard", *places]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)
     assert ended.returncode == 0, ended.stderr
-    assert "round 1 | 2 ranks | A | shardckpt | reshard to 1" in ended.stderr
+    assert "round 1 | 2 ranks | A, 0 GB | shardckpt | reshard to 1" in ended.stderr
     samples = samples_of_two(file)
     assert list(samples) == ["save", "reshard to 1"]
     assert len(samples["save"]["phases"]) == 2
@@ -215,7 +221,7 @@ def test_results_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
 
 def _some_results() -> str:
     settings = {"shapes": [], "ranks": [1], "engines": [], "rounds": 1, "saves": 2, "measures": []}
-    return json.dumps({"format": 2, "settings": settings, "machine": {}, "command": "", "samples": []})
+    return json.dumps({"format": 3, "settings": settings, "machine": {}, "command": "", "samples": []})
 
 
 def test_a_job_that_fails_is_told_and_the_exit_status_says_so(

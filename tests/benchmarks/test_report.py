@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from benchmarks.cells import Spread
 from benchmarks.goals import goals_of, render_goals
 from benchmarks.plots import can_plot, plot
-from benchmarks.report import Spread, cases, render
+from benchmarks.report import cases, render
 from benchmarks.rounds import Results, Sample, Settings
 from benchmarks.states import Shape, make
 
@@ -75,18 +76,18 @@ def made_up(**changes: float) -> Results:
     samples = []
     for number in range(2):
         limits = {"write direct": 1.0e9, "read warm": 1.1e9, "read cold": 1.05e9}
-        samples.append(Sample(number, "limits", "A", 1, "limits", limits, 0.0))
+        samples.append(Sample(number, "limits", "A, 1 GB", 1, "limits", limits, 0.0))
         for engine, times in (("shardckpt", 1.0), ("dcp.save", 10.0)):
             for measure, value in seconds.items():
                 taken = {"seconds": [value * times], "first_s": value, "files": 2, "file_nbytes": 10**9,
                          "state_nbytes": 10**9, "tensors": 3, "peak_nbytes": 10**9, "read_nbytes": 10**9,
                          "phases": [PHASES, PHASES]}  # fmt: skip
-                samples.append(Sample(number, engine, "A", 1, measure, taken, 0.5))
+                samples.append(Sample(number, engine, "A, 1 GB", 1, measure, taken, 0.5))
         for engine, times in (("shardckpt", 1.0), ("dcp.async_save, thread", 30.0)):
             told = {name: [0.01 * times] for name in ("blocked_s", "waited_s", "stall_s", "lost_s", "slowdown")}
             first = {f"first_{name}": values[0] for name, values in told.items()}
             rest = {"step_s": 0.2, "peak_nbytes": 10**9, "state_nbytes": 10**9, "phases": [PHASES, PHASES]}
-            samples.append(Sample(number, engine, "A", 1, "stall", {**told, **first, **rest}, 0.5))
+            samples.append(Sample(number, engine, "A, 1 GB", 1, "stall", {**told, **first, **rest}, 0.5))
     engines = ("shardckpt", "dcp.save", "dcp.async_save, thread")
     settings = Settings((Shape("A", 10**9),), (1,), engines, 2, 2, targets=(2,))
     facts = dict.fromkeys(("date", "processor", "cores", "memory_gib", "kernel", "file system", "python", "torch",
@@ -123,7 +124,7 @@ def test_every_goal_is_met_or_said_to_be_missed() -> None:
 @pytest.mark.leaks(files=(sysconfig.get_paths()["purelib"],), why="matplotlib keeps its fonts open")
 def test_pictures(tmp_path: Path) -> None:
     made = plot(made_up(), tmp_path / "plots")
-    assert [path.name for path in made] == ["ratios_A_1.png", "timeline_A_1.png"]
+    assert [path.name for path in made] == ["ratios_A_1GB_1.png", "timeline_A_1GB_1.png"]
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 5000
