@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,7 +118,7 @@ class _Loops:
         self._engine.load(first)
         compare(expected, self._state, self._engine)
         for place in places if rank() == 0 else ():
-            place.remove()
+            shutil.rmtree(place.path)
         return turn
 
     def _start(self) -> Started:
