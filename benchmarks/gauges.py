@@ -98,7 +98,11 @@ def status(process: str, field: str) -> int:
 
 
 def _children() -> list[int]:
-    return [int(n) for path in Path("/proc/self/task").glob("*/children") for n in path.read_text().split()]
+    found: list[int] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # that thread has ended meanwhile
+            found += map(int, path.read_text().split())
+    return found
 
 
 def processor_s() -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks.engines import ENGINES
+from benchmarks.gauges import processor_s
 from benchmarks.loop import EVERY, _bare, measure_loop
 from benchmarks.measures import WrongContentError
 from benchmarks.places import Place
@@ -127,9 +130,11 @@ def test_a_bare_save_is_the_state_as_it_was_before_the_update(tmp_path: Path) ->
         bare._pool.submit(gate.wait)
         save = bare.start()
         updating = trainer.submit(save.before_update)
-        with pytest.raises(TimeoutError):
-            updating.result(timeout=0.1)  # nothing is copied yet
-        gate.set()
+        try:
+            with pytest.raises(TimeoutError):
+                updating.result(timeout=0.1)  # nothing is copied yet
+        finally:
+            gate.set()
         updating.result()
         state.fill(1)
         save.result()
@@ -142,6 +147,30 @@ def test_a_bare_save_is_the_state_as_it_was_before_the_update(tmp_path: Path) ->
             at += -(-nbytes // 64) * 64
         assert bare.forget() == len(content) == -(-at // 4096) * 4096
     assert not list(tmp_path.iterdir())
+
+
+def test_processor_time_is_that_of_children_too_running_or_ended() -> None:
+    work = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    before = processor_s()
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        running = processor_s()
+        child.communicate(b"\n")
+    assert running - before > 0.25
+    assert processor_s() - before > 0.25
+
+
+def test_a_thread_that_ends_while_children_are_counted_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.read_text
+
+    def read_text(path: Path, *args: Any) -> str:
+        if path.name == "children":
+            raise FileNotFoundError(path)
+        return real(path, *args)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert processor_s() > 0
 
 
 @pytest.mark.leaks(threads=("asyncio_",), files=("socket:", "anon_inode:", "pipe:"), why="torchsnapshot")
