@@ -33,9 +33,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import shardckpt as sc
+from benchmarks.cells import Spread
 from benchmarks.engines import sync
 from benchmarks.limits import machine_facts
-from benchmarks.report import Spread
 from benchmarks.rounds import wait_until_quiet
 from benchmarks.states import Llama
 from shardckpt.engine.consolidated.write import write_consolidated

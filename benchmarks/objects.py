@@ -30,10 +30,10 @@ import torch
 
 import shardckpt as sc
 from benchmarks import several
+from benchmarks.cells import Spread
 from benchmarks.engines.dcp import Dcp
 from benchmarks.limits import machine_facts
 from benchmarks.places import Place
-from benchmarks.report import Spread
 from benchmarks.rounds import wait_until_quiet
 from benchmarks.states import Shape, State, make
 from shardckpt.storage import open_storage

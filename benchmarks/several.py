@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 import shardckpt as sc
+from benchmarks.cells import Spread
 from benchmarks.processes import environment, wait_until_quiet
-from benchmarks.report import Spread
 from shardckpt.engine.loading.once.exchange import is_worth_while
 from shardckpt.gang.wire.ending import leave
 from shardckpt.storage import open_storage

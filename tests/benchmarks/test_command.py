@@ -270,7 +270,7 @@ def test_a_job_that_fails_is_told_and_the_exit_status_says_so(
     monkeypatch.setattr("benchmarks.rounds.run_job", fail)
     options = ["--engines", "torch.save", "--measures", "save", "load", "cached", "--root", str(tmp_path)]
     assert main([*TINY, *options]) == 1
-    assert "FAILED: round 1 | 1 rank | A | torch.save | save: exit status 1" in capsys.readouterr().out
+    assert "FAILED: round 1 | 1 rank | A, 0 GB | torch.save | save: exit status 1" in capsys.readouterr().out
     assert tried == ["save", "cached"]
     assert not list(tmp_path.iterdir())
 
