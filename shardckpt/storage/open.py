@@ -33,8 +33,9 @@ def open_storage(
     """The storage at a path ("~/runs/a") or URL ("s3://bucket/runs/a", "memory://a"); called on every rank.
 
     Opening touches nothing: a root that is not there yet is made by the first put. `storage_options` go to the fsspec
-    file system. `ValueError` for a URL that cannot be served, `ImportError` if its package is not installed; neither
-    they nor anything else shows what the URL or the options keep secret.
+    file system, but for one: on S3 `{"client": "direct"}` moves parts and ranges past s3fs, for less processor time.
+    `ValueError` for a URL that cannot be served, `ImportError` if its package is not installed; neither they nor
+    anything else shows what the URL or the options keep secret.
     """
     text = os.fspath(url_or_path)
     if not isinstance(url_or_path, str) or "://" not in text:
@@ -65,16 +66,21 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
     redacted = Redactor(url=url, options=options)
     protocol = url.partition("://")[0]
     in_s3 = protocol in ("s3", "s3a")
+    client = options.pop("client", "s3fs") if in_s3 else "s3fs"
+    if client not in ("s3fs", "direct"):
+        raise ValueError(f"cannot open {redact(url)}: client must be 's3fs' or 'direct', not {redacted(repr(client))}")
     # Listings that fsspec keeps would hide what other processes wrote; instances that it keeps are the caller's, too.
     fresh = {"use_listings_cache": False, "skip_instance_cache": True}
     failure: Exception
     try:
-        fs, root = fsspec.url_to_fs(url, **{**(trying_once(options) if in_s3 else options), **fresh})
+        fs, root = fsspec.url_to_fs(
+            url, **{**(trying_once(options, direct=client == "direct") if in_s3 else options), **fresh}
+        )
         if in_s3:
             from shardckpt.storage.s3 import S3Storage
 
             fs.retries = 1
-            return S3Storage(fs, root, url=url)
+            return S3Storage(fs, root, url=url, client=client)
         return FsspecStorage(fs, root, url=url)
     except ImportError as error:
         package = _PACKAGES.get(protocol)

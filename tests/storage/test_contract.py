@@ -101,6 +101,17 @@ class TestS3InParts(StorageContract):
 
 
 @pytest.mark.s3
+class TestS3Direct(StorageContract):
+    """Parts and ranges past s3fs, on every server."""
+
+    @pytest.fixture
+    def storage(self, any_s3: S3Server, place: Callable[[S3Server], str]) -> Iterator[Storage]:
+        storage = any_s3.storage(place(any_s3), transfers=SMALL, client="direct")
+        yield storage
+        storage.close()
+
+
+@pytest.mark.s3
 class TestFsspecOnS3(StorageContract):
     """The storage for any file system of fsspec, on one that knows no conditional finish of what goes in parts."""
 

@@ -62,14 +62,17 @@ class TestFaults:
         wire[0].heal()
         return wire[0]
 
-    @pytest.fixture
-    def storage(self, wire: tuple[Proxy, S3Server], harmful: Proxy) -> S3Storage:
+    @pytest.fixture(params=["s3fs", "direct"])
+    def storage(
+        self, wire: tuple[Proxy, S3Server], harmful: Proxy, request: pytest.FixtureRequest
+    ) -> Iterator[S3Storage]:
         url = f"s3://{wire[1].bucket}/{uuid.uuid4().hex}"
-        storage = wire[1].storage(url, transfers=IN_PARTS, retries=QUICK)
+        storage = wire[1].storage(url, transfers=IN_PARTS, retries=QUICK, client=request.param)
         storage.put("first", [b"the probe is over"])
         storage.put("large/first", [filled(7 * MiB)])
         harmful.heal()
-        return storage
+        yield storage
+        storage.close()
 
     @pytest.mark.parametrize("harm", PASSING)
     def test_everything_goes_on_after_a_passing_fault(self, harmful: Proxy, storage: S3Storage, harm: Harm) -> None:

@@ -25,13 +25,16 @@ def tries_of(fs: Any) -> int | None:
     return tries if isinstance(tries, int) else None
 
 
-def trying_once(options: Mapping[str, object]) -> dict[str, object]:
+def trying_once(options: Mapping[str, object], *, direct: bool = False) -> dict[str, object]:
     """`storage_options` for an S3 client that tries each request once and can have many under way.
 
     The storage tries again, and counts it; botocore and s3fs would do so unseen, one inside the other, for minutes.
+    `direct`: it also signs URLs, which botocore else does in a way that many servers have given up.
     """
     given = options.get("config_kwargs")
-    own = {"retries": {"max_attempts": 0}, "max_pool_connections": 64}
+    own: dict[str, object] = {"retries": {"max_attempts": 0}, "max_pool_connections": 64}
+    if direct:
+        own["signature_version"] = "s3v4"
     return {**options, "config_kwargs": {**own, **(given if isinstance(given, Mapping) else {})}}
 
 
