@@ -1,11 +1,11 @@
 """`python -m benchmarks.objects`: save to and load from object storage, beside DCP and beside a bare client.
 
 A server of its own on this machine (SeaweedFS, its data in the folder for temporary files: set TMPDIR to choose), one
-process, state A. By turns in one process: ours (`CheckpointManager`), `dcp.save` and `dcp.load` with `FsspecWriter` and
-`FsspecReader`, and the same number of bytes put and got by bare clients: s3fs as shipped, s3fs with parts from several
-threads, obstore; each with several settings, of which the best one counts. Then several ranks that hold one state alike
-(`benchmarks.several`): all write against one writes, each byte read once against all read all. What was loaded is
-compared with what was saved before any number counts.
+process, state A. By turns in one process: ours (`CheckpointManager`, with each client), `dcp.save` and `dcp.load` with
+`FsspecWriter` and `FsspecReader`, and the same number of bytes put and got by bare clients: s3fs as shipped, s3fs with
+parts from several threads, obstore; each with several settings, of which the best one counts. Then several ranks that
+hold one state alike (`benchmarks.several`): all write against one writes, each byte read once against all read all.
+What was loaded is compared with what was saved before any number counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -46,14 +46,16 @@ GOALS = {"dcp": 3.0, "bare": 0.85}
 
 @dataclass
 class Timings:
-    """Seconds by name, in the order in which names came."""
+    """Seconds by name, in the order in which names came; and those of the processor, of all threads of this process."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    busy: dict[str, list[float]] = field(default_factory=dict)
 
     def time(self, name: str, work: Callable[[], object]) -> None:
         gc.collect()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         work()
+        self.busy.setdefault(name, []).append(time.process_time() - busy)
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
 
     def spread(self, name: str) -> Spread:
@@ -149,13 +151,19 @@ class Bench:
         self._bare = Bare(server, state.nbytes)
         self._key = f"standing-{secrets.token_hex(4)}"
         self._bare.puts()["put, s3fs, 8 MiB x 8"](self._key)
-        self._manager = sc.CheckpointManager(f"{self._root.url}/ours")
+        # The environment says how to reach the server.
+        self._managers = {
+            "shardckpt": sc.CheckpointManager(f"{self._root.url}/ours"),
+            "shardckpt, direct": sc.CheckpointManager(f"{self._root.url}/direct", storage_options={"client": "direct"}),
+        }
         self._dcp = Dcp(state, self._root / "dcp", durable=True)
-        self._manager.save(0, state.live).result()  # its memory is touched once in the life of a job
+        for manager in self._managers.values():
+            manager.save(0, state.live).result()  # its memory is touched once in the life of a job
 
     def round(self, number: int, patience_s: float) -> None:
         """Everything once, in another order than before."""
-        turns: list[Callable[[int], None]] = [self._ours, self._theirs]
+        turns: list[Callable[[int], None]] = [partial(self._ours, name) for name in self._managers]
+        turns += [self._theirs]
         turns += [partial(self._put, name, put) for name, put in self._bare.puts().items()]
         turns += [partial(self._get, name, get) for name, get in self._bare.gets().items()]
         first = number * 3 % len(turns)
@@ -165,10 +173,11 @@ class Bench:
         self._root.remove()
 
     def close(self) -> None:
-        self._manager.close()
+        for manager in self._managers.values():
+            manager.close()
 
-    def _ours(self, number: int) -> None:
-        manager, state = self._manager, self._state.live
+    def _ours(self, name: str, number: int) -> None:
+        manager, state = self._managers[name], self._state.live
 
         def save(step: int) -> None:
             manager.save(step, state).result()
@@ -176,7 +185,7 @@ class Bench:
         def load(step: int) -> None:
             manager.load(step, state)
 
-        self._save_and_load("shardckpt", number, save, load)
+        self._save_and_load(name, number, save, load)
 
     def _theirs(self, number: int) -> None:
         self._save_and_load("dcp", number, self._dcp.save, self._dcp.load)
@@ -202,20 +211,33 @@ class Bench:
 
 def told(timings: Timings, nbytes: int) -> str:
     """Markdown."""
-    lines = ["| | s, median (range) | MB/s |", "| --- | ---: | ---: |"]
+    lines = ["| | s, median (range) | MB/s | processor s |", "| --- | ---: | ---: | ---: |"]
     for name in timings.seconds:
-        spread = timings.spread(name)
+        spread, busy = timings.spread(name), Spread.of(timings.busy[name])
+        assert busy is not None
         text = f"{spread.middle:.2f} ({spread.least:.2f}-{spread.most:.2f})"
-        lines.append(f"| {name} | {text} | {nbytes / spread.middle / 1e6:.0f} |")
+        lines.append(f"| {name} | {text} | {nbytes / spread.middle / 1e6:.0f} | {busy.middle:.2f} |")
     lines += ["", "| as fast as | times (range) | goal |", "| --- | ---: | ---: |"]
     for what, bare in (("save", "put"), ("load", "get")):
         for against, goal in ((f"{what}, dcp", GOALS["dcp"]), (timings.best(f"{bare},"), GOALS["bare"])):
-            pairs = zip(timings.seconds[against], timings.seconds[f"{what}, shardckpt"], strict=True)
-            ratio = Spread.of([other / own for other, own in pairs])
-            assert ratio is not None
-            text = f"{ratio.middle:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
-            lines.append(f"| {what}: {against} | {text} | {goal:g} |")
+            ratio = _times(timings.seconds, against, f"{what}, shardckpt")
+            lines.append(f"| {what}: {against} | {ratio} | {goal:g} |")
+    lines += [
+        "",
+        "| direct, against s3fs | times as fast (range) | times less processor (range) |",
+        "| --- | ---: | ---: |",
+    ]
+    for what in ("save", "load"):
+        pair = f"{what}, shardckpt", f"{what}, shardckpt, direct"
+        lines.append(f"| {what} | {_times(timings.seconds, *pair)} | {_times(timings.busy, *pair)} |")
     return "\n".join(lines)
+
+
+def _times(found: Mapping[str, Sequence[float]], one: str, other: str) -> str:
+    """By how many times the other took less, round by round."""
+    ratio = Spread.of([long / short for long, short in zip(found[one], found[other], strict=True)])
+    assert ratio is not None
+    return f"{ratio.middle:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(several.render(together, nbytes, options.ranks))
     if options.json:
         found = {"machine": facts, "nbytes": nbytes, "rounds": options.rounds, "ranks": options.ranks}
-        found |= {"one process": bench.timings.seconds, "several ranks": together}
+        found |= {"one process": bench.timings.seconds, "processor": bench.timings.busy, "several ranks": together}
         options.json.write_text(json.dumps(found, indent=1, default=str))
     return 0
 

@@ -67,20 +67,19 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
     protocol = url.partition("://")[0]
     in_s3 = protocol in ("s3", "s3a")
     client = options.pop("client", "s3fs") if in_s3 else "s3fs"
-    if client not in ("s3fs", "direct"):
-        raise ValueError(f"cannot open {redact(url)}: client must be 's3fs' or 'direct', not {redacted(repr(client))}")
+    direct = client == "direct"
+    if not direct and client != "s3fs":
+        raise ValueError(f"cannot open {redact(url)}: `client` must be 's3fs' or 'direct'")
     # Listings that fsspec keeps would hide what other processes wrote; instances that it keeps are the caller's, too.
     fresh = {"use_listings_cache": False, "skip_instance_cache": True}
     failure: Exception
     try:
-        fs, root = fsspec.url_to_fs(
-            url, **{**(trying_once(options, direct=client == "direct") if in_s3 else options), **fresh}
-        )
+        fs, root = fsspec.url_to_fs(url, **{**(trying_once(options, direct=direct) if in_s3 else options), **fresh})
         if in_s3:
             from shardckpt.storage.s3 import S3Storage
 
             fs.retries = 1
-            return S3Storage(fs, root, url=url, client=client)
+            return S3Storage(fs, root, url=url, client="direct" if direct else "s3fs")
         return FsspecStorage(fs, root, url=url)
     except ImportError as error:
         package = _PACKAGES.get(protocol)

@@ -134,7 +134,12 @@ def _client(fs: Any, path: str) -> Any:
     """The aiobotocore client for this bucket, which s3fs keeps."""
     from fsspec.asyn import sync
 
-    return fs.s3 if fs.s3 is not None and not fs.cache_regions else sync(fs.loop, fs.get_s3, fs.split_path(path)[0])
+    return sync(fs.loop, _connected, fs, path)
+
+
+async def _connected(fs: Any, path: str) -> Any:
+    await fs.set_session()
+    return await fs.get_s3(fs.split_path(path)[0])
 
 
 def _sign(fs: Any, path: str, operation: str, params: Mapping[str, Any]) -> str:
@@ -150,22 +155,23 @@ def _sign(fs: Any, path: str, operation: str, params: Mapping[str, Any]) -> str:
 
 async def _presigned(fs: Any, path: str, operation: str, params: Mapping[str, Any]) -> str:
     bucket, key, _ = fs.split_path(path)
-    s3 = await fs.get_s3(bucket)
+    s3 = await _connected(fs, path)
     every = fs._get_s3_method_kwargs(getattr(s3, operation), Bucket=bucket, Key=key, **params)
     return str(await s3.generate_presigned_url(operation, Params=every, ExpiresIn=_VALID_S))
 
 
 def _new_session(fs: Any, path: str, url: str) -> Any:
     """Connections with the settings that botocore would make for this client."""
+    from botocore.endpoint import EndpointCreator
     from botocore.httpsession import URLLib3Session
     from botocore.utils import get_environ_proxies
 
     config = _client(fs, path).meta.config
     verify = fs.client_kwargs.get("verify")
     if verify is None:
-        verify = fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE", True)
+        verify = fs.session.get_config_variable("ca_bundle")
     return URLLib3Session(
-        verify=verify,
+        verify=EndpointCreator(None)._get_verify_value(verify),  # looks into the environment for what else there is
         proxies=config.proxies if config.proxies is not None else get_environ_proxies(url),
         timeout=(config.connect_timeout, config.read_timeout),
         max_pool_connections=config.max_pool_connections,
