@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -97,7 +98,8 @@ def test_a_child_made_by_fork_connects_anew(storage: S3Storage) -> None:
     if child == 0:
         try:
             good = ranges(storage, "parent", (1, MiB)) == [content[1 : MiB + 1]]
-            os._exit(0 if good and storage.put("child", [content]) == len(content) else 2)
+            good = good and storage.put("child", [content]) == len(content)
+            os._exit(0 if good and storage._direct and storage._direct._live[0] == os.getpid() else 2)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -164,13 +166,12 @@ def test_what_cannot_be_said_is_refused(seaweedfs: S3Server, url: str) -> None:
     assert "CaNaRy" not in shown_by(caught.value)
 
 
-class Page:
-    """What a gateway says in the place of the server."""
+class Answer:
+    """Instead of a server's. What it tells beside the content, a page of a gateway does not."""
 
-    def __init__(self, status: int) -> None:
-        self.status_code, self.headers, self.content, self.raw = status, {}, b"<html>sign in</html>", self
-
-    def close(self) -> None: ...
+    def __init__(self, status: int, content: bytes = b"<html>sign in</html>", **headers: str) -> None:
+        self.status_code, self.content, self.raw = status, content, io.BytesIO(content)
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 @pytest.mark.parametrize("status", [200, 206, 302, 503])
@@ -178,12 +179,29 @@ def test_a_page_is_no_answer(storage: S3Storage, monkeypatch: pytest.MonkeyPatch
     storage.put("a", [b"12345"])
     storage._retrier = type(storage._retrier)(ONCE)
     upload = storage.begin_upload("b")
-    monkeypatch.setattr(direct.Direct, "_send", lambda *_: Page(status))
+    monkeypatch.setattr(direct.Direct, "_send", lambda *_: Answer(status))
     with pytest.raises(OSError, match=r"'b'"):
         storage.put_parts("b", upload, [b"1"], numbers=range(1, 2))
     with pytest.raises(OSError, match=r"'a'"):
         ranges(storage, "a", (0, 5))
     storage.abort_upload("b", upload)
+
+
+def test_an_answer_that_ends_early_is_no_short_object(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server said is to come tells them apart: one is asked for again, the other is damage."""
+    storage._retrier = type(storage._retrier)(ONCE)
+    answers = [
+        Answer(206, b"123", ETag="1", Content_Range="bytes 7-11/100", Content_Length="5"),
+        Answer(206, b"123", ETag="1", Content_Range="bytes 7-9/10", Content_Length="3"),
+        Answer(200, b"12345", ETag="1", Content_Length="5"),
+    ]
+    monkeypatch.setattr(direct.Direct, "_send", lambda *_: answers.pop(0))
+    with pytest.raises(ConnectionError, match=r"'a'"):
+        ranges(storage, "a", (7, 5))
+    with pytest.raises(EOFError, match=r"'a'.*truncated"):
+        ranges(storage, "a", (7, 5))
+    with pytest.raises(OSError, match=r"'a'.*whole objects"):
+        ranges(storage, "a", (7, 5))
 
 
 def test_who_else_is_there() -> None:
