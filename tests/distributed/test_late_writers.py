@@ -88,7 +88,7 @@ def save_late_or_again(
             manager.save(STEP, state_of(1, rank)).result()
     ended = "committed"
     place = Stopping(storage, stop, folder) if late else storage
-    with suppress(sc.CheckpointError), sc.CheckpointManager(place, gangs, timeout=timedelta(seconds=3)) as manager:
+    with suppress(sc.CheckpointError), sc.CheckpointManager(place, gangs, timeout=timedelta(seconds=5)) as manager:
         try:
             manager.save(STEP, state_of(2, rank)).result()
         except sc.CheckpointError as error:

@@ -347,6 +347,7 @@ def test_what_a_killed_job_left_is_no_checkpoint_in_nobodys_way_and_swept() -> N
         transact(manager, 2, STATE)
         equal(manager.load_last_checkpoint(), (2, STATE))
         assert place.list() == sorted(("step_2/", *(f"{folder}/" for folder in left)))
+        manager._saver._thread.join()  # after the commit, what was left has been seen for the first time
         clock.now = timedelta(hours=3).total_seconds()
         transact(manager, 3, STATE)
     assert place.list() == ["step_2/", "step_3/"]
