@@ -47,10 +47,16 @@ def delete_step(storage: Storage, entry: Entry, *, manifest: Manifest | None = N
 
     `CheckpointDeleteError` if that failed, at any point. The step is then whole or no longer offered, and a second
     try, or for leftovers `sweep`, does the rest. On an object store other attempts of the same step are not touched.
+    A step that somebody else has deleted meanwhile is deleted: two jobs, one of which woke up late, may prune at once.
     """
     try:
         if isinstance(storage, RenamingStorage):
-            remove_folder(storage, _set_aside(storage, entry.step, entry.folder))
+            try:
+                aside = _set_aside(storage, entry.step, entry.folder)
+            except FileNotFoundError:
+                _log.info("step %d in %s was deleted by somebody else meanwhile", entry.step, storage.url)
+            else:
+                remove_folder(storage, aside)
         else:
             _remove_objects(storage, entry, manifest)
     except OSError as error:

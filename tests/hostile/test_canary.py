@@ -223,6 +223,7 @@ def errors_of_everything(checkpoints: sc.CheckpointManager, reader: sc.DcpReader
     return shown
 
 
+@pytest.mark.usefixtures("ear")
 def test_what_is_sent_to_other_processes_or_printed_of_dcps_storages() -> None:
     url = f"talking://KEY:{CANARY}@lab/runs/step_1"
     for made in (sc.DcpReader(url, storage_options=OPTIONS), sc.DcpWriter(url, storage_options=OPTIONS)):

@@ -43,7 +43,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardckpt import CheckpointLoadError, CheckpointManager, CheckpointNotFoundError, Gangs
-from shardckpt.gang.wire.ending import leave
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 torch.manual_seed(int(os.environ["SEED"]))
@@ -111,7 +110,6 @@ Path(os.environ["NOTES"], f"{rank}.json").write_text(json.dumps(seen))
 ckpt_manager.close()
 if world_size > 1:
     dist.destroy_process_group()
-leave()
 """
 
 

@@ -170,6 +170,14 @@ def test_a_step_that_a_crash_left_under_another_name_can_be_deleted(renaming: Me
     assert renaming.list() == []
 
 
+def test_a_step_that_somebody_else_has_deleted_meanwhile_is_deleted(storage: Storage) -> None:
+    commit(storage, 5)
+    entry = Catalog(storage).entry(5)
+    delete(storage, 5)
+    delete_step(storage, entry)
+    assert [name for name in storage.list() if "5" in name] == []
+
+
 def test_an_attempt_under_way_outlives_the_deletion_of_its_step(storage: Storage) -> None:
     commit(storage, 5)
     start_attempt(storage, 5, "a" * 20)

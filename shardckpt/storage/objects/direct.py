@@ -8,6 +8,7 @@ holds: endpoint, credentials, proxy, certificates, time limits. Only what must b
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import re
 import time
@@ -126,6 +127,8 @@ def _raise_for(answer: Any, operation: str) -> NoReturn:
 
     said, status = answer.content.decode("utf-8", "replace"), answer.status_code
     code, message = (re.search(f"<{name}>([^<]*)</{name}>", said) for name in ("Code", "Message"))
+    if status in (200, 206) and not code:
+        raise OSError(errno.EPROTO, f"the answer to {operation} has no ETag")
     what = {"Code": code[1] if code else str(status), "Message": message[1] if message else "not what S3 answers"}
     raise ClientError({"Error": what, "ResponseMetadata": {"HTTPStatusCode": status}}, operation)
 
