@@ -147,9 +147,23 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self._due: list[Harm | None] = []
+
+    def handle_expect_100(self) -> bool:
+        """The client waits for a word before it sends what it puts. A server that stalls does not give it."""
+        harm = self.server.proxy.due(Request(self.command, self.path))
+        if harm is Harm.STALL:
+            self._wait_for_hanging_up()
+            return False
+        self._due.append(harm)
+        return super().handle_expect_100()
+
     def do_GET(self) -> None:
         request = Request(self.command, self.path)
-        harm, nbytes = self.server.proxy.due(request), int(self.headers.get("Content-Length", 0))
+        harm = self._due.pop() if self._due else self.server.proxy.due(request)
+        nbytes = int(self.headers.get("Content-Length", 0))
         if harm is Harm.RESET:
             self.rfile.read(nbytes // 2)
             self._hang_up()

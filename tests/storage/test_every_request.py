@@ -38,7 +38,7 @@ pytestmark = [
 
 LIMIT = timedelta(seconds=60)
 QUICKLY = RetryPolicy(tries=3, first_wait=timedelta(milliseconds=5), longest_wait=timedelta(milliseconds=20))
-PATIENCE_S = 0.3
+PATIENCE_S = 0.4
 """How long the client waits for an answer; of a dead store, each request three times."""
 HARMS = (
     Harm.SLOW_DOWN, Harm.BROKEN, Harm.RESET, Harm.LOST, Harm.TRUNCATED, Harm.DENIED,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -101,6 +102,26 @@ class TestFaults:
         assert storage.read("first") == b"the probe is over"
         assert storage.retries == 3
 
+    @pytest.mark.parametrize("harm", [Harm.STALL, Harm.STUCK])
+    def test_what_is_never_answered_is_tried_again(
+        self, wire: tuple[Proxy, S3Server], harmful: Proxy, harm: Harm
+    ) -> None:
+        """Also what is put, to a server that never says that it would take it."""
+        impatient = replace(wire[1], patience_s=1.0)
+        small = Transfers(whole_nbytes=1000)
+        storage = impatient.storage(f"s3://{impatient.bucket}/{uuid.uuid4().hex}", transfers=small, retries=QUICK)
+        kinds = ("put", "create_upload", "part", "complete", "get", "list", "delete_objects")
+        for kind in kinds:
+            harmful.harm(harm, kind)
+        content = filled(2000)
+        storage.put("small", [b"1"])
+        storage.put("large", [content])
+        assert ranges(storage, "large", (0, 2000)) == [content]
+        assert storage.list() == ["large", "small"]
+        storage.delete(["large", "small"])
+        assert storage.list() == []
+        assert storage.retries >= len(kinds) - 2  # the answer to what is put is empty: there is nothing to be stuck in
+
     def test_a_put_whose_answer_was_lost_finds_its_own_stamp(self, harmful: Proxy, storage: S3Storage) -> None:
         harmful.harm(Harm.LOST, "put", "complete", times=2)
         storage.put("a", [b"1"])
@@ -169,10 +190,14 @@ class TestFaults:
 class TestServersThatDoNotRefuse:
     """Moto refuses; so what the client sends and gets is changed."""
 
-    def storage(self, s3: S3Server, url: str, send: Callable[..., object]) -> S3Storage:
+    def storage(self, s3: S3Server, url: str, send: Callable[..., Awaitable[object]]) -> S3Storage:
+        from fsspec.asyn import sync_wrapper
+
         class Changed(type(s3.file_system)):  # type: ignore[misc]
-            def call_s3(self, method, *arguments, **options):
-                return send(super().call_s3, method, options)
+            async def _call_s3(self, method, *arguments, **options):
+                return await send(super()._call_s3, method, options)
+
+            call_s3 = sync_wrapper(_call_s3)
 
         return S3Storage(Changed(**s3.options, skip_instance_cache=True), url, transfers=IN_PARTS, retries=QUICK)
 
@@ -184,12 +209,12 @@ class TestServersThatDoNotRefuse:
         class UnknownHeaderError(Exception):
             response: ClassVar = {"Error": {"Code": "NotImplemented"}}
 
-        def send(real: Callable[..., object], method: str, options: dict) -> object:
+        async def send(real: Callable[..., Awaitable[object]], method: str, options: dict) -> object:
             if options.pop("IfNoneMatch", None) and answer != "ignores":
                 raise UnknownHeaderError
-            result = real(method, **options)
+            result = await real(method, **options)
             if options.get("Key", "").endswith("raced") and method in ("put_object", "complete_multipart_upload"):
-                real("put_object", Bucket=options["Bucket"], Key=options["Key"], Body=b"the other was later")
+                await real("put_object", Bucket=options["Bucket"], Key=options["Key"], Body=b"the other was later")
             return result
 
         storage = self.storage(s3, s3_url, send)

@@ -9,6 +9,7 @@ a folder in which nothing is. So each answer must have what S3 always gives with
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,10 @@ from shardckpt.storage.objects.translate import number_of_code, service_codes
 _STAMP = "shardckpt-put"
 """Name of the user metadata that tells one put from another."""
 _CHUNK = 1 << 20
+_PATIENCE_S = 60.0
+"""What botocore waits for an answer, if it is not told otherwise."""
+_SLOWEST = 128 << 10
+"""Bytes per second, of one request among several: what is put more slowly is taken for what has stopped."""
 UNKNOWN_HEADER = frozenset({"NotImplemented", "501", "InvalidArgument"})
 """What servers answer to a condition that they do not know."""
 
@@ -40,18 +45,17 @@ def new_stamp() -> str:
 
 def put_object(fs: Any, path: str, content: bytes, *, new: bool, stamp: str | None = None) -> None:
     """`new`: only if nothing is there (`If-None-Match: *`)."""
-    _answered(fs.call_s3("put_object", **_place(fs, path), Body=content, **_stamped(stamp), **_only_if(new)), "ETag")
+    _answered(_send(fs, "put_object", path, content, **_stamped(stamp), **_only_if(new)), "ETag")
 
 
 def put_over(fs: Any, path: str, content: bytes, *, tag: str) -> None:
     """Only over what has this tag (`If-Match`); over anything where the server does not know that."""
-    place = _place(fs, path)
     try:
-        answer = fs.call_s3("put_object", **place, Body=content, IfMatch=tag)
+        answer = _send(fs, "put_object", path, content, IfMatch=tag)
     except Exception as error:
         if not UNKNOWN_HEADER.intersection(service_codes(error)):
             raise
-        answer = fs.call_s3("put_object", **place, Body=content)
+        answer = _send(fs, "put_object", path, content)
     _answered(answer, "ETag")
 
 
@@ -62,7 +66,7 @@ def start_upload(fs: Any, path: str, *, stamp: str) -> str:
 
 def put_part(fs: Any, path: str, upload: str, number: int, content: memoryview) -> str:
     """Gives the tag by which `finish_upload` knows the part. Holds one copy of it: s3fs takes no memoryview."""
-    answer = fs.call_s3("upload_part", **_place(fs, path), UploadId=upload, PartNumber=number, Body=bytes(content))
+    answer = _send(fs, "upload_part", path, bytes(content), UploadId=upload, PartNumber=number)
     return str(_answered(answer, "ETag"))
 
 
@@ -160,6 +164,23 @@ def delete_marker(fs: Any, path: str) -> None:
     """Delete what stands for a folder, if there is such a thing."""
     bucket, key, _ = fs.split_path(path)
     fs.call_s3("delete_object", Bucket=bucket, Key=f"{key}/")
+
+
+def _send(fs: Any, method: str, path: str, content: bytes, **terms: Any) -> Any:
+    """The answer to a request that puts something.
+
+    It has a limit of its own: the client's timeout (`read_timeout`) begins when all is sent, and a server that takes
+    the connection and then nothing more would be waited for without end, be it for its "100 Continue".
+    """
+    from fsspec.asyn import sync
+
+    patience_s = float((fs.config_kwargs or {}).get("read_timeout", _PATIENCE_S))
+    limit_s = patience_s + len(content) / _SLOWEST
+    return sync(fs.loop, _in_time, fs, method, limit_s, **_place(fs, path), Body=content, **terms)
+
+
+async def _in_time(fs: Any, method: str, limit_s: float, /, **terms: Any) -> Any:
+    return await asyncio.wait_for(fs._call_s3(method, **terms), limit_s)
 
 
 async def _get(fs: Any, path: str) -> tuple[bytes, str]:
