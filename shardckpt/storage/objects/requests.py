@@ -23,7 +23,7 @@ _STAMP = "shardckpt-put"
 _CHUNK = 1 << 20
 _PATIENCE_S = 60.0
 """What botocore waits for an answer, if it is not told otherwise."""
-_SLOWEST = 128 << 10
+_SLOWEST = 32 << 10
 """Bytes per second, of one request among several: what is put more slowly is taken for what has stopped."""
 UNKNOWN_HEADER = frozenset({"NotImplemented", "501", "InvalidArgument"})
 """What servers answer to a condition that they do not know."""
