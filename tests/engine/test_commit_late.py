@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
-from shardckpt.engine.committing.commit import attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.format.layout import new_attempt
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage import LocalStorage, MemoryObjects, open_storage
 from shardckpt.storage.base import Storage
+from shardckpt.storage.wrapping import Operation, StorageWrapper
 from tests.run.making import commit, fill, is_whole, record_of
+
+T = TypeVar("T")
 
 
 @pytest.fixture(params=["conditional", "unconditional", "file system", "file system that exchanges nothing"])
@@ -49,6 +53,32 @@ def test_a_newer_record_stays_in_force(storage: Storage, replaces: bool) -> None
         commit_attempt(storage, prefix, record_of(5, late), known=known)
     assert Catalog(storage).record(5)[1].attempt == newer
     assert is_whole(storage, 5)
+
+
+class Between(StorageWrapper):
+    """Somebody else acts after the step was looked at, and before it is exchanged."""
+
+    def __init__(self, inner: Storage, act: Callable[[], None]) -> None:
+        super().__init__(inner)
+        self._acts = [act]
+
+    def around(self, operation: Operation, call: Callable[[], T]) -> T:
+        if operation.name == "exchange_folders" and self._acts:
+            self._acts.pop()()
+        return call()
+
+
+@pytest.mark.parametrize("storage", ["file system", "file system that exchanges nothing"], indirect=True)
+def test_a_record_that_comes_after_the_last_look_stays_in_force(storage: Storage) -> None:
+    commit(storage, 5)
+    (late, prefix, known), (newer, *of_newer) = begin(storage), begin(storage)
+    between = Between(storage, lambda: commit_attempt(storage, of_newer[0], record_of(5, newer), known=of_newer[1]))
+    with pytest.raises(FileExistsError, match="saved by somebody else"):
+        commit_attempt(between, prefix, record_of(5, late), known=known)
+    assert Catalog(storage).record(5)[1].attempt == newer
+    assert is_whole(storage, 5)
+    abandon_attempt(storage, prefix)
+    assert storage.list() == ["step_5/"]
 
 
 def test_a_step_that_was_deleted_meanwhile_is_saved_anew(storage: Storage) -> None:

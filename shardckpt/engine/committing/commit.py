@@ -8,8 +8,11 @@ name (`shardckpt.run.catalog` looks there), so a crash at any point leaves the o
 Object store: the attempt's files lie under `step_N/<attempt>/`; putting `step_N/manifest.json` makes it the step.
 
 On both an attempt replaces only the record that was in force when it began: one that was given up, and comes to its
-commit when the step has been saved again, must not take the place of the newer one. (A file system cannot do that and
-the exchange in one operation: between the two, a few microseconds remain.)
+commit when the step has been saved again, must not take the place of the newer one. A file system cannot look and
+exchange in one operation, and a process may be stopped between the two for as long as it takes to save the step again.
+So it looks again at what it got in exchange, and gives that back if it is not what it was to replace. (2026-11-26: the
+first look alone let one of some hundred such jobs through. What remains is to be stopped, or killed, a second time,
+between the exchange and the giving back, by chance both.)
 """
 
 from __future__ import annotations
@@ -102,9 +105,15 @@ def _rename_into_place(
         if _record_in(storage, target) not in (None, known):
             raise _saved_meanwhile(storage, target) from None
         if storage.exchange_folders(prefix, target):
+            if _record_in(storage, prefix) not in (None, known):
+                storage.exchange_folders(prefix, target)
+                raise _saved_meanwhile(storage, target) from None
             return prefix
     aside = _aside(target, attempt, "old")
     storage.rename_folder(target, aside)
+    if _record_in(storage, aside) not in (None, known):
+        storage.rename_folder(aside, target)
+        raise _saved_meanwhile(storage, target)
     storage.rename_folder(prefix, target)
     return aside
 
