@@ -15,6 +15,7 @@ from shardckpt.run.catalog import Catalog
 from shardckpt.storage import LocalStorage, MemoryObjects, open_storage
 from shardckpt.storage.base import Storage
 from shardckpt.storage.wrapping import Operation, StorageWrapper
+from shardckpt.testing.faults import FailingStorage
 from tests.run.making import commit, fill, is_whole, record_of
 
 T = TypeVar("T")
@@ -78,6 +79,18 @@ def test_a_record_that_comes_after_the_last_look_stays_in_force(storage: Storage
     assert Catalog(storage).record(5)[1].attempt == newer
     assert is_whole(storage, 5)
     abandon_attempt(storage, prefix)
+    assert storage.list() == ["step_5/"]
+
+
+@pytest.mark.parametrize("storage", ["file system", "file system that exchanges nothing"], indirect=True)
+def test_an_error_of_the_look_at_what_was_replaced_undoes_nothing(storage: Storage) -> None:
+    commit(storage, 5)
+    attempt, prefix, known = begin(storage)
+    failing = FailingStorage(storage, lambda op: op.name == "read" and not op.keys[0].startswith("step_5/"))
+    commit_attempt(failing, prefix, record_of(5, attempt), known=known)
+    assert failing.failed
+    assert Catalog(storage).record(5)[1].attempt == attempt
+    assert is_whole(storage, 5)
     assert storage.list() == ["step_5/"]
 
 

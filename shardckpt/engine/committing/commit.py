@@ -105,17 +105,26 @@ def _rename_into_place(
         if _record_in(storage, target) not in (None, known):
             raise _saved_meanwhile(storage, target) from None
         if storage.exchange_folders(prefix, target):
-            if _record_in(storage, prefix) not in (None, known):
+            if _is_another(storage, prefix, known):
                 storage.exchange_folders(prefix, target)
                 raise _saved_meanwhile(storage, target) from None
             return prefix
     aside = _aside(target, attempt, "old")
     storage.rename_folder(target, aside)
-    if _record_in(storage, aside) not in (None, known):
+    if _is_another(storage, aside, known):
         storage.rename_folder(aside, target)
         raise _saved_meanwhile(storage, target)
     storage.rename_folder(prefix, target)
     return aside
+
+
+def _is_another(storage: Storage, replaced: str, known: bytes | None) -> bool:
+    """Whether the step that was just replaced is not the one that was to be. An error here undoes no commit."""
+    try:
+        return _record_in(storage, replaced) not in (None, known)
+    except OSError as error:
+        _log.warning("which step was replaced by a save could not be looked up in %s: %s", replaced, error)
+        return False
 
 
 def _aside(folder: str, attempt: str, kind: str) -> str:
