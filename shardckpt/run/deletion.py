@@ -52,6 +52,8 @@ def delete_step(storage: Storage, entry: Entry, *, manifest: Manifest | None = N
     try:
         if isinstance(storage, RenamingStorage):
             try:
+                for older in _older_ones(storage, entry):
+                    remove_folder(storage, _set_aside(storage, entry.step, older))
                 aside = _set_aside(storage, entry.step, entry.folder)
             except FileNotFoundError:
                 _log.info("step %d in %s was deleted by somebody else meanwhile", entry.step, storage.url)
@@ -97,6 +99,14 @@ def preserve_model(storage: Storage, entry: Entry, *, model_key: str | None = No
     _replace_record(storage, entry, reduced)
     _log_preserved(storage, reduced)
     return reduced
+
+
+def _older_ones(storage: RenamingStorage, entry: Entry) -> list[str]:
+    """Versions of the step that a crash in the middle of a commit left beside it: else one would take its place."""
+    folders = [name[:-1] for name in storage.list() if name.endswith("/") and name[:-1] != entry.folder]
+    asides = [(folder, parse_aside(folder)) for folder in folders]
+    own = [(folder, aside) for folder, aside in asides if aside and aside.kind == "old" and aside.step == entry.step]
+    return [folder for folder, aside in own if not is_doomed(aside)]
 
 
 def _set_aside(storage: RenamingStorage, step: int, folder: str) -> str:

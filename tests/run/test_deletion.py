@@ -178,6 +178,18 @@ def test_a_step_that_somebody_else_has_deleted_meanwhile_is_deleted(storage: Sto
     assert [name for name in storage.list() if "5" in name] == []
 
 
+@pytest.mark.parametrize("lives", range(12))
+def test_an_older_version_that_a_crash_left_does_not_come_back(renaming: MemoryStorage, lives: int) -> None:
+    commit(renaming, 5)
+    renaming.rename_folder("step_5", aside_folder(5, new_attempt(), "old"))
+    commit(renaming, 5)
+    newer = Catalog(renaming).record(5)[1].attempt
+    entry = Catalog(renaming).entry(5)
+    with suppress(Killed):
+        delete_step(DyingStorage(renaming, lives), entry)
+    assert Catalog(renaming).steps() == [] or Catalog(renaming).record(5)[1].attempt == newer
+
+
 def test_an_attempt_under_way_outlives_the_deletion_of_its_step(storage: Storage) -> None:
     commit(storage, 5)
     start_attempt(storage, 5, "a" * 20)
