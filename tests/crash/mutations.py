@@ -276,8 +276,8 @@ MUTATIONS: dict[str, Mutation] = {
     "no fsync of the folder of a replaced step": Mutation(
         "same step again, no exchange",
         context=replaced_not_synced_away,
-        equivalent="what comes back of a replaced step lies beside the newer one, is passed over for it, and goes before "
-        "it when the step is deleted (until 2026-11-26 it did not, and was then offered, torn)",
+        equivalent="what comes back of a replaced step lies beside the newer one, is passed over for it, and goes "
+        "before it when the step is deleted (until 2026-11-26 it did not, and was then offered, torn)",
     ),
     "no rename of the attempt": Mutation("save", ORDERED, context=in_place),
     "no rename in `replace`": Mutation("delete, keep model", ORDERED, context=replaced_in_place),
