@@ -51,14 +51,8 @@ def delete_step(storage: Storage, entry: Entry, *, manifest: Manifest | None = N
     """
     try:
         if isinstance(storage, RenamingStorage):
-            try:
-                for older in _older_ones(storage, entry):
-                    remove_folder(storage, _set_aside(storage, entry.step, older))
-                aside = _set_aside(storage, entry.step, entry.folder)
-            except FileNotFoundError:
-                _log.info("step %d in %s was deleted by somebody else meanwhile", entry.step, storage.url)
-            else:
-                remove_folder(storage, aside)
+            for folder in (*_older_ones(storage, entry), entry.folder):
+                _delete_folder(storage, entry.step, folder)
         else:
             _remove_objects(storage, entry, manifest)
     except OSError as error:
@@ -99,6 +93,15 @@ def preserve_model(storage: Storage, entry: Entry, *, model_key: str | None = No
     _replace_record(storage, entry, reduced)
     _log_preserved(storage, reduced)
     return reduced
+
+
+def _delete_folder(storage: RenamingStorage, step: int, folder: str) -> None:
+    try:
+        aside = _set_aside(storage, step, folder)
+    except FileNotFoundError:
+        _log.info("%s in %s was deleted by somebody else meanwhile", folder, storage.url)
+        return
+    remove_folder(storage, aside)
 
 
 def _older_ones(storage: RenamingStorage, entry: Entry) -> list[str]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 import pytest
 
@@ -12,9 +14,12 @@ from shardckpt.run.leftovers import sweep
 from shardckpt.run.scores import write_score
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
+from shardckpt.storage.wrapping import Operation, StorageWrapper
 from shardckpt.testing.faults import FailingStorage, RecordingStorage
 from tests.run.faulty import READING, DyingStorage, Killed, PowerCutStorage, walk_files
 from tests.run.making import commit, is_whole, start_attempt
+
+T = TypeVar("T")
 
 
 def delete(storage: Storage, step: int) -> None:
@@ -188,6 +193,20 @@ def test_an_older_version_that_a_crash_left_does_not_come_back(renaming: MemoryS
     with suppress(Killed):
         delete_step(DyingStorage(renaming, lives), entry)
     assert Catalog(renaming).steps() == [] or Catalog(renaming).record(5)[1].attempt == newer
+
+
+def test_an_older_version_that_somebody_sweeps_meanwhile_keeps_nothing(renaming: MemoryStorage) -> None:
+    class Swept(StorageWrapper):
+        def around(self, operation: Operation, call: Callable[[], T]) -> T:
+            if operation.name == "rename_folder" and operation.keys[0].endswith(".old"):
+                renaming.delete_tree(operation.keys[0])
+            return call()
+
+    commit(renaming, 5)
+    renaming.rename_folder("step_5", aside_folder(5, new_attempt(), "old"))
+    commit(renaming, 5)
+    delete_step(Swept(renaming), Catalog(renaming).entry(5))
+    assert renaming.list() == []
 
 
 def test_an_attempt_under_way_outlives_the_deletion_of_its_step(storage: Storage) -> None:
