@@ -103,7 +103,7 @@ def record_first() -> Iterator[None]:
 def remove_and_rename() -> Iterator[None]:
     """The old step is removed to make way for the new one."""
 
-    def into_place(storage: RenamingStorage, prefix: str, target: str, attempt: str, known: bytes | None) -> None:
+    def into_place(storage: RenamingStorage, prefix: str, target: str, *_: object) -> None:
         storage.delete_tree(target)
         storage.rename_folder(prefix, target)
 

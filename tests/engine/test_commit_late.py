@@ -10,12 +10,14 @@ from typing import TypeVar
 import pytest
 
 from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
-from shardckpt.format.layout import new_attempt
+from shardckpt.errors import CommitUnknownError
+from shardckpt.format.layout import MANIFEST, new_attempt
+from shardckpt.format.manifest import decode_manifest
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage import LocalStorage, MemoryObjects, open_storage
 from shardckpt.storage.base import Storage
 from shardckpt.storage.wrapping import Operation, StorageWrapper
-from shardckpt.testing.faults import FailingStorage
+from shardckpt.testing.faults import FailingStorage, on
 from tests.run.making import commit, fill, is_whole, record_of
 
 T = TypeVar("T")
@@ -80,6 +82,19 @@ def test_a_record_that_comes_after_the_last_look_stays_in_force(storage: Storage
     assert is_whole(storage, 5)
     abandon_attempt(storage, prefix)
     assert storage.list() == ["step_5/"]
+
+
+@pytest.mark.parametrize("storage", ["file system"], indirect=True)
+@pytest.mark.parametrize("done", [False, True])
+def test_a_newer_save_that_cannot_be_given_back_is_told_and_kept(storage: Storage, done: bool) -> None:
+    commit(storage, 5)
+    (late, prefix, known), (newer, *of_newer) = begin(storage), begin(storage)
+    failing = FailingStorage(storage, on("exchange_folders"), nth=2, after=done)
+    between = Between(failing, lambda: commit_attempt(storage, of_newer[0], record_of(5, newer), known=of_newer[1]))
+    with pytest.raises(FileExistsError if done else CommitUnknownError, match="saved by somebody else"):
+        commit_attempt(between, prefix, record_of(5, late), known=known)
+    kept = storage.read(f"{'step_5' if done else prefix}/{MANIFEST}")
+    assert decode_manifest(kept).attempt == newer
 
 
 @pytest.mark.parametrize("storage", ["file system", "file system that exchanges nothing"], indirect=True)

@@ -24,7 +24,7 @@ from shardckpt.storage.base import Buffer, Read, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.wrapping import StorageWrapper
 from shardckpt.testing.pool import ProcessPool
-from tests.faults.gangwork import blank_state, make_state, same
+from tests.faults.gangwork import Trap, blank_state, make_state, same
 from tests.faults.nodes import Nodes, NoNodesError, two_nodes
 from tests.run.making import is_whole
 from tests.scorecard import Scale, Scorecard
@@ -74,19 +74,6 @@ class Cutting(StorageWrapper):
             yield view[len(view) // 2 :]
 
 
-class Severing:
-    """A part of the state; the link is cut when it is asked for its state, before the ranks meet."""
-
-    def __init__(self, cut: Callable[[], None]) -> None:
-        self._cut = cut
-
-    def state_dict(self) -> dict[str, Any]:
-        self._cut()
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @contextmanager
 def job(rank: int, nodes: Nodes, kind: str, port: int) -> Iterator[sc.Gangs]:
     """This rank on its node, and the gangs of the two: over gloo, or over a store in the first rank's process."""
@@ -110,7 +97,7 @@ def act(checkpoints: sc.CheckpointManager, phase: str, rank: int, cut: Callable[
         return
     state = make_state(rank, 2)
     if phase == SAVE:
-        state["link"] = Severing(cut) if rank else Severing(lambda: None)
+        state["link"] = Trap(cut) if rank else Trap(lambda: None)
     pending = checkpoints.save(2, state, replicated=("model",))
     if phase == SAVE:
         pending.result()

@@ -21,7 +21,7 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.wrapping import Operation, StorageWrapper
 from shardckpt.testing.gang_acts import await_marks, mark
 from shardckpt.testing.pool import ProcessPool, RankLostError
-from tests.faults.gangwork import RANKS, blank_state, make_state, same
+from tests.faults.gangwork import RANKS, Trap, blank_state, make_state, same
 
 T = TypeVar("T")
 
@@ -71,19 +71,6 @@ class Struck(StorageWrapper):
             yield view[: len(view) // 2]
             self._strike()
             yield view[len(view) // 2 :]
-
-
-class Deadly:
-    """A part of the state whose `state_dict` is the end of its process."""
-
-    def __init__(self, strike: Callable[[], None]) -> None:
-        self._strike = strike
-
-    def state_dict(self) -> dict[str, Any]:
-        self._strike()
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def save(checkpoints: sc.CheckpointManager, step: int, state: dict[str, Any]) -> sc.CheckpointInfo:
@@ -138,7 +125,7 @@ def save_twice(
         save(checkpoints, 1, make_state(rank, 1))
         state = make_state(rank, 2)
         if strike is not None:
-            state["deadly"] = Deadly(strike)
+            state["deadly"] = Trap(strike)
         return failure_of(checkpoints, state)
 
 

@@ -86,7 +86,7 @@ def _commit_by_rename(
         storage.sync_folder(f"{prefix}/{folder}")
     storage.sync_folder(prefix)
     try:
-        replaced = _rename_into_place(storage, prefix, target, manifest.attempt, known)
+        replaced = _rename_into_place(storage, prefix, target, manifest, known)
     except OSError as error:
         _settle(storage, f"{target}/{MANIFEST}", content, manifest.step, error, survives=False)
         return
@@ -95,7 +95,7 @@ def _commit_by_rename(
 
 
 def _rename_into_place(
-    storage: RenamingStorage, prefix: str, target: str, attempt: str, known: bytes | None
+    storage: RenamingStorage, prefix: str, target: str, manifest: Manifest, known: bytes | None
 ) -> str | None:
     """Make the attempt's folder the step's; gives the folder of a step that it has replaced."""
     try:
@@ -106,16 +106,31 @@ def _rename_into_place(
             raise _saved_meanwhile(storage, target) from None
         if storage.exchange_folders(prefix, target):
             if _is_another(storage, prefix, known):
-                storage.exchange_folders(prefix, target)
+                _give_back(storage, prefix, target, manifest)
                 raise _saved_meanwhile(storage, target) from None
             return prefix
-    aside = _aside(target, attempt, "old")
+    aside = _aside(target, manifest.attempt, "old")
     storage.rename_folder(target, aside)
     if _is_another(storage, aside, known):
         storage.rename_folder(aside, target)
         raise _saved_meanwhile(storage, target)
     storage.rename_folder(prefix, target)
     return aside
+
+
+def _give_back(storage: RenamingStorage, prefix: str, target: str, own: Manifest) -> None:
+    try:
+        storage.exchange_folders(prefix, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            left = _record_in(storage, prefix)
+            if left is not None and decode_manifest(left).attempt == own.attempt:
+                return  # it was exchanged, and only not synced
+        raise CommitUnknownError(
+            f"{target} in {storage.url} was saved by somebody else in the meantime, and could not be given back "
+            f"({error}): what they saved is in {prefix}; make it {target} before another job removes it",
+            step=own.step,
+        ) from error
 
 
 def _is_another(storage: Storage, replaced: str, known: bytes | None) -> bool:
