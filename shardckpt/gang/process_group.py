@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch.distributed.distributed_c10d import PrefixStore
@@ -18,10 +19,11 @@ from shardckpt.gang.local import LocalGang
 from shardckpt.gang.relay import Relay, open_by
 from shardckpt.gang.store import Deadline, StoreGang, last_seen
 from shardckpt.gang.together import together
+from shardckpt.gang.wire.gloo import LinkError
 from shardckpt.gang.wire.mailbox import Line, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 from shardckpt.gang.wire.roll import UNKNOWN, Roll, neighbours
-from shardckpt.gang.wire.star import LinkError, Star
+from shardckpt.gang.wire.star import Star
 
 _MEETING = 1
 """The stamp of what is said at meetings, where no conversation has begun; operations have larger ones."""
@@ -201,18 +203,17 @@ class ProcessGroupGang:
         timeout = timedelta(seconds=max(deadline.left_s(0), 1.0))
         prefix = self._meeting.mailbox.key(conversation, "gloo")
         self._meeting.mailbox.own(f"{prefix}/0/{self._rank}")  # where gloo puts this rank's address
+        others, roll = neighbours(self._rank, self._size), self._meeting.roll
+        roll.call(self._meeting.mailbox, others, timeout_s=deadline.left_s(self._rank))
+        ended = partial(roll.ended, others)
+        options: dict[str, Any] = {"timeout": timeout, "interface": self._interface, "ended": ended}
 
         def make(store: Store) -> Star:
             below: Any = PrefixStore(prefix, store)  # type: ignore[arg-type]
-            return Star.open(below, rank=self._rank, size=self._size, timeout=timeout, interface=self._interface)
-
-        others, roll = neighbours(self._rank, self._size), self._meeting.roll
-        roll.call(self._meeting.mailbox, others, timeout_s=deadline.left_s(self._rank))
+            return Star.open(below, rank=self._rank, size=self._size, **options)
 
         def connect() -> None:
-            self._star = self._meeting.mailbox.run(
-                make, timeout_s=timeout.total_seconds(), ended=lambda: roll.ended(others)
-            )
+            self._star = self._meeting.mailbox.run(make, timeout_s=timeout.total_seconds(), ended=ended)
 
         try:
             together(self._meeting, connect, phase="connecting", timeout=timeout)

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt.gang.wire.ending import close_at_the_end
+from shardckpt.gang.wire.gloo import LinkError, open_group
 from shardckpt.gang.wire.mailbox import Mailbox, Store
-from shardckpt.gang.wire.star import LinkError, open_group
 
 
 class Relay:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 import torch.distributed as dist
 
 from shardckpt.errors import GangError
-from shardckpt.gang import Gangs, StoreGang
+from shardckpt.gang import Gangs, StoreGang, together
 from shardckpt.gang.wire.roll import UNKNOWN, Roll, has_ended, neighbours, own_process
-from shardckpt.testing.gang_acts import ENOUGH_S, LONG
+from shardckpt.testing.gang_acts import ENOUGH_S, LONG, await_marks, mark, refusal
 from shardckpt.testing.pool import ProcessPool, RankLostError
 
 
@@ -113,4 +114,36 @@ def test_a_rank_that_is_killed_between_two_conversations(ranks: ProcessPool, vic
             assert outcome.error is None, str(outcome)
             assert outcome.value["absent"] == (victim,)
             assert f"rank {victim} was killed, or has ended" in outcome.value["text"]
+            assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"
+
+
+def die_and_leave_a_child(rank: int, size: int, folder: Path, victim: int) -> Any:
+    """The child has the victim's connections, as the workers of a data loader do, and lives on for a while."""
+    gangs = Gangs.from_env()
+
+    def work() -> None:
+        if rank == victim:
+            if not os.fork():
+                with suppress(BaseException):
+                    await_marks(folder, "raised", size - 1)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        gangs.root.enter("work", timeout=LONG)
+        return refusal(lambda: together(gangs.root, work, phase="write", timeout=LONG))
+    finally:
+        mark(folder, "raised", rank)
+        gangs.close()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_kill_is_noticed_though_a_child_holds_the_connections(ranks: ProcessPool, victim: int) -> None:
+    outcomes = ranks.run_settled(3, die_and_leave_a_child, victim)
+    assert isinstance(outcomes[victim].error, RankLostError)
+    for outcome in outcomes:
+        if outcome.rank != victim:
+            assert outcome.error is None, str(outcome)
+            assert outcome.value["absent"] == (victim,)
             assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"

@@ -9,16 +9,18 @@ Facts about gloo that this file relies on (each tried with torch 2.13):
   closure"). So rank 0 waits outside, with an event; a deliberate timeout hangs up whoever still refers to the group.
 - With lazy initialisation only the links in use are connected, N - 1 instead of N * (N - 1) / 2. A lazily
   initialised device serves one group only: a second one on it fails with "Connect timeout".
+- A child that the process has forked (a worker of a data loader) has its connections as well: while it lives on, the
+  death of its parent closes none. So all waits are in turns with looks at which processes have ended (2026-11-26).
 """
 
 from __future__ import annotations
 
-import functools
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +32,7 @@ from torch.distributed import ProcessGroupGloo, Work
 from torch.distributed.distributed_c10d import GatherOptions, Store
 
 from shardckpt.gang.wire.ending import close_at_the_end
+from shardckpt.gang.wire.gloo import LinkError, open_group
 from shardckpt.gang.wire.messages import ranks_text
 
 _FRAME_NBYTES = 4096
@@ -42,10 +45,11 @@ _NEVER_S = 3600.0
 _UP, _UP_REST, _DOWN, _DOWN_REST, _PROBE = 1, 2, 3, 4, 5
 _TAIL_S = 5.0
 """How long the rest of a message may take when its sender is known to be sending it."""
+_LOOK_S = 1.0
+"""Between two looks at whether a process has ended; what it had sent before arrives within that, too."""
 
-
-class LinkError(ConnectionError):
-    """The link to rank 0 is closed, silent, or out of step; the star cannot be used any more."""
+Ended = Callable[[], Collection[int]]
+"""The ranks of a star whose processes are known to have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,11 @@ class Heard:
 class Star:
     """This rank's end of the star. Used by one thread; a `stamp` tells what a message belongs to."""
 
-    def __init__(self, group: ProcessGroupGloo) -> None:
+    def __init__(self, group: ProcessGroupGloo, ended: Ended) -> None:
         self._group: Any = group  # torch's stubs do not know its send, recv and gather
+        self._ended = ended
+        self._ear = ThreadPoolExecutor(1, "shardckpt-ear")
+        """The others: waits for rank 0, since what waits inside gloo can look at nothing else."""
         close_at_the_end(self)
         self._rank, self._size = group.rank(), group.size()
         self._busy = self._spoiled = False
@@ -71,13 +78,13 @@ class Star:
         """Kept, with the memory that they write to, until the links are closed."""
 
     @classmethod
-    def open(cls, store: Store, *, rank: int, size: int, timeout: timedelta, interface: str = "") -> Star:
+    def open(cls, store: Store, *, rank: int, size: int, timeout: timedelta, ended: Ended, interface: str = "") -> Star:
         """Make a group of its own for these ranks and connect the links; all ranks at once, under a new prefix.
 
         `interface` is the network interface to use; by default the one that this host's name leads to.
         `LinkError` if a rank does not come; the store may block longer than `timeout`.
         """
-        star = cls(open_group(store, rank=rank, size=size, timeout=timeout, interface=interface))
+        star = cls(open_group(store, rank=rank, size=size, timeout=timeout, interface=interface), ended)
         try:
             star._greet(timeout.total_seconds())
         except BaseException:
@@ -108,7 +115,7 @@ class Star:
             else:
                 self._spoiled = True
                 self._unfinished += works
-                dead = dead or [rank for rank in self._others() if self._is_closed(rank)]
+                dead = dead or sorted({*filter(self._is_closed, self._others()), *self._ended()})
             return self._opened(frames, stamp, tuple(dead))
 
     def send_up(self, message: bytes, stamp: int, *, timeout_s: float) -> None:
@@ -117,10 +124,10 @@ class Star:
             work = self._group.send([_framed(message, stamp)], 0, _UP)
             # Not waited for: where another link closes just now, rank 0 may take the message and never the bell.
             self._called = [self._bell(timeout_s)]
-            work.wait(timedelta(seconds=timeout_s))
+            self._await(work, timeout_s)
             if len(message) > _ROOM:
                 rest = _over(bytearray(message[_ROOM:]))
-                self._group.send([rest], 0, _UP_REST).wait(timedelta(seconds=timeout_s))
+                self._await(self._group.send([rest], 0, _UP_REST), timeout_s)
 
     def tell(self, message: bytes, stamp: int, *, to: Iterable[int], timeout_s: float) -> tuple[int, ...]:
         """Rank 0: give a message to these ranks; returns those that did not take it in time (or are dead)."""
@@ -155,7 +162,7 @@ class Star:
         """The others: what rank 0 tells. `LinkError`, also when it is of another time."""
         with self._operation():
             frame = bytearray(_FRAME_NBYTES)
-            self._group.recv([_over(frame)], 0, _DOWN).wait(timedelta(seconds=timeout_s))
+            self._await(self._group.recv([_over(frame)], 0, _DOWN), timeout_s)
             opened = _parse(frame)
             if opened is None or opened[0] != stamp:
                 raise LinkError("rank 0 is at another point of the conversation, or in another one")
@@ -172,6 +179,7 @@ class Star:
             except RuntimeError as error:
                 if "Timed out" in str(error):
                     break
+        self._ear.shutdown()  # its wait has ended with the links
         self._called.clear()
         self._unfinished.clear()
         self._group = None
@@ -197,12 +205,28 @@ class Star:
         try:
             bell = self._bell(timeout_s + _NEVER_S)  # the wait below ends first: gloo must not time out itself
             bell.get_future().add_done_callback(lambda _: ended.set())
-            if not ended.wait(timeout_s):
-                return False
+            end = time.monotonic() + timeout_s
+            gone = False
+            while not ended.wait(min(_LOOK_S, max(end - time.monotonic(), 0.0))):
+                if gone or time.monotonic() >= end:
+                    return False
+                gone = bool(self._ended())
             bell.wait()
         except RuntimeError:
             return False
         return True
+
+    def _await(self, work: Work, timeout_s: float) -> None:
+        """The others: until rank 0 has given or taken it. An error where it does not, or its process has ended."""
+        waiting, gone = self._ear.submit(work.wait, timedelta(seconds=timeout_s)), False
+        try:
+            while not wait([waiting], _LOOK_S).done:
+                if gone:
+                    raise LinkError("rank 0 was killed, or has ended")
+                gone = 0 in self._ended()
+            waiting.result()
+        finally:
+            del waiting, work  # its error has this frame, which would have it: gloo's group and threads would stay
 
     def _bell(self, timeout_s: float) -> Work:
         """A gather of one byte: of all of gloo's operations the one that ends as soon as any link closes."""
@@ -250,30 +274,6 @@ class Star:
         except RuntimeError as error:
             raise LinkError(str(error)) from None
         self._busy = False
-
-
-def open_group(store: Store, *, rank: int, size: int, timeout: timedelta, interface: str = "") -> ProcessGroupGloo:
-    """A gloo group that nobody else knows, under a prefix that was never used; called by all its ranks. `LinkError`."""
-    gloo: Any = ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout = timeout
-    options._threads = 1
-    try:
-        options._devices = [_device(interface)]
-        group: ProcessGroupGloo = gloo(store, rank, size, options)
-    except RuntimeError as error:
-        raise LinkError(str(error)) from None
-    return group
-
-
-def _device(interface: str) -> Any:
-    """A new device, which must serve no other group."""
-    gloo: Any = ProcessGroupGloo
-    make = functools.partial(gloo.create_device, interface=interface) if interface else gloo.create_default_device
-    try:
-        return make(lazy_init=True)
-    except TypeError:  # before torch 2.8: all ranks connect to all
-        return make()
 
 
 def _framed(message: bytes, stamp: int) -> Tensor:
