@@ -26,6 +26,14 @@ def seaweedfs() -> Iterator[s3server.S3Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[s3server.S3Server]:
+    """Only where it is asked for: it takes 15 s to start."""
+    with s3server.ceph_gateway() as server:
+        server.make_bucket()
+        yield server
+
+
 @pytest.fixture
 def place() -> Iterator[Callable[[s3server.S3Server], str]]:
     """Makes URLs of places of this test's own. Emptied afterwards: moto keeps large objects in open temporary files."""
@@ -47,7 +55,7 @@ def s3_url(s3: s3server.S3Server, place: Callable[[s3server.S3Server], str]) -> 
     return place(s3)
 
 
-@pytest.fixture(scope="session", params=["moto", "seaweedfs", *(["given"] if s3server.given() else [])])
+@pytest.fixture(scope="session", params=["moto", "seaweedfs", *s3server.more()])
 def any_s3(request: pytest.FixtureRequest) -> s3server.S3Server:
     """Each server that there is."""
     server = s3server.given() if request.param == "given" else None

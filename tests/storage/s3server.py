@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shardckpt.storage import S3Storage, open_storage
-from shardckpt.testing.servers import seaweed
+from shardckpt.testing.servers import ceph, seaweed
 
 GIVEN = "SHARDCKPT_TEST_S3"
 """Environment variable: tests also run at this URL, an empty place of their own ("s3://bucket/tests")."""
@@ -56,10 +56,19 @@ class S3Server:
         return S3Storage(self.file_system, url, **options)
 
 
+CEPH = "SHARDCKPT_TEST_CEPH"
+"""Environment variable: tests also run on a Ceph gateway that they start; see `shardckpt.testing.servers.ceph`."""
+
+
 def given() -> S3Server | None:
     """The server that the environment names: a bucket, or a place in one, and AWS_* variables that lead there."""
     place = os.environ.get(GIVEN, "").removeprefix("s3://").rstrip("/")
     return S3Server("", place) if place else None
+
+
+def more() -> list[str]:
+    """Servers beside moto and SeaweedFS, by fixture."""
+    return [*(["given"] if given() else []), *(["ceph"] if os.environ.get(CEPH) else [])]
 
 
 def need_seaweedfs() -> None:
@@ -73,6 +82,13 @@ def need_seaweedfs() -> None:
 def seaweedfs() -> Iterator[S3Server]:
     """Serve until the block ends."""
     with seaweed.running() as server:
+        yield S3Server(server.endpoint, server.bucket, server.access_key, server.secret_key)
+
+
+@contextmanager
+def ceph_gateway() -> Iterator[S3Server]:
+    """Serve until the block ends."""
+    with ceph.running() as server:
         yield S3Server(server.endpoint, server.bucket, server.access_key, server.secret_key)
 
 

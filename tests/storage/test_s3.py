@@ -270,6 +270,30 @@ def test_a_replacement_whose_answer_was_lost_recognises_itself(
     assert len(tries) == 1
 
 
+@pytest.mark.s3
+def test_a_server_that_knows_tags_only_without_their_quotes(
+    s3: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ceph 16.2 does."""
+    send, seen = requests._send, list[str]()
+
+    def picky(fs: Any, method: str, path: str, content: bytes, **options: Any) -> Any:
+        if "IfMatch" in options:
+            seen.append(options["IfMatch"])
+        if str(options.get("IfMatch", "")).startswith('"'):
+            raise FileExistsError(path)
+        return send(fs, method, path, content, **options)
+
+    storage = s3.storage(s3_url, retries=QUICK)
+    storage.put("a", [b"1"])
+    monkeypatch.setattr(requests, "_send", picky)
+    storage.swap("a", b"1", b"2")
+    assert storage.read("a") == b"2"
+    assert seen == [f'"{seen[1]}"', seen[1]], "it was conditional all the same"
+    with pytest.raises(FileExistsError, match="another writer"):
+        storage.swap("a", b"1", b"3")
+
+
 SHARING = ["memory", "moto", "seaweedfs"]
 
 
