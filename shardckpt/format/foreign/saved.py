@@ -75,10 +75,13 @@ class PlacedTensor:
         return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
     @property
+    def is_alone(self) -> bool:
+        """Whether the record is just this tensor."""
+        return not self.offset and self.nbytes == self.storage_nbytes
+
+    @property
     def order(self) -> tuple[int, ...] | None:
-        """Its dimensions in the order in which its record is row-major; None if the record is not just this tensor."""
-        if self.offset or self.nbytes != self.storage_nbytes:
-            return None
+        """Its dimensions in the order in which its bytes are row-major, without gaps; None if there is none."""
         if not self.nbytes or self.stride == contiguous_stride(self.shape):
             return tuple(range(len(self.shape)))
         order = tuple(sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], -self.shape[d], d)))

@@ -75,7 +75,7 @@ class DcpFolder:
         self._sizes: dict[str, int] = {}
         self._located: dict[Payload, Located] = {}
         self._lock = Lock()
-        with self._told():
+        with self.told():
             try:
                 content = storage.read(self.key(METADATA))
             except FileNotFoundError:
@@ -122,7 +122,7 @@ class DcpFolder:
             yield name, map_values(saved.tree, partial(self._restored, saved, content))
 
     def read_into(self, reads: Sequence[tuple[str, int, memoryview]]) -> None:
-        with self._told():
+        with self.told():
             self._storage.read_into([Read(self.key(file), at, into) for file, at, into in reads])
 
     def _values(self, names: Iterable[str]) -> Iterator[tuple[str, SavedValue, bytes]]:
@@ -211,7 +211,7 @@ class DcpFolder:
         """Before memory is taken for what the metadata only says is there."""
         for payload in payloads:
             if payload.file not in self._sizes:
-                with self._told():
+                with self.told():
                     self._sizes[payload.file] = self._storage.size(self.key(payload.file))
             if payload.at + payload.nbytes > self._sizes[payload.file]:
                 raise self._damaged(payload, f"the file has only {self._sizes[payload.file]} bytes")
@@ -230,7 +230,8 @@ class DcpFolder:
         )
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def told(self) -> Iterator[None]:
+        """Errors of the storage, as what they mean for a load."""
         try:
             yield
         except (FileNotFoundError, EOFError) as error:
@@ -284,7 +285,7 @@ def _check_place(place: Any, data: Member, dtype: str, chunk: StoredChunk) -> No
 
 def _located(payload: Payload, place: PlacedTensor, start: int, crc: int) -> Located:
     order = place.order
-    if order is None:
+    if order is None or not place.is_alone:
         raise ValueError("it is a part of a larger storage, which DCP never writes")
     shape = tuple(place.shape[d] for d in order)
     return Located(payload.file, StoredRecord(place.dtype, shape, start, place.nbytes, crc), order)
