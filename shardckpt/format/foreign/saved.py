@@ -11,6 +11,7 @@ Source: PKWARE APPNOTE 6.3.10, 4.3-4.5; `torch.serialization._save`; `torch._uti
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import math
 import struct
@@ -22,7 +23,15 @@ from typing import Any
 import torch
 
 from shardckpt.format.index import ITEMSIZE, MAX_DIMS, as_size
-from shardckpt.format.restricted.allowed import Callee, Dialect, Storage, contiguous_stride, known_globals
+from shardckpt.format.restricted.allowed import (
+    Callee,
+    Dialect,
+    Record,
+    RecordKind,
+    Storage,
+    contiguous_stride,
+    known_globals,
+)
 from shardckpt.format.restricted.machine import read_pickle
 
 TAIL = 4096
@@ -120,7 +129,7 @@ def decode_saved(pickle: bytes) -> Any:
 
     `pickle` is untrusted: `ValueError` for what is malformed, or would need to run code.
     """
-    return read_pickle(pickle, _SAVED)
+    return map_values(read_pickle(pickle, _SAVED), lambda place: place)
 
 
 def map_values(tree: Any, visit: Callable[[PlacedTensor], Any]) -> Any:
@@ -136,7 +145,7 @@ def map_values(tree: Any, visit: Callable[[PlacedTensor], Any]) -> Any:
         mapped = kind({key: map_values(item, visit) for key, item in tree.items()})
         vars(mapped).update(getattr(tree, "__dict__", {})) if kind is not dict else None
         return mapped
-    return tree
+    return _buffer(tree) if kind is Record else tree
 
 
 def placed_in(tree: Any) -> list[PlacedTensor]:
@@ -160,7 +169,7 @@ def _directory(tail: bytes, nbytes: int) -> tuple[int, int, int]:
         raise ValueError("it is too short")
     magic, disk, other, _, count, size, start, comment = _END.unpack_from(tail, len(tail) - _END.size)
     if magic != b"PK\x05\x06" or comment or disk or other:
-        raise ValueError("it does not end as a zip archive does")
+        raise ValueError("it does not end as what torch.save writes (was it saved as safetensors?)")
     locator = len(tail) - _END.size - _LOCATOR.size
     if locator >= 0 and tail[locator : locator + 4] == b"PK\x06\x07":
         at = _LOCATOR.unpack_from(tail, locator)[2] - (nbytes - len(tail))
@@ -206,6 +215,7 @@ def _known() -> Mapping[str, Any]:
     return {
         **known_globals(),
         "builtins.bytes": Callee(_no_bytes),
+        "_io.BytesIO": RecordKind("BytesIO"),
         "torch._utils._rebuild_tensor_v2": Callee(_placed),
         "torch._utils._rebuild_tensor_v3": Callee(_placed),
         "torch._utils._rebuild_parameter": Callee(_parameter),
@@ -213,6 +223,16 @@ def _known() -> Mapping[str, Any]:
 
 
 _SAVED = Dialect((2,), _known, additions=False)  # what others add could hide tensors
+
+
+def _buffer(record: Record) -> io.BytesIO:
+    """Some training programs keep one in their state; DCP stores it as it does any value."""
+    state = record.state
+    if record.kind != "BytesIO" or type(state) is not tuple or len(state) != 3 or type(state[0]) is not bytes:
+        raise ValueError(f"an object of a class that is not known here, {record.kind}")
+    buffer = io.BytesIO(state[0])
+    buffer.seek(as_size(state[1]))
+    return buffer
 
 
 def _no_bytes() -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ class DcpSource:
     """A `TensorSource` over a folder with `.metadata`, at a path or URL, or in an opened storage.
 
     Opening it reads the metadata and every value that is no tensor. Tensors inside of such values (in tuples, which DCP
-    does not look into) come as tensors too, under the value's name and a number. Chunks are summed up by the CRCs of
-    their archives as soon as all of their bytes have been read.
+    does not look into) come as tensors too, under the value's name and a number; a `BytesIO` comes as its bytes. Chunks
+    are summed up by the CRCs of their archives as soon as all of their bytes have been read.
 
     `CheckpointNotFoundError`, `CheckpointDamagedError` (also for chunks that overlap or leave holes),
     `CheckpointLoadError` for values that need code to be loaded.
@@ -148,7 +149,8 @@ class DcpSource:
             )
             return TensorName(own)
 
-        return map_values(saved.tree, take)
+        tree = map_values(saved.tree, take)
+        return tree.getvalue() if isinstance(tree, io.BytesIO) else tree
 
     def _read(self, windows: Sequence[Window]) -> None:
         parts = [part for window in windows for part in self._parts(window)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import shardckpt as sc
 from shardckpt.engine.dcp.foreign.folder import DcpFolder
 from shardckpt.format.foreign.dcp import StoredTensor, decode_dcp_metadata
 from shardckpt.storage import LocalStorage, MemoryObjects
+from shardckpt.tools.moving.dcp_source import DcpSource
 from tests.format.restricted.spelling import laughs
 from tests.hostile import watch
 from tests.hostile.attacks import PICKLES
@@ -235,6 +237,17 @@ def test_a_value_that_needs_code_is_refused_only_when_it_is_asked_for(tmp_path: 
         with pytest.raises(CheckpointException, match="bad was saved as something"):
             dcp.load({"bad": 0}, storage_reader=sc.DcpReader("c", storage=LocalStorage(tmp_path)))
     assert not seen.ran
+
+
+def test_a_buffer_comes_back_as_one(tmp_path: Path) -> None:
+    """As the training state of some programs has it."""
+    place = save(tmp_path / "c", {"losses": io.BytesIO(b"abc\xff"), "steps": 3})
+    content: dict[str, Any] = {"losses": io.BytesIO(), "steps": 0}
+    dcp.load(content, storage_reader=sc.DcpReader(place))
+    assert content["losses"].getvalue() == b"abc\xff"
+    source = DcpSource(place)
+    assert source.tree == {"losses": b"abc\xff", "steps": 3}
+    source.close()
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:
