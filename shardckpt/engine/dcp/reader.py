@@ -119,7 +119,7 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         found = self._record
-        return replace(plan, storage_data=None if isinstance(found, DcpFolder) else found[1].attempt)
+        return replace(plan, storage_data=found.digest if isinstance(found, DcpFolder) else found[1].attempt)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Every rank has read the record by itself: they must have read the same one."""

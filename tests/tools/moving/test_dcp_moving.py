@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt as sc
-from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage
+from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, open_storage
 from shardckpt.testing.faults import CountingStorage, FailingStorage, flip_byte, on
 from shardckpt.testing.pool import ProcessPool
 from shardckpt.tools.moving import dcp_sink, dcp_source
@@ -139,6 +140,23 @@ def test_meshes_of_other_jobs(ranks: ProcessPool, tmp_path: Path, shape: tuple[i
     dcp.load(content, storage_reader=sc.DcpReader(tmp_path / "c"))
     assert torch.equal(content["w"], full)
     assert content["b"].tolist() == [0, 1, 2]
+
+
+def test_what_torch_wrote_to_any_url_is_read_there() -> None:
+    url = "memory://dcp-moving/run/c"
+    dcp.save(state(), storage_writer=FsspecWriter(url))
+    content = blank(state())
+    dcp.load(content, storage_reader=sc.DcpReader(url))
+    assert differences(state(), content) == []
+    source = DcpSource(url)
+    DcpSink("memory://dcp-moving/run/d").write(source, budget_nbytes=1 << 20)
+    source.close()
+    again = blank(state())
+    dcp.load(again, storage_reader=FsspecReader("memory://dcp-moving/run/d"))
+    assert differences(state(), again) == []
+    storage = open_storage("memory://dcp-moving")
+    storage.delete_tree("run")
+    storage.close()
 
 
 def test_a_source_needs_only_small_reads_to_find_the_bytes(tmp_path: Path) -> None:

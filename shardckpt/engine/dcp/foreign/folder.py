@@ -80,6 +80,8 @@ class DcpFolder:
                 content = storage.read(self.key(METADATA))
             except FileNotFoundError:
                 raise self._missing() from None
+        self.digest = f"{crc32(content):08x}.{len(content)}"
+        """Of the metadata: ranks that load together must have read the same."""
         try:
             self.metadata: DcpMetadata = decode_dcp_metadata(content)
         except ValueError as error:

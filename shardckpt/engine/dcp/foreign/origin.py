@@ -41,6 +41,7 @@ class ForeignOrigin:
         self._storage = storage
         self._folder = folder
         self._entries = folder.metadata.entries
+        self._chunks: dict[str, dict[tuple[int, ...], StoredChunk]] = {}
         self._values: dict[str, Any] = {}
 
     @property
@@ -83,11 +84,14 @@ class ForeignOrigin:
         return stream
 
     def _chunk(self, item: ReadItem) -> StoredChunk:
-        entry, offset = self._entries.get(item.storage_index.fqn), item.storage_index.offset
-        for chunk in entry.chunks if isinstance(entry, StoredTensor) else ():
-            if chunk.offsets == tuple(offset or ()):
-                return chunk
-        raise CheckpointLoadError(f"{self.url}: {item.storage_index.fqn} has no part that begins at {offset}")
+        name, offset = item.storage_index.fqn, item.storage_index.offset
+        if name not in self._chunks:
+            entry = self._entries.get(name)
+            self._chunks[name] = {c.offsets: c for c in entry.chunks} if isinstance(entry, StoredTensor) else {}
+        try:
+            return self._chunks[name][tuple(offset or ())]
+        except KeyError:
+            raise CheckpointLoadError(f"{self.url}: {name} has no part that begins at {offset}") from None
 
 
 def metadata_of(folder: DcpFolder) -> Metadata:
