@@ -45,19 +45,11 @@ class Storage:
     key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class RecordKind:
-    """A class that is known by its name only: the file may make objects of it, which are `Record`s here."""
+class Built:
+    """An object that a file may go on to build: its state comes after it was made, and is checked by `build`."""
 
-    name: str
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """What a file says of an object of such a class: its state as it was pickled. A value; nothing of it is run."""
-
-    kind: str
-    state: Any = None
+    def build(self, state: Any) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +60,26 @@ class Dialect:
     known: Callable[[], Mapping[str, Any]]
     additions: bool
     """Whether also what the user has allowed by `torch.serialization.add_safe_globals`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordKind:
+    """A class that is known by its name only: the file may make objects of it, which are `Record`s here."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Record(Built):
+    """What a file says of an object of such a class: its state as it was pickled. A value; nothing of it is run."""
+
+    kind: str
+    state: Any = None
+
+    def build(self, state: Any) -> None:
+        if self.state is not None:
+            raise ValueError(f"a {self.kind} that is built twice")
+        self.state = state
 
 
 @functools.lru_cache(maxsize=1)

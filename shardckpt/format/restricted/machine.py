@@ -17,6 +17,7 @@ from typing import Any
 from shardckpt.format.index import as_size
 from shardckpt.format.restricted.allowed import (
     WEIGHTS,
+    Built,
     Callee,
     Dialect,
     Record,
@@ -191,8 +192,8 @@ class _Machine:
         if type(target) in (OrderedDict, Counter) and type(state) is dict:
             target.__dict__.update({key: value for key, value in state.items() if type(key) is str})
             return
-        if type(target) is Record and target.state is None:
-            target.state = state
+        if isinstance(target, Built):
+            target.build(state)
             return
         self._check_added(type(target))
         if hasattr(target, "__setstate__"):
