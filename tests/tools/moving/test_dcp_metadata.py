@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -15,7 +16,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import shardckpt as sc
 from shardckpt.engine.dcp.foreign.folder import DcpFolder
@@ -24,7 +32,7 @@ from shardckpt.storage import LocalStorage, MemoryObjects
 from shardckpt.tools.moving.dcp_source import DcpSource
 from tests.format.restricted.spelling import laughs
 from tests.hostile import watch
-from tests.hostile.attacks import PICKLES
+from tests.hostile.attacks import PICKLES, lying_directory, zip_with
 from tests.hostile.mutation import mutate_bytes, mutate_ops, ops_of
 from tests.hostile.watch import bounded_memory, watching
 from tests.tools.moving.dcp_saved import METADATA, VERSIONS, blank, differences, edit, save, save_as, state
@@ -181,6 +189,68 @@ def test_metadata_that_lies(tmp_path: Path, sample: dict[str, bytes], lie: Calla
     assert said in str(error)
     assert grown() < 256 << 20
     assert differences(content["model"]["half"], torch.zeros(7, dtype=torch.bfloat16)) == []
+
+
+def with_payload(payload: bytes, *, tensor: bool) -> dict[str, bytes]:
+    """A checkpoint of one key, "k", which is that payload, as a value or as a tensor of three numbers."""
+    entry: Any = BytesStorageMetadata()
+    if tensor:
+        chunk = ChunkStorageMetadata(torch.Size((0,)), torch.Size((3,)))
+        entry = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((3,)), [chunk])
+    index = MetadataIndex("k", (0,) if tensor else None)
+    metadata = own(state_dict_metadata={"k": entry}, storage_data={index: _StorageInfo("f", 0, len(payload))})
+    return {METADATA: pickle.dumps(metadata), "f": payload}
+
+
+def saved(tree: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(tree, stream)
+    return stream.getvalue()
+
+
+def members(archive: bytes) -> list[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        return [(info.filename, opened.read(info)) for info in opened.infolist()]
+
+
+_HARMLESS = {"pickle 14", "pickle 28"}  # a torch.Size of 2**61, and None
+_THREE = saved(torch.arange(3.0))
+_PAYLOADS: dict[str, bytes] = {
+    "nothing": b"",
+    "no zip": b"x" * 5000,
+    "pressed": zip_with(members(_THREE), deflate=True),
+    "twice": zip_with([*members(_THREE), ("archive/data.pkk", b"x")]).replace(b"data.pkk", b"data.pkl"),
+    "no pickle": zip_with(members(_THREE)[1:]),
+    "cut off": _THREE[:-1],
+    "longer": _THREE + b"x",
+    "a directory that leads behind it": lying_directory(_THREE, 1 << 31, 1 << 31),
+    "a directory that claims all memory": lying_directory(_THREE, 0, (1 << 32) - 2),
+    "the other byte order": zip_with([(n, b"big" if n.endswith("byteorder") else c) for n, c in members(_THREE)]),
+    "data of another length": zip_with([(n, b"x" * 11 if n.endswith("data/0") else c) for n, c in members(_THREE)]),
+    **{
+        f"pickle {number}": zip_with([("archive/data.pkl", attack), *members(_THREE)[1:]])
+        for number, attack in enumerate(PICKLES)
+    },
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["value", "tensor"])
+def test_payloads_of_an_attacker(tensor: bool) -> None:
+    read_all(with_payload(_THREE, tensor=tensor))
+    for what, payload in _PAYLOADS.items():
+        storage = in_memory(with_payload(payload, tensor=tensor))
+        said = "" if what in _HARMLESS and not tensor else "nothing"
+        with bounded_memory() as grown, watching() as seen:
+            try:
+                DcpSource(storage, folder="c").read([])
+                read_all(with_payload(payload, tensor=tensor))
+            except sc.CheckpointError as error:
+                said = str(error)
+        assert said != "nothing", f"{what} was read"
+        assert len(said) < 2000, what
+        assert not seen.ran, what
+        assert not seen.noticed, (what, seen.noticed)
+        assert grown() < 256 << 20, what
 
 
 def read_all(files: dict[str, bytes]) -> None:
