@@ -1,13 +1,13 @@
 """The `.metadata` of a checkpoint that `torch.distributed.checkpoint` (DCP) wrote, without unpickling it.
 
 It is a pickle (protocol 4; 5 under Python 3.14) of DCP's own dataclasses, which are only looked at here: none is made.
+What changed in the years since torch 2.2, oldest first; a file does not say who wrote it, and all are read alike:
 
-torch            what changed in it
-2.2 and before   `TensorProperties` and `MEM_FORMAT_ENCODING` are those of `torch.distributed._shard.sharded_tensor`
-2.3              both moved to `checkpoint.metadata`; `storage_meta`, with a `StorageMeta` that may hold a `Path`
-2.4              lists inside dicts became keys of their own: other names, nothing else
-2.7              `StorageMeta.modules`; `transform_descriptors` of a `_StorageInfo`, present only if there are any
-2.9              `version`, "1.0.0"
+- `TensorProperties` and `MEM_FORMAT_ENCODING` were those of `torch.distributed._shard.sharded_tensor`, and moved;
+- `storage_meta` came, with a `StorageMeta` whose `checkpoint_id` may be a `Path`;
+- with 2.4, lists inside of dicts became keys of their own: other names, nothing else;
+- `transform_descriptors` of a `_StorageInfo` came, which are there only if there are any, and `StorageMeta.modules`;
+- `version` came, "1.0.0".
 
 Source: `torch/distributed/checkpoint/metadata.py` and `filesystem.py` of these versions.
 """

@@ -72,44 +72,50 @@ def edit(place: Path, change: Callable[[Any], object], protocol: int = 4) -> Non
     (place / METADATA).write_bytes(pickle.dumps(metadata, protocol=protocol))
 
 
-def save_as(version: str, place: Path) -> Path:
-    """What that version of torch would have written: its names, its classes, and no field that came later.
+def save_as(layout: str, place: Path) -> Path:
+    """What an earlier torch would have written: its names, its classes, and no field that came later.
 
     The fields of an object are those of its `__dict__`: what is taken out of there is not in the pickle.
     """
-    _version._derived_version = "2_3" if version in ("2.2", "2.3") else None  # torch's own way to the older names
+    _version._derived_version = "2_3" if layout in ("shards", "paths") else None  # torch's own way to the older names
     try:
         save(place)
     finally:
         _version._derived_version = None
-    edit(place, {"2.2": _as_2_2, "2.3": _as_2_3, "2.6": _as_2_6, "2.8": _as_2_8}.get(version, lambda _: None))
-    if version == "3.14":  # of Python
-        edit(place, lambda _: None, protocol=5)
+    edit(place, LAYOUTS[layout], protocol=5 if layout == "protocol 5" else 4)
     return place
 
 
-def _as_2_8(metadata: Any) -> None:
+def _before_version(metadata: Any) -> None:
     vars(metadata).pop("version", None)
 
 
-def _as_2_6(metadata: Any) -> None:
-    _as_2_8(metadata)
+def _before_transforms(metadata: Any) -> None:
+    _before_version(metadata)
     vars(metadata.storage_meta).pop("modules", None)
     for info in metadata.storage_data.values():
         vars(info).pop("transform_descriptors", None)
 
 
-def _as_2_3(metadata: Any) -> None:
-    _as_2_6(metadata)
+def _with_a_path(metadata: Any) -> None:
+    _before_transforms(metadata)
     metadata.storage_meta.checkpoint_id = Path("/scratch/run/step_1")
 
 
-def _as_2_2(metadata: Any) -> None:
-    _as_2_6(metadata)
+def _of_sharded_tensors(metadata: Any) -> None:
+    _before_transforms(metadata)
     vars(metadata).pop("storage_meta")
     for entry in metadata.state_dict_metadata.values():
         if hasattr(entry, "properties"):
             entry.properties = sharded.TensorProperties(dtype=entry.properties.dtype)
 
 
-VERSIONS = ("2.2", "2.3", "2.6", "2.8", "2.13", "3.14")
+LAYOUTS: dict[str, Callable[[Any], object]] = {
+    "shards": _of_sharded_tensors,
+    "paths": _with_a_path,
+    "before transforms": _before_transforms,
+    "before version": _before_version,
+    "now": lambda _: None,
+    "protocol 5": lambda _: None,
+}
+"""Oldest first, from torch 2.2 on; see `shardckpt.format.foreign.dcp`."""

@@ -35,14 +35,14 @@ from tests.hostile import watch
 from tests.hostile.attacks import PICKLES, lying_directory, zip_with
 from tests.hostile.mutation import mutate_bytes, mutate_ops, ops_of
 from tests.hostile.watch import bounded_memory, watching
-from tests.tools.moving.dcp_saved import METADATA, VERSIONS, blank, differences, edit, save, save_as, state
+from tests.tools.moving.dcp_saved import LAYOUTS, METADATA, blank, differences, edit, save, save_as, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_what_older_versions_wrote(tmp_path: Path, version: str) -> None:
-    place = save_as(version, tmp_path / "old")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_earlier_versions_wrote(tmp_path: Path, layout: str) -> None:
+    place = save_as(layout, tmp_path / "old")
     found = decode_dcp_metadata((place / METADATA).read_bytes())
     weight = found.entries["model.w"]
     assert isinstance(weight, StoredTensor)

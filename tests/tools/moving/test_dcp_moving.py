@@ -25,7 +25,7 @@ from shardckpt.tools.moving.dcp_sink import DcpSink
 from shardckpt.tools.moving.dcp_source import DcpSource, is_dcp
 from shardckpt.tools.moving.nesting import nest
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, TensorSource, Window
-from tests.tools.moving.dcp_saved import METADATA, VERSIONS, blank, differences, edit, save, save_as, state
+from tests.tools.moving.dcp_saved import LAYOUTS, METADATA, blank, differences, edit, save, save_as, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
 
@@ -94,9 +94,9 @@ def test_a_source_gives_what_was_saved(tmp_path: Path, step: int, monkeypatch: p
     source.close()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_older_layouts_come_too(tmp_path: Path, version: str) -> None:
-    source = DcpSource(save_as(version, tmp_path / "c"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_older_layouts_come_too(tmp_path: Path, layout: str) -> None:
+    source = DcpSource(save_as(layout, tmp_path / "c"))
     assert source.tree["groups"] == state()["groups"]
     assert differences(state()["model"]["turned"], tensor_of(source, "model.turned")) == []
     source.close()
