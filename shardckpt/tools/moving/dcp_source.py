@@ -17,12 +17,12 @@ from shardckpt.engine.loading.fetching.fetch import NO_SUM, Arena, Fetched, Need
 from shardckpt.engine.loading.integrity import PartialSum, Region, join_sums
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError
 from shardckpt.format.foreign.dcp import METADATA, Payload, StoredChunk
+from shardckpt.format.foreign.nesting import nest
 from shardckpt.format.foreign.saved import PlacedTensor, map_values
 from shardckpt.format.index import ITEMSIZE, StoredBox, StoredRecord
 from shardckpt.format.placement import Box
 from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
-from shardckpt.tools.moving.nesting import nest
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
 
 _PIECE = 16 << 20

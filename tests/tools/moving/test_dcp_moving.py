@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt as sc
+from shardckpt.format.foreign.nesting import nest
 from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, open_storage
 from shardckpt.testing.faults import CountingStorage, FailingStorage, flip_byte, on
 from shardckpt.testing.pool import ProcessPool
 from shardckpt.tools.moving import dcp_sink, dcp_source
 from shardckpt.tools.moving.dcp_sink import DcpSink
 from shardckpt.tools.moving.dcp_source import DcpSource, is_dcp
-from shardckpt.tools.moving.nesting import nest
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, TensorSource, Window
 from tests.tools.moving.dcp_saved import LAYOUTS, METADATA, blank, differences, edit, save, save_as, state
 
