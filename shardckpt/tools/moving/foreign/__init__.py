@@ -1,0 +1,1 @@
+"""What readers of foreign checkpoints are made of."""
