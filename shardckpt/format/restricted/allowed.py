@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,28 @@ class StorageKind:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a persistent id stands for: so many bytes, somewhere."""
+    """What a persistent id stands for: so many bytes, in the record of the archive that is called `data/<key>`."""
 
     dtype: torch.dtype | None
     nbytes: int
+    key: str = ""
+
+
+class Built:
+    """An object that a file may go on to build: its state comes after it was made, and is checked by `build`."""
+
+    def build(self, state: Any) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Which pickles are read: of which protocols, and what they may name."""
+
+    protocols: tuple[int, ...]
+    known: Callable[[], Mapping[str, Any]]
+    additions: bool
+    """Whether also what the user has allowed by `torch.serialization.add_safe_globals`."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,6 +85,10 @@ def known_globals() -> dict[str, Any]:
         if str(dtype).removeprefix("torch.") in ITEMSIZE:
             known[f"torch.{storage}"] = StorageKind(dtype)
     return known
+
+
+WEIGHTS = Dialect((2,), known_globals, additions=True)
+"""What `torch.load(weights_only=True)` reads, without what is not state."""
 
 
 def added_by_user() -> dict[str, Any]:

@@ -18,13 +18,15 @@ import torch
 
 from shardckpt.format.index import as_size
 from shardckpt.format.restricted.allowed import (
+    WEIGHTS,
+    Built,
     Callee,
+    Dialect,
     Storage,
     StorageKind,
     added_by_user,
     as_key,
     is_value,
-    known_globals,
 )
 
 MAX_DEPTH = 256
@@ -35,13 +37,13 @@ _MAX_SHARING = 64
 _STOP = ord(".")
 
 
-def read_pickle(data: bytes) -> Any:
-    """The tree of a pickle, with a contiguous meta tensor for each tensor.
+def read_pickle(data: bytes, dialect: Dialect = WEIGHTS) -> Any:
+    """The tree of a pickle, in which the dialect says what stands for a tensor: usually a contiguous meta tensor.
 
     `data` is untrusted: `ValueError` for whatever is malformed, not on the allow-list, or not a tree.
     """
     try:
-        tree = _Machine(data).run()
+        tree = _Machine(data, dialect).run()
         nodes, _ = _measure(tree, {}, 0)
     except Exception as error:  # whatever malformed content leads to: a wrong type, index, key, number
         raise ValueError(f"not a well-formed, weights_only-safe pickle: {type(error).__name__}: {error}") from error
@@ -64,21 +66,23 @@ def shares_too_much(value: Any, nbytes: int) -> bool:
 class _Machine:
     """Stack, marks and memo. Each opcode is a method; `_STEPS` says which."""
 
-    __slots__ = ("_added", "_at", "_data", "_found", "_marks", "_memo", "_stack")
+    __slots__ = ("_added", "_at", "_data", "_found", "_known", "_marks", "_memo", "_protocols", "_stack")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, dialect: Dialect) -> None:
         self._data = data
+        self._protocols = dialect.protocols
+        self._known = dialect.known()
         self._at = 2
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._found: dict[bytes, Any] = {}
-        self._added = added_by_user()
+        self._added = added_by_user() if dialect.additions else {}
 
     def run(self) -> Any:
         data, steps = self._data, _STEPS
-        if data[:2] != b"\x80\x02":
-            raise ValueError("it does not begin as protocol 2")
+        if data[:1] != b"\x80" or data[1] not in self._protocols:
+            raise ValueError(f"it does not begin as protocol {' or '.join(map(str, self._protocols))}")
         while (code := data[self._at]) != _STOP:
             self._at += 1
             step = steps.get(code)
@@ -161,7 +165,7 @@ class _Machine:
         found = self._found.get(line)
         if found is None:
             name = line.decode().replace("__builtin__.", "builtins.", 1)
-            found = known_globals().get(name, self._added.get(name))
+            found = self._known.get(name, self._added.get(name))
             if found is None:
                 raise ValueError(f"{name[:100]} is not on the allow-list")
             self._found[line] = found
@@ -183,6 +187,9 @@ class _Machine:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) in (OrderedDict, Counter) and type(state) is dict:
             target.__dict__.update({key: value for key, value in state.items() if type(key) is str})
+            return
+        if isinstance(target, Built):
+            target.build(state)
             return
         self._check_added(type(target))
         if hasattr(target, "__setstate__"):
@@ -207,7 +214,7 @@ class _Machine:
         if type(kind) is not StorageKind or type(key) is not str or type(location) is not str:
             raise ValueError("a storage that is not well-formed")
         itemsize = 1 if kind.dtype is None else kind.dtype.itemsize
-        self._stack.append(Storage(kind.dtype, as_size(count) * itemsize))
+        self._stack.append(Storage(kind.dtype, as_size(count) * itemsize, key))
 
     def pop_pair(self) -> list[Any]:
         value, key = self._stack.pop(), self._stack.pop()
