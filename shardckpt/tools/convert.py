@@ -23,7 +23,7 @@ SINKS: dict[str, tuple[str, str]] = {
 }
 """Name of a form -> the module of `shardckpt.tools.moving`, and the class in it, that writes it.
 
-The class is made as `Sink(where, step=..., storage_options=...)`; what has no steps has no use for that number.
+The class is made as `Sink(where, storage_options=...)`, and with `step=...` that of our own form.
 """
 
 
@@ -79,7 +79,8 @@ def convert(
     found = find(source, parts=parts, step=from_step, storage_options=storage_options)
     try:
         number = step if step is not None else found.step or 0
-        sink: TensorSink = make(target, step=number, storage_options=storage_options)
+        numbered = {"step": number} if to == "shardckpt" else {}
+        sink: TensorSink = make(target, storage_options=storage_options, **numbered)
         sink.write(found.source, budget_nbytes=budget_nbytes)
         tensors = found.source.tensors
         count, nbytes = len(tensors) + len(found.source.ties), sum(facts.nbytes for facts in tensors.values())

@@ -17,8 +17,9 @@ from shardckpt.format.layout import MANIFEST, parse_step
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Storage
 from shardckpt.tools.moving.foreign.combined import Combined, Origin, origins
+from shardckpt.tools.moving.foreign.hub import in_hub_cache
 from shardckpt.tools.moving.foreign.reading import Folder, explained, named, read_json
-from shardckpt.tools.moving.foreign.shapes import as_parts, as_rng, named_parts, step_of
+from shardckpt.tools.moving.foreign.shapes import as_parts, as_rng, by_parameter, named_parts, step_of
 from shardckpt.tools.moving.safetensors_source import INDEX_ENDING, SafetensorsSource
 from shardckpt.tools.moving.seam import TensorSource
 from shardckpt.tools.place import Place, Where, opened
@@ -56,7 +57,7 @@ class _Parts:
 
     def add(self, part: str, make: Callable[[], Any]) -> None:
         if self.wants(part):
-            self.tree[part] = make()
+            self.tree[part] = by_parameter(make()) if part == "optimizer" else make()
 
     def add_all(self, parts: Mapping[str, Any]) -> None:
         for part, tree in parts.items():
@@ -93,7 +94,7 @@ def find(
         storage_options: for fsspec; never logged.
     """
     with ExitStack() as stack:
-        place = stack.enter_context(opened(where, storage_options))
+        place = in_hub_cache(stack.enter_context(opened(where, storage_options)))
         wanted = _Parts(None if parts is None else frozenset(parts))
         kind, at, source = _look(place, wanted, step)
         holding = stack.pop_all()
@@ -127,7 +128,9 @@ def _look(place: Place, parts: _Parts, step: int | None) -> _Look:
     if folder.has(MANIFEST) and parse_step(place.folder) is not None:
         return _own_step(storage, parse_step(place.folder))
     if folder.has(".metadata"):
-        return "a checkpoint of DCP", None, _imported("dcp_source", "DcpSource")(storage, place.folder)
+        source = _imported("dcp_source", "DcpSource")(storage, folder=place.folder)
+        parts.add_all(as_parts(origins(source), Origin))
+        return "a checkpoint of DCP", None, None
     if folder.has("trainer_state.json") or folder.has("optimizer.pt"):
         return _of_trainer(folder, parts)
     if any(folder.has(name) for name in _MODELS):
@@ -237,7 +240,7 @@ def _archive(storage: Storage, key: str) -> TensorSource:
 
 
 def _own_step(storage: Storage, step: int | None) -> _Look:
-    return "a step of shardckpt", step, _imported("step", "StepSource")(storage, step)
+    return "a step of shardckpt", step, _imported("step", "StepSource").open(storage, step=step)
 
 
 def _imported(module: str, name: str) -> Any:

@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 import shardckpt as sc
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.storage.memory import MemoryStorage
+from shardckpt.storage.open import open_storage
 from shardckpt.tools.moving.folders import find, open_source
+from shardckpt.tools.moving.foreign.shapes import by_parameter
 from tests.tools.moving.reading import same, state_of
 
 MODEL = {"encoder.weight": torch.randn(3, 4), "encoder.bias": torch.randn(3).to(torch.bfloat16)}
@@ -153,6 +155,57 @@ def test_what_stands_in_a_file_is_by_parts(content: Any, parts: Any, tmp_path: P
     torch.save(content, tmp_path / "f.pt")
     expected = parts or {"model": MODEL, "optimizer": OPTIMIZER, "epoch": 1}
     assert same(parts_of(tmp_path / "f.pt"), expected)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links_and_no_others(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "f00d"
+    for folder in (repository / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    save_file(MODEL, repository / "blobs" / ("ab" * 32))
+    link = snapshot / "model.safetensors"
+    for target, good in ((f"../../blobs/{'ab' * 32}", True), (f"../../blobs/../../{'ab' * 32}", False)):
+        link.symlink_to(target)
+        save_file(MODEL, tmp_path / ("ab" * 32))
+        if good:
+            assert parts_of(snapshot)["model"].keys() == MODEL.keys()
+        else:
+            with pytest.raises(CheckpointError):
+                parts_of(snapshot)
+        link.unlink()
+
+
+def test_any_url_is_read(tmp_path: Path) -> None:
+    save_file(MODEL, tmp_path / "model.safetensors")
+    storage = open_storage("memory://any-url")
+    try:
+        storage.put("in/model.safetensors", [(tmp_path / "model.safetensors").read_bytes()])
+        for place in ("memory://any-url/in", "memory://any-url/in/model.safetensors"):
+            assert parts_of(place)["model"].keys() == MODEL.keys()
+    finally:
+        storage.delete_tree("in")
+        storage.close()
+
+
+@pytest.mark.parametrize(
+    ("groups", "keys"),
+    [
+        ([{"params": [0, 1], "param_names": ["a", "b"]}], ["a", "b"]),
+        ([{"params": [0], "param_names": ["a"]}, {"params": [1], "param_names": ["b"]}], ["a", "b"]),
+        ([{"params": [0, 1]}], [0, 1]),
+        ([{"params": [0, 1], "param_names": ["a"]}], [0, 1]),
+        ([{"params": [0, 1], "param_names": ["a", "a"]}], [0, 1]),
+        ([{"params": [0], "param_names": ["a"]}], [0, 1]),
+        ([{"params": [[]], "param_names": [1]}], [0, 1]),
+        ([1], [0, 1]),
+        ({"a": 1}, [0, 1]),
+    ],
+)
+def test_an_optimizer_goes_by_names_where_its_groups_tell_them(groups: Any, keys: list[Any]) -> None:
+    tree = by_parameter({"state": {0: "x", 1: "y"}, "param_groups": groups})
+    assert tree["state"] == dict(zip(keys, "xy", strict=True))
+    if keys == ["a", "b"]:
+        assert [name for group in tree["param_groups"] for name in group["params"]] == keys
 
 
 def test_nothing_and_what_is_unknown_are_told_apart(tmp_path: Path) -> None:

@@ -93,6 +93,28 @@ def test_its_files_are_what_torch_reads_and_hold_tied_bytes_once(tmp_path: Path)
     assert loaded["model"]["head.weight"].data_ptr() == loaded["model"]["embed.weight"].data_ptr()
 
 
+def test_an_optimizer_of_named_parameters_resumes(tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        return model, torch.optim.AdamW(reversed([*model.named_parameters()]), lr=0.1)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "f.pt")
+    sc.convert(tmp_path / "f.pt", tmp_path / "run")
+    fresh, resumed = made()
+    with sc.CheckpointManager(tmp_path / "run") as manager:
+        manager.resume({"model": fresh, "optimizer": resumed})
+    for pair in ((model, optimizer), (fresh, resumed)):
+        step(*pair)
+    assert same(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
 class Made:
     """A source that makes its bytes when they are read, and notes how much is asked for at once."""
 

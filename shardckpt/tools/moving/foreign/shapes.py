@@ -67,6 +67,29 @@ def _of_lightning(tree: Mapping[Any, Any]) -> dict[str, Any]:
     return parts | ({"progress": rest} if rest else {})
 
 
+def by_parameter(tree: Any) -> Any:
+    """The state of an optimizer by the names of parameters, as ours is, if its groups tell them; else as it is.
+
+    They do if it was given `model.named_parameters()`, from torch 2.6 on; otherwise a file has only numbers.
+    """
+    groups = tree.get("param_groups") if isinstance(tree, Mapping) else None
+    state = tree.get("state") if isinstance(tree, Mapping) else None
+    if type(groups) is not list or not isinstance(state, Mapping):
+        return tree
+    names: dict[Any, str] = {}
+    for group in groups:
+        numbers, named = (group.get("params"), group.get("param_names")) if isinstance(group, Mapping) else (None, None)
+        if type(numbers) is not list or type(named) is not list or len(numbers) != len(named):
+            return tree
+        if not all(type(each) is int for each in numbers) or not all(type(each) is str for each in named):
+            return tree
+        names |= zip(numbers, named, strict=True)
+    if len(set(names.values())) != len(names) or not all(key in names for key in state):
+        return tree
+    renamed = {names[key]: value for key, value in state.items()}
+    return {**tree, "state": renamed, "param_groups": [{**group, "params": group["param_names"]} for group in groups]}
+
+
 def as_rng(tree: Any) -> Any:
     """The random streams of a `Trainer` as `RngState` has them; anything else as it is."""
     if not isinstance(tree, Mapping) or "cpu" not in tree or "python" not in tree:
