@@ -72,7 +72,7 @@ def convert(
         step: the number that it gets; if not given, the one that the source tells, or else 0.
         from_step: which step to read, where there are several; if not given, the last.
         parts: only these of "model", "optimizer", ...; what the others lie in is not read where it can be avoided.
-        budget_nbytes: of tensors in memory at once.
+        budget_nbytes: of tensors in memory at once; beside it, up to 64 MiB for those that do not lie row by row.
         storage_options: for fsspec, at both places; never logged.
     """
     make = _sink(to)

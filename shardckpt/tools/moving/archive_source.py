@@ -22,8 +22,8 @@ from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
 
 INDEX_ENDING = ".bin.index.json"
 
-GATHERED = 64 << 20
-"""Bytes of a storage that are in memory at once for tensors that do not lie row by row."""
+GATHERED = 32 << 20
+"""Bytes of a storage that are in memory at once for tensors that do not lie row by row; and of such a tensor."""
 _FEW = 1 << 16
 """Tensors that may be in a tree whatever its size. Each takes more than a byte to be told."""
 _MOST_SHARING = 64
@@ -50,19 +50,22 @@ class ArchiveSource:
         """`key`: a file, or an index (`*.bin.index.json`) of several.
 
         `CheckpointNotFoundError` if it is not there, `CheckpointDamagedError` if it is not well-formed, or would run
-        code if it were unpickled. `gathered_nbytes`: memory for tensors that do not lie row by row.
+        code if it were unpickled. `gathered_nbytes`: twice that is the memory for tensors that do not lie row by row.
         """
         self._storage = storage
         self._stored: dict[str, _Stored] = {}
         self._ties: dict[str, str] = {}
         self._first: dict[tuple[str, StoredView], str] = {}
         self._sums = RunningSums()
+        self._gathered = gathered_nbytes
         self._gatherer = Gatherer(gathered_nbytes)
         if key.endswith(INDEX_ENDING):
             files, self._tree = self._several(key)
         else:
             files = {key: open_zip(storage, key)}
             self._tree = self._take(files[key], files[key].tree, ())
+        self.is_own = any(file.is_own for file in files.values())
+        """Whether it is of a step of ours, of which only the record says whether it counts."""
         self._check_sharing(sum(file.nbytes for file in files.values()), key)
 
     def _several(self, key: str) -> tuple[dict[str, TorchZip], dict[str, Any]]:
@@ -126,26 +129,47 @@ class ArchiveSource:
 
     def read(self, windows: Sequence[Window]) -> None:
         direct: list[tuple[_Stored, int, memoryview]] = []
+        runs: list[list[Window]] = []
         for window in windows:
-            stored = self._stored[self._ties.get(window.name, window.name)]
+            stored = self._stored_as(window.name)
             check_window(window, TensorFacts(stored.view.dtype, stored.view.shape))
             if not len(window.into):
                 continue
             if stored.view.is_contiguous:
                 at = stored.view.offset * (stored.view.nbytes // stored.view.numel) + window.start
                 direct.append((stored, at, window.into))
+            elif runs and self._continues(runs[-1], window):
+                runs[-1].append(window)
             else:
-                self._gather(stored, window)
+                runs.append([window])
         self._load(direct)
+        for run in runs:
+            self._gather(run)
 
-    def _gather(self, stored: _Stored, window: Window) -> None:
+    def _stored_as(self, name: str) -> _Stored:
+        return self._stored[self._ties.get(name, name)]
+
+    def _continues(self, run: Sequence[Window], window: Window) -> bool:
+        """Whether a window goes on where a run of them ends: what lies between their elements is then read once."""
+        last, nbytes = run[-1], sum(len(each.into) for each in run)
+        follows = window.name == last.name and window.start == last.start + len(last.into)
+        return follows and nbytes + len(window.into) <= self._gathered
+
+    def _gather(self, run: Sequence[Window]) -> None:
+        stored = self._stored_as(run[0].name)
+
         def load(at: int, nbytes: int) -> memoryview:
             content = memoryview(bytearray(nbytes))
             self._load([(stored, at, content)])
             return content
 
+        into = run[0].into if len(run) == 1 else memoryview(bytearray(sum(len(window.into) for window in run)))
         what = (stored.file, stored.view.key)
-        self._gatherer.fill(what, stored.view, load, start=window.start, into=window.into)
+        self._gatherer.fill(what, stored.view, load, start=run[0].start, into=into)
+        if len(run) > 1:
+            for window in run:
+                at = window.start - run[0].start
+                window.into[:] = into[at : at + len(window.into)]
 
     def _load(self, wanted: Sequence[tuple[_Stored, int, memoryview]]) -> None:
         """Bytes of storages, checked where they complete one."""

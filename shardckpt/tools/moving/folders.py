@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, parse_step
@@ -23,6 +23,9 @@ from shardckpt.tools.moving.foreign.shapes import as_parts, as_rng, by_parameter
 from shardckpt.tools.moving.safetensors_source import INDEX_ENDING, SafetensorsSource
 from shardckpt.tools.moving.seam import TensorSource
 from shardckpt.tools.place import Place, Where, opened
+
+if TYPE_CHECKING:
+    from shardckpt.tools.moving.archive_source import ArchiveSource
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})/?")
 _RNG = re.compile(r"rng_state(?:_([0-9]{1,6}))?\.pth")
@@ -225,8 +228,14 @@ def _of_fairseq2(folder: Folder, parts: _Parts) -> _Look:
     merged: dict[str, Any] = {}
     for name in [*([] if only_model else [*ranks, "replicated.pt"]), "model.pt"]:
         if folder.has(name):
+            source = _archive(folder.storage, folder.file(name))
+            if source.is_own:
+                raise CheckpointLoadError(
+                    f"{folder.key or 'the step'} at {folder.storage.url} was never committed, or has lost its record: "
+                    "`shardckpt repair` says what can be done; or name the one file that you want"
+                )
             with explained(named(folder.storage, folder.file(name))):
-                merged |= named_parts(origins(_archive(folder.storage, folder.file(name))))
+                merged |= named_parts(origins(source))
     parts.add_all(merged)
     step = (
         parse_step(folder.key.rpartition("/")[2]) if folder.key else parse_step(folder.storage.url.rpartition("/")[2])
@@ -234,8 +243,8 @@ def _of_fairseq2(folder: Folder, parts: _Parts) -> _Look:
     return "a step of fairseq2", step, None
 
 
-def _archive(storage: Storage, key: str) -> TensorSource:
-    source: TensorSource = _imported("archive_source", "ArchiveSource")(storage, key)
+def _archive(storage: Storage, key: str) -> ArchiveSource:
+    source: ArchiveSource = _imported("archive_source", "ArchiveSource")(storage, key)
     return source
 
 

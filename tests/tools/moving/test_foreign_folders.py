@@ -139,6 +139,16 @@ def test_a_step_of_fairseq2_is_put_together_as_it_does(tmp_path: Path) -> None:
     assert same(parts_of(folder, parts=["model"]), {"model": MODEL})
 
 
+def test_an_attempt_of_ours_is_no_step_of_anybody(tmp_path: Path) -> None:
+    with sc.CheckpointManager(tmp_path) as manager:
+        manager.save(5, {"model": MODEL, "rng": 1}).result()
+    (tmp_path / "step_5" / "manifest.json").unlink()
+    for place in (tmp_path, tmp_path / "step_5"):
+        with pytest.raises(CheckpointLoadError, match="never committed, or has lost its record"):
+            find(place)
+    assert same(parts_of(tmp_path / "step_5" / "model.pt"), {"model": MODEL})
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [

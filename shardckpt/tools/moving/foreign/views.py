@@ -46,14 +46,18 @@ class Gatherer:
         with self._lock:
             if view.storage_nbytes <= self._most:
                 load = self._from_memory(what, view, load)
-            found = np.empty(last - first, dtype=_WORDS[itemsize])
+            straight = last - first == len(into) // itemsize and len(into) % itemsize == 0
+            found: _Array = (
+                np.frombuffer(into, _WORDS[itemsize]) if straight else np.empty(last - first, _WORDS[itemsize])
+            )
             done = 0
             for block in stretch(view.shape, first, last):
                 place = found[done : done + block.numel].reshape(block.lengths)
                 self._gather(view, load, block, place)
                 done += block.numel
-        skipped = start - first * itemsize
-        into[:] = memoryview(found.view(np.uint8).data)[skipped : skipped + len(into)]
+        if not straight:
+            skipped = start - first * itemsize
+            into[:] = memoryview(found.view(np.uint8).data)[skipped : skipped + len(into)]
 
     def _from_memory(self, what: Any, view: StoredView, load: Load) -> Load:
         if self._kept is None or self._kept[0] != what:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardckpt.format.archive import INDEX_NAME
 from shardckpt.format.checksum import crc32
 from shardckpt.format.restricted.foreign import read_foreign
 from shardckpt.storage.base import Storage
@@ -53,6 +54,8 @@ class TorchZip:
     """Of its pickle."""
     records: Mapping[str, Record]
     """By the key of the storage."""
+    is_own: bool
+    """Whether it is a file of a step of ours."""
 
 
 def open_zip(storage: Storage, key: str) -> TorchZip:
@@ -74,7 +77,7 @@ def open_zip(storage: Storage, key: str) -> TorchZip:
             raise ValueError(f"its zip directory is damaged, or its end is missing ({error})") from error
         tree = _tree(storage, key, records)
     storages = {name[5:]: record for name, record in records.items() if name.startswith("data/")}
-    return TorchZip(key, nbytes, tree, records["data.pkl"].nbytes, storages)
+    return TorchZip(key, nbytes, tree, records["data.pkl"].nbytes, storages, INDEX_NAME in records)
 
 
 def _check_kind(begin: bytes) -> None:
