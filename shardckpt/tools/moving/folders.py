@@ -6,7 +6,7 @@ It is told by the names in a folder, never by unpickling. One process; one look,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})/?")
 _RNG = re.compile(r"rng_state(?:_([0-9]{1,6}))?\.pth")
 _RANK_FILE = re.compile(r"rank_[0-9]+(\.[0-9]+)?\.pt")
+_ITEM = re.compile(r"(.+)_([0-9]{1,6})\.pt")
 _OF_SHARD = re.compile(r"(?:model|replicated)\.[0-9]+\.pt")
 _ZIPS = (".pt", ".pth", ".bin", ".ckpt")
 _MODELS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -141,6 +142,9 @@ def _look(place: Place, parts: _Parts, step: int | None) -> _Look:
         return "a model's folder", None, None
     if any(_RANK_FILE.fullmatch(name) or name in ("model.pt", "replicated.pt") for name in folder.names):
         return _of_fairseq2(folder, parts)
+    items = [match for name in folder.names if (match := _ITEM.fullmatch(name))]
+    if items and (len(items) > 1 or folder.has("metadata.pkl")):
+        return _of_items(folder, items, parts)
     return _of_many(folder, parts, step)
 
 
@@ -241,6 +245,19 @@ def _of_fairseq2(folder: Folder, parts: _Parts) -> _Look:
         parse_step(folder.key.rpartition("/")[2]) if folder.key else parse_step(folder.storage.url.rpartition("/")[2])
     )
     return "a step of fairseq2", step, None
+
+
+def _of_items(folder: Folder, items: Sequence[re.Match[str]], parts: _Parts) -> _Look:
+    """A folder of `torch_checkpointing`, as it is by default: `<item>_<rank>.pt`. Of one rank, which needs no more."""
+    other = next((match[0] for match in items if int(match[2]) > 0), None)
+    if other is not None:
+        raise CheckpointLoadError(
+            f"{folder.key or 'the folder'} at {folder.storage.url} is of several ranks ({other}, ...), which only "
+            "torch_checkpointing puts together: load it with that on one rank, and save it with torch.save"
+        )
+    for match in items:
+        parts.add(match[1], lambda name=match[0]: origins(_archive(folder.storage, folder.file(name))))  # type: ignore[misc]
+    return "a checkpoint of torch_checkpointing", None, None
 
 
 def _archive(storage: Storage, key: str) -> ArchiveSource:

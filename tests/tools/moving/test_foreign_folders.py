@@ -139,6 +139,17 @@ def test_a_step_of_fairseq2_is_put_together_as_it_does(tmp_path: Path) -> None:
     assert same(parts_of(folder, parts=["model"]), {"model": MODEL})
 
 
+def test_a_folder_of_torch_checkpointing_is_by_items(tmp_path: Path) -> None:
+    for item, content in (("model", MODEL), ("optimizer", OPTIMIZER), ("step", 7)):
+        torch.save(content, tmp_path / f"{item}_0.pt")
+    found = find(tmp_path)
+    assert (found.kind, found.step) == ("a checkpoint of torch_checkpointing", 7)
+    assert same(dict(sorted(state_of(found.source).items())), {"model": MODEL, "optimizer": OPTIMIZER, "step": 7})
+    torch.save(MODEL, tmp_path / "model_1.pt")
+    with pytest.raises(CheckpointLoadError, match=r"of several ranks \(model_1\.pt"):
+        find(tmp_path)
+
+
 def test_an_attempt_of_ours_is_no_step_of_anybody(tmp_path: Path) -> None:
     with sc.CheckpointManager(tmp_path) as manager:
         manager.save(5, {"model": MODEL, "rng": 1}).result()
