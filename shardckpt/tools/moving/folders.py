@@ -19,13 +19,13 @@ from shardckpt.storage.base import Storage
 from shardckpt.tools.moving.foreign.combined import Combined, Origin, origins
 from shardckpt.tools.moving.foreign.hub import in_hub_cache
 from shardckpt.tools.moving.foreign.reading import Folder, explained, named, read_json
+from shardckpt.tools.moving.foreign.safetensors_source import INDEX_ENDING, SafetensorsSource
 from shardckpt.tools.moving.foreign.shapes import as_parts, as_rng, by_parameter, named_parts, step_of
-from shardckpt.tools.moving.safetensors_source import INDEX_ENDING, SafetensorsSource
 from shardckpt.tools.moving.seam import TensorSource
 from shardckpt.tools.place import Place, Where, opened
 
 if TYPE_CHECKING:
-    from shardckpt.tools.moving.archive_source import ArchiveSource
+    from shardckpt.tools.moving.foreign.archive_source import ArchiveSource
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})/?")
 _RNG = re.compile(r"rng_state(?:_([0-9]{1,6}))?\.pth")
@@ -261,7 +261,7 @@ def _of_items(folder: Folder, items: Sequence[re.Match[str]], parts: _Parts) -> 
 
 
 def _archive(storage: Storage, key: str) -> ArchiveSource:
-    source: ArchiveSource = _imported("archive_source", "ArchiveSource")(storage, key)
+    source: ArchiveSource = _imported("foreign.archive_source", "ArchiveSource")(storage, key)
     return source
 
 

@@ -18,7 +18,7 @@ from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.index import ITEMSIZE
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryStorage
-from shardckpt.tools.moving.archive_source import ArchiveSource
+from shardckpt.tools.moving.foreign.archive_source import ArchiveSource
 from shardckpt.tools.moving.seam import Window
 from tests.format.restricted.spelling import FLOATS, HEAD, call, laughs, number, text
 from tests.hostile.attacks import PICKLES, lying_directory, zip_with

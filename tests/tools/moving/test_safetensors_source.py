@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file, save_model
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryStorage
-from shardckpt.tools.moving.safetensors_source import DTYPES, SafetensorsSource
+from shardckpt.tools.moving.foreign.safetensors_source import DTYPES, SafetensorsSource
 from shardckpt.tools.moving.seam import TensorName, Window
 from tests.tools.moving.reading import same, tensors_of
 

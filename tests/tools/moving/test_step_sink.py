@@ -20,7 +20,7 @@ from shardckpt.storage.base import Buffer
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.wrapping import StorageWrapper
-from shardckpt.tools.moving.archive_source import ArchiveSource
+from shardckpt.tools.moving.foreign.archive_source import ArchiveSource
 from shardckpt.tools.moving.foreign.combined import Combined, origins
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
 from shardckpt.tools.moving.step_sink import StepSink

@@ -1,1 +1,1 @@
-"""What readers of foreign checkpoints are made of."""
+"""Readers of checkpoints that other programs have written."""

@@ -1,4 +1,4 @@
-"""The zip archives of `torch.save`, by their directories: which storage lies where, and the tree that says what it is.
+"""The zip archives of `torch.save`: which storage lies where, the tree that says what it is, and the storages' sums.
 
 Source of the format: `torch.serialization._save` and `_load`, caffe2/serialize/inline_container.cc. Everything in the
 file is untrusted; records are never unpacked, for torch only ever stores them.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,3 +136,35 @@ def _content(storage: Storage, key: str, record: Record) -> bytes:
     if crc32(content) != record.crc:
         raise ValueError("its data.pkl or byteorder is not what its CRC says")
     return content
+
+
+@dataclass(slots=True)
+class _Run:
+    position: int = 0
+    crc: int = 0
+
+
+class RunningSums:
+    """CRCs of records that are read bit by bit, known as soon as one has been read from its first byte to its last.
+
+    Of any number of files. Any thread may call; pieces that come in no order are not summed up.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[Hashable, _Run] = {}
+        self._lock = threading.Lock()
+
+    def add(self, record: Hashable, at: int, content: memoryview, *, nbytes: int, crc: int) -> bool:
+        """Some bytes of a record of so many bytes have been read; False if they were the last and this is not its CRC.
+
+        A record is begun anew by its first byte.
+        """
+        with self._lock:
+            run = self._runs.setdefault(record, _Run())
+            if at == 0:
+                run.position, run.crc = 0, 0
+            if at != run.position:
+                return True
+            run.crc = crc32(content, run.crc)
+            run.position += len(content)
+            return run.position < nbytes or run.crc == crc

@@ -15,9 +15,8 @@ from shardckpt.format.restricted.foreign import StoredView
 from shardckpt.storage.base import Read, Storage
 from shardckpt.tools.moving.foreign.nesting import Path, flat_name, walk
 from shardckpt.tools.moving.foreign.reading import as_name, check_window, explained, merged, named, read_weight_map
-from shardckpt.tools.moving.foreign.sums import RunningSums
 from shardckpt.tools.moving.foreign.views import Gatherer
-from shardckpt.tools.moving.foreign.zips import Record, TorchZip, open_zip
+from shardckpt.tools.moving.foreign.zips import Record, RunningSums, TorchZip, open_zip
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
 
 INDEX_ENDING = ".bin.index.json"
