@@ -13,25 +13,22 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import math
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from shardckpt.format.index import ITEMSIZE, MAX_DIMS, as_size
+from shardckpt.format.index import as_size
 from shardckpt.format.restricted.allowed import (
-    Callee,
     Dialect,
     Record,
     RecordKind,
-    Storage,
     contiguous_stride,
-    known_globals,
 )
+from shardckpt.format.restricted.foreign import StoredView, views_for_tensors
 from shardckpt.format.restricted.machine import read_pickle
 
 TAIL = 4096
@@ -65,38 +62,19 @@ class Member:
         return start
 
 
-@dataclass(slots=True)
-class PlacedTensor:
-    """A tensor of an archive: elements of the record `data/<key>`, from `offset` on, with these strides.
+def is_alone(view: StoredView) -> bool:
+    """Whether the record is just this tensor."""
+    return not view.offset and view.nbytes == view.storage_nbytes
 
-    Not to be changed, and no key of a dict: it is not hashable.
-    """
 
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    key: str
-    offset: int
-    storage_nbytes: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether the record is just this tensor."""
-        return not self.offset and self.nbytes == self.storage_nbytes
-
-    @property
-    def order(self) -> tuple[int, ...] | None:
-        """Its dimensions in the order in which its bytes are row-major, without gaps; None if there is none."""
-        if not self.nbytes or self.stride == contiguous_stride(self.shape):
-            return tuple(range(len(self.shape)))
-        order = tuple(sorted(range(len(self.shape)), key=lambda d: (-self.stride[d], -self.shape[d], d)))
-        found = [(self.stride[d], self.shape[d]) for d in order]
-        steps = contiguous_stride(tuple(n for _, n in found))
-        return order if all(n == 1 or at == step for (at, n), step in zip(found, steps, strict=True)) else None
+def order_of(view: StoredView) -> tuple[int, ...] | None:
+    """Its dimensions in the order in which its bytes are row-major, without gaps; None if there is none."""
+    shape, stride = view.shape, view.stride
+    if view.is_contiguous:
+        return tuple(range(len(shape)))
+    order = tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], -shape[d], d)))
+    steps = contiguous_stride(tuple(shape[d] for d in order))
+    return order if all(shape[d] == 1 or stride[d] == step for d, step in zip(order, steps, strict=True)) else None
 
 
 def members_of(tail: bytes, nbytes: int) -> dict[str, Member]:
@@ -125,18 +103,20 @@ def members_of(tail: bytes, nbytes: int) -> dict[str, Member]:
 
 
 def decode_saved(pickle: bytes) -> Any:
-    """The tree of a `data.pkl`, with a `PlacedTensor` for each tensor.
+    """The tree of a `data.pkl`, with a `StoredView` for each tensor.
 
     `pickle` is untrusted: `ValueError` for what is malformed, or would need to run code.
     """
     return map_values(read_pickle(pickle, _SAVED), lambda place: place)
 
 
-def map_values(tree: Any, visit: Callable[[PlacedTensor], Any]) -> Any:
+def map_values(tree: Any, visit: Callable[[StoredView], Any]) -> Any:
     """The same values, with what `visit` gives for each tensor."""
     kind = type(tree)
-    if kind is PlacedTensor:
+    if kind is StoredView:
         return visit(tree)
+    if kind is set and any(type(item) is StoredView for item in tree):
+        raise ValueError("a set of tensors")
     if kind is list:
         return [map_values(item, visit) for item in tree]
     if kind is tuple:
@@ -148,14 +128,14 @@ def map_values(tree: Any, visit: Callable[[PlacedTensor], Any]) -> Any:
     return _buffer(tree) if kind is Record else tree
 
 
-def placed_in(tree: Any) -> list[PlacedTensor]:
+def placed_in(tree: Any) -> list[StoredView]:
     """The tensors of a tree, each as often as it is in there."""
-    found: list[PlacedTensor] = []
+    found: list[StoredView] = []
     map_values(tree, found.append)
     return found
 
 
-def restore(place: PlacedTensor, content: bytearray) -> torch.Tensor:
+def restore(place: StoredView, content: bytearray) -> torch.Tensor:
     """The tensor, from the bytes of its record."""
     if not content:
         return torch.empty(place.shape, dtype=getattr(torch, place.dtype))
@@ -212,14 +192,8 @@ def _widened(extra: bytes, given: tuple[int, int, int]) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=1)
 def _known() -> Mapping[str, Any]:
-    return {
-        **known_globals(),
-        "builtins.bytes": Callee(_no_bytes),
-        "_io.BytesIO": RecordKind("BytesIO"),
-        "torch._utils._rebuild_tensor_v2": Callee(_placed),
-        "torch._utils._rebuild_tensor_v3": Callee(_placed),
-        "torch._utils._rebuild_parameter": Callee(_parameter),
-    }
+    """Without NumPy: `dcp.load` gives back what was saved, or nothing."""
+    return {**views_for_tensors(), "_io.BytesIO": RecordKind("BytesIO")}
 
 
 _SAVED = Dialect((2,), _known, additions=False)  # what others add could hide tensors
@@ -233,34 +207,3 @@ def _buffer(record: Record) -> io.BytesIO:
     buffer = io.BytesIO(state[0])
     buffer.seek(as_size(state[1]))
     return buffer
-
-
-def _no_bytes() -> bytes:
-    """How protocol 2 spells b""."""
-    return b""
-
-
-def _parameter(data: Any, requires_grad: Any, hooks: Any) -> PlacedTensor:
-    if type(data) is not PlacedTensor:
-        raise ValueError("a parameter of something other than a tensor")
-    return data
-
-
-def _placed(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any = None
-) -> PlacedTensor:
-    if type(storage) is not Storage or type(size) is not tuple or type(stride) is not tuple:
-        raise ValueError("a tensor that is not well-formed")
-    dtype = storage.dtype if dtype is None else dtype
-    name = str(dtype).removeprefix("torch.") if type(dtype) is torch.dtype else ""
-    if name not in ITEMSIZE or not len(size) == len(stride) <= MAX_DIMS:
-        raise ValueError("a tensor of a kind that is never stored")
-    place = PlacedTensor(name, _sizes(size), _sizes(stride), storage.key, as_size(offset), storage.nbytes)
-    last = place.offset + sum((n - 1) * step for n, step in zip(place.shape, place.stride, strict=True))
-    if place.nbytes > storage.nbytes or (place.nbytes and (last + 1) * ITEMSIZE[name] > storage.nbytes):
-        raise ValueError("a tensor that leaves its storage, or has the same element in many places")
-    return place
-
-
-def _sizes(values: Iterable[Any]) -> tuple[int, ...]:
-    return tuple([as_size(value) for value in values])

@@ -65,8 +65,9 @@ def read_foreign(data: bytes) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def _foreign_globals() -> dict[str, Any]:
-    known = {
+def views_for_tensors() -> dict[str, Any]:
+    """What a pickle may name in which tensors are `StoredView`s, and nothing else is anything but itself."""
+    return {
         **known_globals(),
         "torch._utils._rebuild_tensor_v2": Callee(_view),
         "torch._utils._rebuild_tensor_v3": Callee(_view_of_dtype),
@@ -76,9 +77,12 @@ def _foreign_globals() -> dict[str, Any]:
         "torch.Tensor": _TENSOR,
         "torch.nn.parameter.Parameter": _TENSOR,
         "builtins.bytes": Callee(_no_bytes),
-        "numpy.ndarray": _ARRAY,
-        "numpy.dtype": Callee(_Dtype),
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _foreign_globals() -> dict[str, Any]:
+    known = {**views_for_tensors(), "numpy.ndarray": _ARRAY, "numpy.dtype": Callee(_Dtype)}
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         known |= {f"{module}._reconstruct": Callee(_array), f"{module}.scalar": Callee(_number)}
     return known

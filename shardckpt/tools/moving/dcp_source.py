@@ -18,9 +18,10 @@ from shardckpt.engine.loading.integrity import PartialSum, Region, join_sums
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError
 from shardckpt.format.foreign.dcp import METADATA, Payload, StoredChunk
 from shardckpt.format.foreign.nesting import nest
-from shardckpt.format.foreign.saved import PlacedTensor, map_values
+from shardckpt.format.foreign.saved import is_alone, map_values, order_of
 from shardckpt.format.index import ITEMSIZE, StoredBox, StoredRecord
 from shardckpt.format.placement import Box
+from shardckpt.format.restricted.foreign import StoredView
 from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
@@ -130,18 +131,18 @@ class DcpSource:
     def _value(self, name: str, saved: SavedValue) -> Any:
         count = 0
 
-        def take(place: PlacedTensor) -> TensorName:
+        def take(place: StoredView) -> TensorName:
             nonlocal count
             own, count = f"{name}.{count}", count + 1
-            if own in self._folder.metadata.entries or (place.nbytes and place.order is None):
+            if own in self._folder.metadata.entries or (place.nbytes and order_of(place) is None):
                 raise CheckpointLoadError(
                     f"{self._folder.url}: {name} holds a tensor whose elements lie here and there in a larger one, or "
                     f"whose name would be {own}, which another has; load it with dcp.load"
                 )
             at, _, crc = saved.records[place.key]
-            at, order = at + place.offset * ITEMSIZE[place.dtype], place.order or ()
+            at, order = at + place.offset * ITEMSIZE[place.dtype], order_of(place) or ()
             shape = tuple(place.shape[d] for d in order)
-            record = StoredRecord(place.dtype, shape, at, place.nbytes, crc if place.is_alone else NO_SUM)
+            record = StoredRecord(place.dtype, shape, at, place.nbytes, crc if is_alone(place) else NO_SUM)
             chunk = StoredChunk((0,) * len(place.shape), place.shape, Payload(saved.payload.file, at, place.nbytes))
             located = {chunk.payload: Located(saved.payload.file, record, order)}
             self._tensors[own] = _Tensor(

@@ -24,13 +24,15 @@ from shardckpt.format.foreign.saved import (
     LOCAL,
     TAIL,
     Member,
-    PlacedTensor,
     decode_saved,
+    is_alone,
     map_values,
     members_of,
+    order_of,
     restore,
 )
 from shardckpt.format.index import StoredRecord
+from shardckpt.format.restricted.foreign import StoredView
 from shardckpt.storage.base import Read, Storage
 
 _BATCH = 512
@@ -53,7 +55,7 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class SavedValue:
-    """A value, with a `PlacedTensor` for each tensor in it, whose bytes are those of the record of that key."""
+    """A value, with a `StoredView` for each tensor in it, whose bytes are those of the record of that key."""
 
     tree: Any
     payload: Payload
@@ -143,7 +145,7 @@ class DcpFolder:
             for (name, payload), content in zip(group, contents, strict=True):
                 yield name, self._decode(name, payload, bytes(content)), bytes(content)
 
-    def _restored(self, saved: SavedValue, content: bytes, place: PlacedTensor) -> torch.Tensor:
+    def _restored(self, saved: SavedValue, content: bytes, place: StoredView) -> torch.Tensor:
         at, nbytes, crc = saved.records[place.key]
         start = at - saved.payload.at
         data = bytearray(content[start : start + nbytes])
@@ -177,9 +179,11 @@ class DcpFolder:
         map_values(tree, lambda place: self._check_record(name, saved, place))
         return saved
 
-    def _check_record(self, name: str, saved: SavedValue, place: PlacedTensor) -> None:
+    def _check_record(self, name: str, saved: SavedValue, place: StoredView) -> None:
         if place.key not in saved.records or saved.records[place.key][1] != place.storage_nbytes:
             raise self._damaged(saved.payload, "it has no such record as its pickle names", name)
+        if place.nbytes > place.storage_nbytes:
+            raise self._damaged(saved.payload, "it has a tensor of the same elements again and again", name)
 
     def _find(self, chunks: Mapping[Payload, tuple[str, StoredChunk]]) -> dict[Payload, Located]:
         self._check_extents(chunks)
@@ -279,15 +283,15 @@ def _crc(member: Member, members: Mapping[str, Member]) -> int:
 
 
 def _check_place(place: Any, data: Member, dtype: str, chunk: StoredChunk) -> None:
-    if type(place) is not PlacedTensor or f"data/{place.key}" != data.name or data.nbytes != place.storage_nbytes:
+    if type(place) is not StoredView or f"data/{place.key}" != data.name or data.nbytes != place.storage_nbytes:
         raise ValueError("it is not one saved tensor")
     if place.dtype != dtype or place.shape != chunk.lengths:
         raise ValueError(f"it is {place.dtype} {list(place.shape)}, but should be {dtype} {list(chunk.lengths)}")
 
 
-def _located(payload: Payload, place: PlacedTensor, start: int, crc: int) -> Located:
-    order = place.order
-    if order is None or not place.is_alone:
+def _located(payload: Payload, place: StoredView, start: int, crc: int) -> Located:
+    order = order_of(place)
+    if order is None or not is_alone(place):
         raise ValueError("it is a part of a larger storage, which DCP never writes")
     shape = tuple(place.shape[d] for d in order)
     return Located(payload.file, StoredRecord(place.dtype, shape, start, place.nbytes, crc), order)
