@@ -55,6 +55,8 @@ class Member:
 
     def start(self, head: bytes) -> int:
         """Where its bytes begin; `head` begins with its local header. `ValueError` if that is not one of it."""
+        if len(head) < LOCAL:
+            raise ValueError(f"{self.name} is cut off")
         magic, _, flags, method, _, _, _, _, _, name, extra = _LOCAL.unpack_from(head)
         start = self.header + LOCAL + int(name) + int(extra)
         if magic != b"PK\x03\x04" or flags & 1 or method or start + self.nbytes > self.limit:

@@ -79,7 +79,8 @@ class _Writing:
     folder: str
     source: TensorSource
     budget_nbytes: int
-    entries: dict[str, Entry] = field(default_factory=dict)
+    values: dict[str, Payload] = field(default_factory=dict)
+    """By DCP's name."""
     chunks: dict[str, tuple[StoredChunk, ...]] = field(default_factory=dict)
     """By the source's name of a tensor."""
     files: list[str] = field(default_factory=lambda: ["__0_0.distcp"])
@@ -95,17 +96,24 @@ class _Writing:
         try:
             if self.storage.list(self.folder):
                 raise CheckpointSaveError(f"{self.url} is not empty: give a folder that is not there yet")
-            self._files(leaves)
-            metadata = DcpMetadata(
-                {name: self.entries[name] for name in leaves}, {name: path for name, (path, _) in leaves.items()}
-            )
-            content = encode_dcp_metadata(metadata, checkpoint_id=self.url)
+            self._all(leaves)
+        except OSError as error:
+            raise CheckpointSaveError(f"{self.url} was not written: {error}") from error
+
+    def _all(self, leaves: Mapping[str, tuple[Keys, Any]]) -> None:
+        put: list[str] = []
+        """What is there by now and is ours: a name that another has taken meanwhile is not."""
+        try:
+            for file, parts in self._files(leaves):
+                self.storage.put(self._key(file), parts)
+                put.append(file)
+            paths = {name: path for name, (path, _) in leaves.items()}
+            content = encode_dcp_metadata(DcpMetadata(self._entries(leaves), paths), checkpoint_id=self.url)
+            put.insert(0, METADATA)  # from here on: its answer may be lost
             self.storage.put(self._key(METADATA), [content])
-        except BaseException as error:
+        except BaseException:
             with suppress(OSError):
-                self.storage.delete([self._key(file) for file in self.files])
-            if isinstance(error, OSError):
-                raise CheckpointSaveError(f"{self.url} was not written: {error}") from error
+                self.storage.delete([self._key(file) for file in put])
             raise
 
     def _key(self, file: str) -> str:
@@ -121,18 +129,25 @@ class _Writing:
             leaves[name] = keys, leaf
         return leaves
 
-    def _files(self, leaves: Mapping[str, tuple[Keys, Any]]) -> None:
-        """Values first, as DCP does; then tensors in the source's order, and each once."""
+    def _files(self, leaves: Mapping[str, tuple[Keys, Any]]) -> Iterator[tuple[str, Iterator[Buffer]]]:
+        """Files with their content: values first, as DCP does; then tensors in the source's order, and each once."""
         wanted = {self._base(leaf.name): None for _, leaf in leaves.values() if type(leaf) is TensorName}
         parts = self._parts(leaves, [name for name in self.source.tensors if name in wanted])
         first = next(parts, None)
         while first is not None:
-            self.storage.put(self._key(self.files[-1]), self._of_file(first, parts))
+            yield self.files[-1], self._of_file(first, parts)
             first = next(parts, None)
+
+    def _entries(self, leaves: Mapping[str, tuple[Keys, Any]]) -> dict[str, Entry]:
+        """By DCP's name, when all is written."""
+        entries: dict[str, Entry] = {}
         for name, (_, leaf) in leaves.items():
             if type(leaf) is TensorName:
                 facts = self.source.tensors[self._base(leaf.name)]
-                self.entries[name] = StoredTensor(facts.dtype, facts.shape, self.chunks[self._base(leaf.name)])
+                entries[name] = StoredTensor(facts.dtype, facts.shape, self.chunks[self._base(leaf.name)])
+            else:
+                entries[name] = self.values[name]
+        return entries
 
     def _of_file(self, first: Sequence[Buffer], rest: Iterator[Sequence[Buffer]]) -> Iterator[Buffer]:
         yield from first
@@ -144,7 +159,7 @@ class _Writing:
         for name, (_, leaf) in leaves.items():
             if type(leaf) is not TensorName:
                 archive = self._value(name, leaf)
-                self.entries[name] = self._noted(archive)
+                self.values[name] = self._noted(archive)
                 yield archive
         for name in names:
             facts, chunks = self.source.tensors[name], []

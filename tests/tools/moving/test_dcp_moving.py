@@ -18,7 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardckpt as sc
 from shardckpt.format.foreign.nesting import nest
-from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, open_storage
+from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, StorageWrapper, open_storage
 from shardckpt.testing.faults import CountingStorage, FailingStorage, flip_byte, on
 from shardckpt.testing.pool import ProcessPool
 from shardckpt.tools.moving import dcp_sink, dcp_source
@@ -271,6 +271,26 @@ def test_what_dcp_flattens_is_flattened_alike() -> None:
     x = torch.arange(3.0)
     expected = {"a": {"1": {"x": x}, "none": {}}, "l": [[1, 2], [{"k": 5}, x]], "t": (x, {"in": x}), "o": []}
     assert differences(expected, like(expected, found)) == []
+
+
+def test_a_sink_leaves_what_is_there_alone(tmp_path: Path) -> None:
+    place = save(tmp_path / "c")
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    with pytest.raises(sc.CheckpointSaveError, match="is not empty"):
+        DcpSink(place).write(Held({"w": torch.ones(5)}), budget_nbytes=1 << 20)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+    objects = MemoryObjects("run")
+    objects.put("d/__0_0.distcp", [b"of another, who came at the same time"])
+    with pytest.raises(sc.CheckpointSaveError, match="was not written"):
+        DcpSink(Unlisted(objects), folder="d").write(Held({"w": torch.ones(5)}), budget_nbytes=1 << 20)
+    assert objects.list("d") == ["__0_0.distcp"]
+
+
+class Unlisted(StorageWrapper):
+    """Lists nothing: as it was a moment ago."""
+
+    def list(self, prefix: str = "") -> list[str]:
+        return []
 
 
 def test_a_sink_writes_all_or_nothing(tmp_path: Path) -> None:

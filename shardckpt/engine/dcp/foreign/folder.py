@@ -156,7 +156,8 @@ class DcpFolder:
     def _decode(self, name: str, payload: Payload, content: bytes) -> SavedValue:
         try:
             members = members_of(content, payload.nbytes)
-            starts = {key: (member.start(content[member.header :]), member) for key, member in members.items()}
+            heads = {key: content[member.header : member.header + LOCAL] for key, member in members.items()}
+            starts = {key: (member.start(heads[key]), member) for key, member in members.items()}
             _check_order(members)
             at, member = starts["data.pkl"]
             pickle = content[at : at + member.nbytes]
