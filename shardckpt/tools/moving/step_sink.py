@@ -28,6 +28,8 @@ from shardckpt.engine.consolidated.fragments import WINDOW
 from shardckpt.engine.saving.plan import home_file, take_value
 from shardckpt.engine.saving.write import Receipt
 from shardckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
     CheckpointNotFoundError,
     CheckpointSaveError,
     CommitUnknownError,
@@ -164,16 +166,22 @@ class _File:
             for number, tensor in enumerate(tensors)
         ]
         names = list(self.own)
-        parts = Parts(_Reading(storage, source), names.__getitem__, {})
-        entry = assemble(
-            parts,
-            f"{prefix}/{home_file(self.home, 0, 0, 1)}",
-            tensors=tensors,
-            sources=placed,
-            tree=self.tree | ({MODEL_KEY: "model"} if self.home == "model" else {}),
-            boxes=self.boxes,
-            most_nbytes=budget // 2,
-        )
+        reading = _Reading(storage, source)
+        try:
+            entry = assemble(
+                Parts(reading, names.__getitem__, {}),
+                f"{prefix}/{home_file(self.home, 0, 0, 1)}",
+                tensors=tensors,
+                sources=placed,
+                tree=self.tree | ({MODEL_KEY: "model"} if self.home == "model" else {}),
+                boxes=self.boxes,
+                most_nbytes=budget // 2,
+            )
+        except CheckpointDamagedError as error:
+            if reading.failed:
+                raise
+            what = str(error).partition(" ")[0]
+            raise CheckpointDamagedError(f"{what} was read twice, and was not the same: somebody changes it") from error
         return replace(entry, kind=self.home)
 
 
@@ -197,9 +205,15 @@ class _Reading(StorageWrapper):
     def __init__(self, inner: Storage, source: TensorSource) -> None:
         super().__init__(inner)
         self._source = source
+        self.failed = False
+        """Whether the source itself could not be read."""
 
     def read_into(self, reads: Sequence[Read]) -> None:
-        self._source.read([Window(read.key, read.offset, read.into) for read in reads])
+        try:
+            self._source.read([Window(read.key, read.offset, read.into) for read in reads])
+        except CheckpointError:
+            self.failed = True
+            raise
 
 
 def _sums(source: TensorSource, tensors: Mapping[str, TensorFacts], budget: int) -> Iterable[int]:

@@ -163,7 +163,7 @@ def test_what_changes_between_the_passes_is_no_step() -> None:
             self.add = 1 if self.passes else 0
 
     storage = MemoryStorage()
-    with pytest.raises(CheckpointDamagedError, match=r"model\.w"):
+    with pytest.raises(CheckpointDamagedError, match=r"model\.w was read twice, and was not the same"):
         StepSink(storage, step=1).write(Changing(w=5000), budget_nbytes=MIB)
     assert _left(storage) == []
 
