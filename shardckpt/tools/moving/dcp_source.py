@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from shardckpt.engine.consolidated.blocks import Block, common, position, stretch
-from shardckpt.engine.dcp.foreign.folder import DcpFolder, Located, SavedValue
+from shardckpt.engine.dcp.foreign.folder import DcpFolder, SavedValue
+from shardckpt.engine.dcp.foreign.locating import Located
 from shardckpt.engine.loading.fetching.fetch import NO_SUM, Arena, Fetched, Need
 from shardckpt.engine.loading.integrity import PartialSum, Region, join_sums
-from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError
+from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.foreign.dcp import METADATA, Payload, StoredChunk
 from shardckpt.format.foreign.nesting import nest
 from shardckpt.format.foreign.saved import is_alone, map_values, order_of
@@ -24,6 +25,7 @@ from shardckpt.format.placement import Box
 from shardckpt.format.restricted.foreign import StoredView
 from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
+from shardckpt.tools.moving.dcp_shards import are_shards, open_shards
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
 
 _PIECE = 16 << 20
@@ -32,7 +34,7 @@ _PIECE = 16 << 20
 
 def is_dcp(names: Collection[str]) -> bool:
     """Whether a folder that holds these names is a checkpoint of DCP's own."""
-    return METADATA in names
+    return METADATA in names or are_shards(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class _Tensor:
 
 class DcpSource:
     """A `TensorSource` over a folder with `.metadata`, at a path or URL, or in an opened storage.
+
+    Or over one of `HuggingFaceStorageWriter(save_distributed=True)` that was not consolidated: safetensors of shards.
 
     Opening it reads the metadata and every value that is no tensor. Tensors inside of such values (in tuples, which DCP
     does not look into) come as tensors too, under the value's name and a number; a `BytesIO` comes as its bytes. Chunks
@@ -74,7 +78,7 @@ class DcpSource:
         self._ties: dict[str, str] = {}
         self._sums: dict[tuple[str, int], list[PartialSum]] = {}
         try:
-            self._folder = DcpFolder(self._storage, folder)
+            self._folder = _opened(self._storage, folder)
             self._tree = self._take_in()
         except BaseException:
             self.close()
@@ -213,6 +217,16 @@ class _Part:
     chunk: StoredChunk
     block: Block
     place: torch.Tensor
+
+
+def _opened(storage: Storage, folder: str) -> DcpFolder:
+    try:
+        return DcpFolder(storage, folder)
+    except CheckpointNotFoundError:
+        names = storage.list(folder)
+        if not are_shards(names):
+            raise
+    return open_shards(storage, folder, names)
 
 
 def _cut(window: Window) -> Iterator[Window]:

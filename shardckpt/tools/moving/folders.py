@@ -16,6 +16,7 @@ from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, parse_step
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Storage
+from shardckpt.tools.moving.dcp_shards import are_shards
 from shardckpt.tools.moving.foreign.combined import Combined, Origin, origins
 from shardckpt.tools.moving.foreign.hub import in_hub_cache
 from shardckpt.tools.moving.foreign.reading import Folder, explained, named, read_json
@@ -131,7 +132,7 @@ def _look(place: Place, parts: _Parts, step: int | None) -> _Look:
     folder = Folder.of(storage, place.folder)
     if folder.has(MANIFEST) and parse_step(place.folder) is not None:
         return _own_step(storage, parse_step(place.folder))
-    if folder.has(".metadata"):
+    if folder.has(".metadata") or are_shards(folder.names):
         source = _imported("dcp_source", "DcpSource")(storage, folder=place.folder)
         parts.add_all(as_parts(origins(source), Origin))
         return "a checkpoint of DCP", None, None

@@ -16,6 +16,15 @@ from typing import Any
 
 import torch
 
+from shardckpt.engine.dcp.foreign.locating import (
+    Located,
+    check_order,
+    check_place,
+    crc_of,
+    has_sums,
+    located,
+    pair,
+)
 from shardckpt.engine.loading.fetching.fetch import NO_SUM
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.checksum import crc32
@@ -25,13 +34,10 @@ from shardckpt.format.foreign.saved import (
     TAIL,
     Member,
     decode_saved,
-    is_alone,
     map_values,
     members_of,
-    order_of,
     restore,
 )
-from shardckpt.format.index import StoredRecord
 from shardckpt.format.restricted.foreign import StoredView
 from shardckpt.storage.base import Read, Storage
 
@@ -39,18 +45,7 @@ _BATCH = 512
 """Chunks whose headers are read together: 2 MiB."""
 _AT_ONCE = 64 << 20
 """Bytes of values that are read together."""
-_MOST_PICKLE = 64 << 10
-"""Bytes of the pickle of a single tensor, and of the padding behind it."""
 _OF_RANKS = re.compile(r"__[0-9]+\.metadata")
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """The bytes of a tensor in a file: row-major, with its dimensions in this `order`."""
-
-    file: str
-    record: StoredRecord
-    order: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +58,14 @@ class SavedValue:
     """(first byte in the file, bytes, CRC)"""
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The keys of a checkpoint, and where all chunks lie."""
+
+    metadata: DcpMetadata
+    located: Mapping[Payload, Located]
+
+
 class DcpFolder:
     """Any thread may use it, several at once; opened by one process for itself.
 
@@ -70,13 +73,18 @@ class DcpFolder:
     `CheckpointLoadError` for what cannot be read now, or not without running code.
     """
 
-    def __init__(self, storage: Storage, folder: str = "") -> None:
+    def __init__(self, storage: Storage, folder: str = "", *, told: Told | None = None) -> None:
+        """`told`: what the metadata would say, where that stands elsewhere."""
         self._storage = storage
         self.folder = folder
         self.url = f"{storage.url.rstrip('/')}/{folder}".rstrip("/")
         self._sizes: dict[str, int] = {}
         self._located: dict[Payload, Located] = {}
         self._lock = Lock()
+        if told is not None:
+            self.digest, self.metadata = "", told.metadata
+            self._located.update(told.located)
+            return
         with self.told():
             try:
                 content = storage.read(self.key(METADATA))
@@ -85,7 +93,7 @@ class DcpFolder:
         self.digest = f"{crc32(content):08x}.{len(content)}"
         """Of the metadata: ranks that load together must have read the same."""
         try:
-            self.metadata: DcpMetadata = decode_dcp_metadata(content)
+            self.metadata = decode_dcp_metadata(content)
         except ValueError as error:
             raise CheckpointDamagedError(f"{self.url}: its {METADATA} cannot be read: {error}") from error
 
@@ -158,13 +166,13 @@ class DcpFolder:
             members = members_of(content, payload.nbytes)
             heads = {key: content[member.header : member.header + LOCAL] for key, member in members.items()}
             starts = {key: (member.start(heads[key]), member) for key, member in members.items()}
-            _check_order(members)
+            check_order(members)
             at, member = starts["data.pkl"]
             pickle = content[at : at + member.nbytes]
-            if _has_sums(members) and crc32(pickle) != member.crc:
+            if has_sums(members) and crc32(pickle) != member.crc:
                 raise ValueError("its bytes are not those that were written")
             records = {
-                key.removeprefix("data/"): (payload.at + at, member.nbytes, _crc(member, members))
+                key.removeprefix("data/"): (payload.at + at, member.nbytes, crc_of(member, members))
                 for key, (at, member) in starts.items()
                 if key.startswith("data/")
             }
@@ -194,8 +202,8 @@ class DcpFolder:
         sums: dict[Payload, int] = {}
         for payload, tail in tails.items():
             with self._about(payload):
-                pickle, data = _pair(members := members_of(bytes(tail), payload.nbytes))
-                sums[payload] = _crc(data, members)
+                pickle, data = pair(members := members_of(bytes(tail), payload.nbytes))
+                sums[payload] = crc_of(data, members)
                 heads[payload] = pickle, bytearray(pickle.limit - pickle.header), data, bytearray(LOCAL)
         self.read_into(
             [
@@ -210,8 +218,8 @@ class DcpFolder:
                 at = pickle.start(bytes(first)) - pickle.header
                 place = decode_saved(bytes(first[at : at + pickle.nbytes]))
                 start = payload.at + data.start(bytes(second))
-                _check_place(place, data, *chunks[payload])
-                found[payload] = _located(payload, place, start, sums[payload])
+                check_place(place, data, *chunks[payload])
+                found[payload] = located(payload, place, start, sums[payload])
         return found
 
     def _check_extents(self, payloads: Iterable[Payload]) -> None:
@@ -254,45 +262,3 @@ class DcpFolder:
                 "says how they belong together. Load it with DCP, and save it again with collectives"
             )
         return CheckpointNotFoundError(f"{self.url}: there is no committed checkpoint, and none of DCP's ({METADATA})")
-
-
-def _check_order(members: Mapping[str, Member]) -> None:
-    order = members.get("byteorder")
-    if order is not None and order.nbytes != len("little"):
-        raise ValueError("it was written by a machine of the other byte order")
-
-
-def _pair(members: Mapping[str, Member]) -> tuple[Member, Member]:
-    """The pickle and the data of the archive of one tensor."""
-    _check_order(members)
-    data = [name for name in members if name.startswith("data/")]
-    if len(data) != 1 or "data.pkl" not in members:
-        raise ValueError("it is not one saved tensor")
-    pickle = members["data.pkl"]
-    if pickle.limit - pickle.header > _MOST_PICKLE or pickle.limit - pickle.header < LOCAL:
-        raise ValueError("its pickle is larger than that of a tensor")
-    return pickle, members[data[0]]
-
-
-def _has_sums(members: Mapping[str, Member]) -> bool:
-    """Not so after `torch.serialization.set_crc32_options(False)`, when all are 0."""
-    return any(member.crc for member in members.values())
-
-
-def _crc(member: Member, members: Mapping[str, Member]) -> int:
-    return member.crc if _has_sums(members) else NO_SUM
-
-
-def _check_place(place: Any, data: Member, dtype: str, chunk: StoredChunk) -> None:
-    if type(place) is not StoredView or f"data/{place.key}" != data.name or data.nbytes != place.storage_nbytes:
-        raise ValueError("it is not one saved tensor")
-    if place.dtype != dtype or place.shape != chunk.lengths:
-        raise ValueError(f"it is {place.dtype} {list(place.shape)}, but should be {dtype} {list(chunk.lengths)}")
-
-
-def _located(payload: Payload, place: StoredView, start: int, crc: int) -> Located:
-    order = order_of(place)
-    if order is None or not is_alone(place):
-        raise ValueError("it is a part of a larger storage, which DCP never writes")
-    shape = tuple(place.shape[d] for d in order)
-    return Located(payload.file, StoredRecord(place.dtype, shape, start, place.nbytes, crc), order)
