@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from shardckpt.run.retention import KeepEvery as KeepEvery
     from shardckpt.run.retention import KeepLast as KeepLast
     from shardckpt.state import RngState as RngState
+    from shardckpt.tools.convert import ConvertReport as ConvertReport
+    from shardckpt.tools.convert import convert as convert
     from shardckpt.tools.repair import RepairReport as RepairReport
     from shardckpt.tools.repair import repair as repair
     from shardckpt.tools.report import RunReport as RunReport
@@ -73,6 +75,7 @@ _HOME = {
     "CheckpointSkippedError": "errors",
     "CommitUnknownError": "errors",
     "Committed": "engine.events.kinds",
+    "ConvertReport": "tools.convert",
     "DcpReader": "engine.dcp.reader",
     "DcpWriter": "engine.dcp.writer",
     "Deleted": "engine.events.kinds",
@@ -106,6 +109,7 @@ _HOME = {
     "StopAgreed": "engine.events.kinds",
     "Trace": "engine.events.trace",
     "Written": "engine.events.kinds",
+    "convert": "tools.convert",
     "repair": "tools.repair",
     "verify": "tools.verify",
 }

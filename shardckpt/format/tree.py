@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from shardckpt.format.restricted import machine, measure
 from shardckpt.format.restricted.allowed import contiguous_stride
-from shardckpt.format.restricted.machine import read_pickle, shares_too_much
 
 MAX_LEVELS = 100
 """Containers within containers in a value, and above it; together well below what reading accepts."""
@@ -90,7 +90,7 @@ def decode_tree(data: bytes) -> Any:
 
     `data` is untrusted. `ValueError` for what does not parse, and for what is not on the allow-list.
     """
-    return read_pickle(data)
+    return machine.read_pickle(data)
 
 
 def check_value(value: Any) -> None:
@@ -197,7 +197,7 @@ def spell_value(value: Any) -> bytes:
     data = _dump(value)
     if _HAS_EMPTY_BYTES in data:
         data = _dump(value := _with_empty_bytes(value))
-    if shares_too_much(value, len(data) - 3):  # would be refused when it is read, as made to do harm
+    if measure.shares_too_much(value, len(data) - 3):  # would be refused when it is read, as made to do harm
         data = _dump(value, shared=False)
     return data[2:-1]
 

@@ -1,7 +1,6 @@
 """The formats that are read: how each is drawn from what is known of it, and what reads it.
 
-What the package does not read is not here: it never opens a zip directory (`test_archives.py` shows it), reads no
-safetensors, no `.metadata` of DCP and no folder of a trainer.
+Whole checkpoints of ours are in `checkpoints.py`, those of other programs in `foreign.py`.
 """
 
 from __future__ import annotations

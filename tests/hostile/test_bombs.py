@@ -18,7 +18,7 @@ from shardckpt.engine.loading import sources as sources_module
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.format.manifest import LayoutEntry, Manifest, MeshEntry, Table, TensorEntry, decode_manifest
-from shardckpt.format.restricted import machine
+from shardckpt.format.restricted import measure
 from shardckpt.format.tree import decode_tree, encode_tree
 from shardckpt.run import card
 from shardckpt.run.card import CARD, read_model_card
@@ -155,7 +155,7 @@ def test_a_file_that_is_not_as_large_as_the_record_says(part: str) -> None:
 @pytest.fixture
 def small_bombs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What counts as too much to walk is less here than in earnest, so that these tests are soon done."""
-    monkeypatch.setattr(machine, "_MAX_NODES", 1 << 16)
+    monkeypatch.setattr(measure, "MAX_NODES", 1 << 16)
     with pytest.raises(ValueError, match="unfolds"):
         decode_tree(HEAD + laughs(17) + b".")
 

@@ -14,6 +14,7 @@ import pytest
 from tests.hostile import watch
 from tests.hostile.attacks import PICKLES
 from tests.hostile.checkpoints import CHECKPOINTS
+from tests.hostile.foreign import FOREIGN
 from tests.hostile.formats import FORMATS, Format
 from tests.hostile.fuzzing import fuzz
 from tests.hostile.watch import bounded_memory, watching
@@ -38,6 +39,20 @@ def test_cases_of(form: Format, part: int, scale: Scale, scorecard: Scorecard) -
     assert not outcome.touched, outcome.touched[:5]
     assert cases < 100 or outcome.read, "every case was refused: the changes are too coarse"
     assert cases < 100 or outcome.refused
+
+
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("form", FOREIGN, ids=lambda form: form.name)
+def test_cases_of_what_others_write(form: Format, scale: Scale, scorecard: Scorecard) -> None:
+    outcome = fuzz(form, scale.runs(sample=1_000, full=1_000_000), seed=1)
+    runs = outcome.read + outcome.refused + len(outcome.failures)
+    hangs = sum("hangs" in failure for failure in outcome.failures)
+    scorecard.add(f"fuzzed files: {form.name}", runs=runs, hangs=hangs, code=outcome.ran, outside=len(outcome.touched))
+    assert not outcome.failures, "\n".join(outcome.failures)
+    assert not outcome.ran, "code of a file was run"
+    assert not outcome.touched, outcome.touched[:5]
+    assert outcome.read > 10, "every case was refused: the changes are too coarse"
+    assert outcome.refused > 10
 
 
 def read_with(work: Any, errors: tuple[type[Exception], ...] = (ValueError,)) -> Format:

@@ -13,12 +13,15 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from shardckpt.engine.coordinates import Coordinates
+from shardckpt.engine.dcp.foreign.folder import DcpFolder
+from shardckpt.engine.dcp.foreign.origin import ForeignOrigin, metadata_of
 from shardckpt.engine.dcp.metadata import UnreadableMetadata, make_metadata
+from shardckpt.engine.dcp.own import OwnOrigin
 from shardckpt.engine.dcp.place import find_record, place_of
-from shardckpt.engine.dcp.reading import Reading, told_as_load_errors
+from shardckpt.engine.dcp.reading import Origin, Reading, told_as_load_errors
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.sources import Sources
-from shardckpt.errors import CheckpointError, CheckpointLoadError
+from shardckpt.errors import CheckpointError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.manifest import Manifest
 from shardckpt.storage import Storage
 
@@ -37,6 +40,9 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
     Any checkpoint of this package: written by `DcpWriter` or by a `CheckpointManager`, on any number of ranks. Only
     the ranges that a rank needs are read, many at once; nothing from a file is ever run. What was saved with different
     values by each rank is given back to the same ranks of a job of the same size, and refused to others.
+
+    And any that DCP's own writers made (a folder with `.metadata`), with torch 2.3 or later: its metadata and its
+    values are read by an allow-list, and values that need code to be loaded are refused when they are asked for.
 
     Made on every rank, with the same URL; used by one load at a time; its methods are called by DCP, in the thread of
     `dcp.load`. An error on any rank is raised by DCP on all, as its `CheckpointException`, which names the
@@ -61,7 +67,7 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
         self._place = place_of(url, storage=storage, storage_options=storage_options)
         self._cast = dtype == "cast"
         self._open: Storage | None = None
-        self._found: tuple[str, Manifest] | None = None
+        self._found: tuple[str, Manifest] | DcpFolder | None = None
 
     def __repr__(self) -> str:
         return f"DcpReader({self._place.url!r})"
@@ -91,9 +97,12 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
         (`options` is not called "kwargs" because DCP would then call again, for a format that is none of ours.)
         """
         try:
-            folder, manifest = self._found = find_record(self._storage, self._place.folder)
+            self._found = self._find()
         except CheckpointError as error:
             return UnreadableMetadata(error)
+        if isinstance(self._found, DcpFolder):
+            return metadata_of(self._found)
+        folder, manifest = self._found
         contents = Contents(self._storage, folder, manifest)
 
         def trees() -> list[Any]:
@@ -109,8 +118,8 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
             raise metadata.error
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        _, manifest = self._record
-        return replace(plan, storage_data=manifest.attempt)
+        found = self._record
+        return replace(plan, storage_data=found.digest if isinstance(found, DcpFolder) else found[1].attempt)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Every rank has read the record by itself: they must have read the same one."""
@@ -121,12 +130,15 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
         return [replace(plan, storage_data=_Seat(rank, len(plans))) for rank, plan in enumerate(plans)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        folder, manifest = self._record
-        seat = plan.storage_data
+        found, seat = self._record, plan.storage_data
         if not isinstance(seat, _Seat):
             raise CheckpointLoadError(f"{self._place.url}: the planner lost what the reader put into its plan")
-        at = _at(manifest, seat.rank, seat.world_size)
-        Reading(self._storage, folder, manifest, at, cast=self._cast).run(plan.items, planner)
+        origin: Origin
+        if isinstance(found, DcpFolder):
+            origin = ForeignOrigin(self._storage, found)
+        else:
+            origin = OwnOrigin(self._storage, *found, _at(found[1], seat.rank, seat.world_size))
+        Reading(origin, cast=self._cast).run(plan.items, planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -143,8 +155,14 @@ class DcpReader(StorageReader):  # type: ignore[misc, unused-ignore]
             self._open = self._place.open()
         return self._open
 
+    def _find(self) -> tuple[str, Manifest] | DcpFolder:
+        try:
+            return find_record(self._storage, self._place.folder)
+        except CheckpointNotFoundError:
+            return DcpFolder(self._storage, self._place.folder)
+
     @property
-    def _record(self) -> tuple[str, Manifest]:
+    def _record(self) -> tuple[str, Manifest] | DcpFolder:
         if self._found is None:
             raise CheckpointLoadError(f"{self._place.url}: DCP has not asked for the metadata yet")
         return self._found

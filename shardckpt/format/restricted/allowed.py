@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,48 @@ class StorageKind:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a persistent id stands for: so many bytes, somewhere."""
+    """What a persistent id stands for: so many bytes, in the record of the archive that is called `data/<key>`."""
 
     dtype: torch.dtype | None
     nbytes: int
+    key: str = ""
+
+
+class Built:
+    """An object that a file may go on to build: its state comes after it was made, and is checked by `build`."""
+
+    def build(self, state: Any) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Which pickles are read: of which protocols, and what they may name."""
+
+    protocols: tuple[int, ...]
+    known: Callable[[], Mapping[str, Any]]
+    additions: bool
+    """Whether also what the user has allowed by `torch.serialization.add_safe_globals`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordKind:
+    """A class that is known by its name only: the file may make objects of it, which are `Record`s here."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Record(Built):
+    """What a file says of an object of such a class: its state as it was pickled. A value; nothing of it is run."""
+
+    kind: str
+    state: Any = None
+
+    def build(self, state: Any) -> None:
+        if self.state is not None:
+            raise ValueError(f"a {self.kind} that is built twice")
+        self.state = state
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,6 +107,10 @@ def known_globals() -> dict[str, Any]:
     return known
 
 
+WEIGHTS = Dialect((2,), known_globals, additions=True)
+"""What `torch.load(weights_only=True)` reads, without what is not state."""
+
+
 def added_by_user() -> dict[str, Any]:
     """What `torch.serialization.add_safe_globals` was given, by name; a pair is (thing, name)."""
     added: dict[str, Any] = {}
@@ -81,7 +123,7 @@ def added_by_user() -> dict[str, Any]:
 
 def is_value(thing: Any) -> bool:
     """Whether it may be in a tree: not something that is only there to be called or referred to."""
-    return type(thing) not in (Callee, StorageKind, Storage)
+    return type(thing) not in (Callee, StorageKind, Storage, RecordKind)
 
 
 def as_key(key: Any) -> Any:

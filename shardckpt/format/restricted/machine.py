@@ -11,74 +11,61 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from shardckpt.format.index import as_size
 from shardckpt.format.restricted.allowed import (
+    WEIGHTS,
+    Built,
     Callee,
+    Dialect,
+    Record,
+    RecordKind,
     Storage,
     StorageKind,
     added_by_user,
     as_key,
-    is_value,
-    known_globals,
 )
+from shardckpt.format.restricted.measure import check_tree
 
-MAX_DEPTH = 256
-"""Containers within containers: what other code can still walk by recursion."""
-_MAX_NODES = 1 << 24
-_MAX_SHARING = 64
-"""Nodes of a tree if nothing were shared: at most so many, or so many for each byte. A bound on walking it."""
 _STOP = ord(".")
 
 
-def read_pickle(data: bytes) -> Any:
-    """The tree of a pickle, with a contiguous meta tensor for each tensor.
+def read_pickle(data: bytes, dialect: Dialect = WEIGHTS) -> Any:
+    """The tree of a pickle, in which the dialect says what stands for a tensor: usually a contiguous meta tensor.
 
     `data` is untrusted: `ValueError` for whatever is malformed, not on the allow-list, or not a tree.
     """
     try:
-        tree = _Machine(data).run()
-        nodes, _ = _measure(tree, {}, 0)
+        tree = _Machine(data, dialect).run()
+        check_tree(tree, len(data))
     except Exception as error:  # whatever malformed content leads to: a wrong type, index, key, number
         raise ValueError(f"not a well-formed, weights_only-safe pickle: {type(error).__name__}: {error}") from error
-    if nodes > max(_MAX_NODES, _MAX_SHARING * len(data)):
-        raise ValueError(f"a pickle of {len(data)} bytes that unfolds to {nodes} values")
     return tree
-
-
-def shares_too_much(value: Any, nbytes: int) -> bool:
-    """Whether a value that is spelled in so many bytes stands for more than they may.
-
-    Pickles that are put together from values that do not, are never refused for it. (Too deep ones are, elsewhere.)
-    """
-    try:
-        return _measure(value, {}, 0)[0] > _MAX_SHARING * nbytes
-    except ValueError:
-        return False
 
 
 class _Machine:
     """Stack, marks and memo. Each opcode is a method; `_STEPS` says which."""
 
-    __slots__ = ("_added", "_at", "_data", "_found", "_marks", "_memo", "_stack")
+    __slots__ = ("_added", "_at", "_data", "_found", "_known", "_marks", "_memo", "_protocols", "_stack")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, dialect: Dialect) -> None:
         self._data = data
+        self._protocols = dialect.protocols
+        self._known = dialect.known()
         self._at = 2
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._found: dict[bytes, Any] = {}
-        self._added = added_by_user()
+        self._added = added_by_user() if dialect.additions else {}
 
     def run(self) -> Any:
-        data, steps = self._data, _STEPS
-        if data[:2] != b"\x80\x02":
-            raise ValueError("it does not begin as protocol 2")
+        data = self._data
+        if data[:1] != b"\x80" or data[1] not in self._protocols:
+            raise ValueError(f"it does not begin as protocol {' or '.join(map(str, self._protocols))}")
+        steps = _STEPS if data[1] < 4 else _STEPS_OF_4
         while (code := data[self._at]) != _STOP:
             self._at += 1
             step = steps.get(code)
@@ -126,8 +113,8 @@ class _Machine:
     def push_float(self) -> None:
         self._stack.append(struct.unpack(">d", self._take(8))[0])
 
-    def push_text(self) -> None:
-        self._stack.append(str(self._take(self._unsigned(4)), "utf-8", "surrogatepass"))
+    def push_text(self, nbytes: int = 4) -> None:
+        self._stack.append(str(self._take(self._unsigned(nbytes)), "utf-8", "surrogatepass"))
 
     def make_tuple(self, count: int | None = None) -> None:
         if count is None:
@@ -156,16 +143,33 @@ class _Machine:
     def get(self, nbytes: int) -> None:
         self._stack.append(self._memo[self._unsigned(nbytes)])
 
+    def memoize(self) -> None:
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def skip_frame(self) -> None:
+        """Protocol 4 says how many bytes to read ahead; here all are there, and nothing depends on it."""
+        if self._unsigned(8) > len(self._data) - self._at:
+            raise ValueError("a frame that leaves the file")
+
     def find_global(self) -> None:
         line = self._line() + b"." + self._line()
         found = self._found.get(line)
         if found is None:
-            name = line.decode().replace("__builtin__.", "builtins.", 1)
-            found = known_globals().get(name, self._added.get(name))
-            if found is None:
-                raise ValueError(f"{name[:100]} is not on the allow-list")
-            self._found[line] = found
+            found = self._found[line] = self._named(line.decode())
         self._stack.append(found)
+
+    def find_pushed(self) -> None:
+        name, module = self._stack.pop(), self._stack.pop()
+        if type(name) is not str or type(module) is not str or len(module) + len(name) > 1000:
+            raise ValueError("a global that is not named")
+        self._stack.append(self._named(f"{module}.{name}"))
+
+    def _named(self, name: str) -> Any:
+        name = name.replace("__builtin__.", "builtins.", 1)
+        found = self._known.get(name, self._added.get(name))
+        if found is None:
+            raise ValueError(f"{name[:100]} is not on the allow-list")
+        return found
 
     def call(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -175,7 +179,11 @@ class _Machine:
         self._stack.append(apply(*arguments))
 
     def new_object(self) -> None:
-        arguments, kind = self._stack.pop(), self._check_added(self._stack.pop())
+        arguments, kind = self._stack.pop(), self._stack.pop()
+        if type(kind) is RecordKind and type(arguments) is tuple and not arguments:
+            self._stack.append(Record(kind.name))
+            return
+        self._check_added(kind)
         self._stack.append(kind.__new__(kind, *arguments))
 
     def set_state(self) -> None:
@@ -183,6 +191,9 @@ class _Machine:
         state, target = self._stack.pop(), self._stack[-1]
         if type(target) in (OrderedDict, Counter) and type(state) is dict:
             target.__dict__.update({key: value for key, value in state.items() if type(key) is str})
+            return
+        if isinstance(target, Built):
+            target.build(state)
             return
         self._check_added(type(target))
         if hasattr(target, "__setstate__"):
@@ -207,7 +218,7 @@ class _Machine:
         if type(kind) is not StorageKind or type(key) is not str or type(location) is not str:
             raise ValueError("a storage that is not well-formed")
         itemsize = 1 if kind.dtype is None else kind.dtype.itemsize
-        self._stack.append(Storage(kind.dtype, as_size(count) * itemsize))
+        self._stack.append(Storage(kind.dtype, as_size(count) * itemsize, key))
 
     def pop_pair(self) -> list[Any]:
         value, key = self._stack.pop(), self._stack.pop()
@@ -247,43 +258,12 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     ord("Q"): _Machine.refer,
 }
 
-
-def _measure(node: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """(values of a tree as if nothing were shared, containers within containers); `ValueError` where it is none.
-
-    `known` holds what was measured before, by identity; (0, 0) marks what is being measured.
-    """
-    if not is_value(node):
-        raise ValueError("something that is not a value")
-    if type(node) not in _CONTAINERS:
-        return 1, 0
-    measured = known.get(id(node))
-    if measured is not None and measured[0]:
-        return measured
-    if measured is not None or depth >= MAX_DEPTH:
-        raise ValueError(f"a container within itself, or more than {MAX_DEPTH} within each other")
-    known[id(node)] = (0, 0)
-    count, height = 1, 0
-    for child in _children(node):
-        if type(child) in _SCALARS:
-            count += 1
-            continue
-        below, deep = _measure(child, known, depth + 1)
-        count, height = count + below, max(height, deep)
-    if height >= MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} containers within each other")
-    known[id(node)] = (count, height + 1)
-    return count, height + 1
-
-
-_SCALARS = frozenset((str, int, float, bool, type(None), bytes, torch.Tensor))
-_CONTAINERS = frozenset((list, tuple, dict, set, OrderedDict, Counter))
-
-
-def _children(node: Any) -> Iterable[Any]:
-    if type(node) is dict:
-        return node.values()
-    if isinstance(node, dict):
-        return [*node.values(), *vars(node).values()]
-    children: Iterable[Any] = node
-    return children
+_STEPS_OF_4 = {
+    **_STEPS,
+    0x8C: lambda machine: machine.push_text(1),
+    0x8D: lambda machine: machine.push_text(8),
+    0x93: _Machine.find_pushed,
+    0x94: _Machine.memoize,
+    0x95: _Machine.skip_frame,
+}
+"""With what protocols 4 and 5 add for texts, tuples, lists, dicts, numbers and objects."""

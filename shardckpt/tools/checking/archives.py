@@ -74,7 +74,7 @@ def check_archive(storage: Storage, key: str, name: str, *, nbytes: int, quick: 
         return Archive((), note=f"{name} is no zip archive, and nothing in it tells whether it is whole")
     try:
         with zipfile.ZipFile(io.BufferedReader(Window(storage, key, nbytes), _LOOKS)) as archive:
-            _check_count(storage, key, nbytes, len(archive.infolist()))
+            check_count(storage, key, nbytes, len(archive.infolist()))
             if is_own(archive):
                 return _check_own(storage, key, name, read_own(archive, nbytes), quick=quick)
             return Archive(()) if quick else _check_members(storage, key, name, archive)
@@ -89,7 +89,7 @@ def _is_zip(storage: Storage, key: str, nbytes: int) -> bool:
     return _bytes(storage, key, 0, 2) == b"PK" or _bytes(storage, key, nbytes - 22, 22).startswith(_END)
 
 
-def _check_count(storage: Storage, key: str, nbytes: int, found: int) -> None:
+def check_count(storage: Storage, key: str, nbytes: int, found: int) -> None:
     """`ValueError` if the directory has not as many entries as its end says: `zipfile` does not look at that."""
     end = _bytes(storage, key, nbytes - 22, 22)
     said = int.from_bytes(end[10:12], "little")
@@ -111,7 +111,7 @@ def _check_own(storage: Storage, key: str, name: str, own: Own, *, quick: bool) 
 def _check_members(storage: Storage, key: str, name: str, archive: zipfile.ZipFile) -> Archive:
     members = [member for member in archive.infolist() if not member.is_dir()]
     stored = [member for member in members if member.compress_type == zipfile.ZIP_STORED]
-    starts = _data_starts(storage, key, stored)
+    starts = data_starts(storage, key, stored)
     placed = [(member, start) for member, start in zip(stored, starts, strict=True) if start is not None]
     found = sums(storage, [Stretch(key, start, member.file_size) for member, start in placed])
     wrong = [member for member, crc in zip((m for m, _ in placed), found, strict=True) if crc != member.CRC]
@@ -127,7 +127,7 @@ def _check_members(storage: Storage, key: str, name: str, archive: zipfile.ZipFi
     return Archive((problem,), checked_nbytes=checked)
 
 
-def _data_starts(storage: Storage, key: str, members: list[zipfile.ZipInfo]) -> list[int | None]:
+def data_starts(storage: Storage, key: str, members: list[zipfile.ZipInfo]) -> list[int | None]:
     """Where the bytes of each stored record begin, which only its local header tells; None if that is damaged.
 
     Names stand in both headers: one that was changed in either shows here.

@@ -36,10 +36,12 @@ def assemble(
     sources: Iterable[WholeTensor],
     tree: Any,
     boxes: Sequence[StoredBox],
+    most_nbytes: int = _MOST,
 ) -> FileEntry:
     """Put the archive of all tensors under `key`; gives its entry for the record, named as the key's last part.
 
-    `tensors` say what is in the archive; `sources`, gone through once, are the same with their sources.
+    `tensors` say what is in the archive; `sources`, gone through once, are the same with their sources. No more than
+    `most_nbytes` are read at once, but always a window.
     `CheckpointDamagedError` if the bytes of a part are not those that its rank has summed up.
     """
     layout = lay_out([tensor.nbytes for tensor in tensors])
@@ -50,7 +52,7 @@ def assemble(
     ]
     tail = make_tail(layout, crcs, encode_index(records, boxes), encode_tree(tree))
     largest = max((tensor.nbytes for tensor in tensors), default=0)
-    image = _Image(parts, layout, crcs, at_once=min(max(largest // 2, _LEAST), _MOST) // WINDOW)
+    image = _Image(parts, layout, crcs, at_once=max(min(max(largest // 2, _LEAST), most_nbytes) // WINDOW, 1))
 
     def windows() -> Iterator[memoryview]:
         yield from image.windows(iter(sources))

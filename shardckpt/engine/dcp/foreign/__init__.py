@@ -1,0 +1,1 @@
+"""Checkpoints that DCP's own writers made: read and written, without DCP."""

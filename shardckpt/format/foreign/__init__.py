@@ -1,0 +1,1 @@
+"""What other programs write: read as data, by allow-lists, and never believed before it is checked."""
