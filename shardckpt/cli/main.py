@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shardckpt.cli.copying import cp
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
 
@@ -46,6 +47,7 @@ def options(
 app.command()(ls)
 app.command()(verify)
 app.command()(repair)
+app.command()(cp)
 
 
 @app.command(

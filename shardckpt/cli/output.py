@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from shardckpt.tools.examining.findings import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +39,30 @@ def console() -> Console:
 def say(message: str) -> None:
     """A line for people, on stderr."""
     typer.echo(message, err=True)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, on terminals only. Give what it has the part that is under way, bytes that are done, and bytes
+    of it in all; any thread may call."""
+    if not sys.stderr.isatty():
+        yield lambda part, nbytes, total: None
+        return
+    from rich import progress as parts
+    from rich.console import Console
+
+    amounts = (parts.DownloadColumn(), parts.TransferSpeedColumn(), parts.TimeRemainingColumn())
+    columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), *amounts)
+    tasks, lock = dict[str, parts.TaskID](), Lock()
+    with parts.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+
+        def advance(part: str, nbytes: int, total: int) -> None:
+            with lock:
+                if part not in tasks:
+                    tasks[part] = bar.add_task(f"{what} {part}", total=total)
+            bar.advance(tasks[part], nbytes)
+
+        yield advance
 
 
 def print_json(content: Any, **more: Any) -> None:
@@ -62,14 +88,7 @@ def explaining() -> Iterator[None]:
 
 def size_text(nbytes: int | None) -> str:
     """Bytes for people: "1.5 GB"."""
-    if nbytes is None:
-        return "-"
-    value, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{nbytes} B" if unit == "B" else f"{value:.3g} {unit}"
+    return "-" if nbytes is None else bytes_text(nbytes)
 
 
 def age_text(created: str | None, now: datetime | None = None) -> str:
