@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shardckpt.cli.copying import cp
+from shardckpt.cli.examining import doctor
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
 
@@ -48,6 +49,7 @@ app.command()(ls)
 app.command()(verify)
 app.command()(repair)
 app.command()(cp)
+app.command()(doctor)
 
 
 @app.command(
