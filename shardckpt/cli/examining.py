@@ -1,13 +1,16 @@
-"""`shardckpt doctor`."""
+"""`shardckpt doctor`, `shardckpt bench` and `shardckpt report`."""
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+from statistics import median
 from typing import Annotated
 
 import typer
 
-from shardckpt.cli.looking import AsJson
-from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, say
+from shardckpt.cli.looking import AsJson, Url
+from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, say, size_text
 
 _MARKS = {"good": ("ok", "green"), "note": ("note", "yellow"), "problem": ("problem", "bold red")}
 
@@ -45,3 +48,74 @@ def doctor(
     if not found.ok:
         say("there are problems; see above")
         raise typer.Exit(PROBLEMS)
+
+
+def bench(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where to measure; it need not be there yet.")],
+    *,
+    mb: Annotated[int, typer.Option("--mb", min=1, help="Megabytes of state.")] = 256,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each is done, after a first time.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Save and load that much at a place, beside a plain write and read of the same bytes.
+
+    One process, random bytes, by turns; it leaves nothing behind. A first impression: what is held against other
+    engines, with several ranks, is in benchmarks/.
+
+    Example: shardckpt bench /mnt/scratch --mb 1000
+    """
+    with explaining():
+        from shardckpt.tools.examining.bench import bench as measure
+
+        found = measure(url, nbytes=mb * 1_000_000, rounds=rounds)
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("what", "seconds", "rate", "of the plain rate"):
+        table.add_column(name, justify="left" if name == "what" else "right", no_wrap=True)
+    for each in found.measures:
+        low, middle, high = min(each.seconds), median(each.seconds), max(each.seconds)
+        ratio = "" if each.ratio is None else f"{each.ratio:.0%}"
+        rate = f"{size_text(int(each.rate))}/s"
+        table.add_row(each.name, f"{middle:.3f} ({low:.3f}-{high:.3f})", rate, ratio)
+    console().print(table)
+
+
+def report(
+    url: Url,
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="FILE", help="Where the page goes; - for stdout.")] = "report.html",
+    log: Annotated[str | None, typer.Option("--log", help="What sc.SaveLog wrote; else <run>/saves.jsonl.")] = None,
+    keep_last: Annotated[int | None, typer.Option("--keep-last", min=1, help="Show what this would keep.")] = None,
+    keep_best: Annotated[int | None, typer.Option("--keep-best", min=1, help="The same, by score.")] = None,
+    lower_better: Annotated[bool, typer.Option("--lower-better", help="Of scores.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make one page of HTML of a run: sizes, timings, each rank's part in a save, space by part, what is kept and why.
+
+    The page needs no network and no other file. Timings come from the log that `sc.SaveLog` writes while training;
+    without it they are left out.
+
+    Ends with 0, or 1 if there is nothing at that place, 2 if it cannot be reached or the page not be written.
+
+    Example: shardckpt report runs/a --to a.html --keep-last 3
+    """
+    with explaining():
+        from shardckpt.run.retention import KeepBest, KeepLast, Policy
+        from shardckpt.tools.page.facts import gather, without_phases
+        from shardckpt.tools.page.page import page
+
+        rules: list[Policy] = [] if keep_last is None else [KeepLast(keep_last)]
+        rules += [] if keep_best is None else [KeepBest(keep_best, lower_better=lower_better)]
+        facts = gather(url, log=log, keep=reduce(or_, rules) if rules else None)
+        if as_json:
+            print_json(without_phases(facts))
+        elif to == "-":
+            typer.echo(page(facts))
+        else:
+            with open(to, "w", encoding="utf-8") as file:
+                file.write(page(facts))
+            say(f"{to} has been written")

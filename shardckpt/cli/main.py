@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardckpt.cli.copying import cp
-from shardckpt.cli.examining import doctor
+from shardckpt.cli.examining import bench, doctor, report
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
 
@@ -50,6 +50,8 @@ app.command()(verify)
 app.command()(repair)
 app.command()(cp)
 app.command()(doctor)
+app.command()(bench)
+app.command()(report)
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from shardckpt.cli.main import app
+from shardckpt.storage.open import open_storage
 from shardckpt.tools.examining import place
 from tests.cli.test_looking import run
+from tests.tools.making import save
 
 
 def as_json(*arguments: object) -> Any:
@@ -48,3 +51,42 @@ def test_doctor_ends_with_1_for_problems_and_2_for_no_place(tmp_path: Path, monk
     assert status == 0  # that place has no clock of its own
     status, told, said = run("doctor", tmp_path, "--mb", 1)
     assert (status, "problem  clock: " in told, said) == (1, True, "there are problems; see above")
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_bench_measures_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
+    url = str(tmp_path / "not/there") if kind == "local" else f"memory://{tmp_path.name}-bench"
+    status, told, said = run("bench", url, "--mb", 1, "--rounds", 1)
+    assert (status, said) == (0, "")
+    rows = [line.split("  ")[0] for line in told.splitlines()]
+    assert rows == ["what", "plain write", "save", "plain read", "load"]
+    found = as_json("bench", url, "--mb", 1, "--rounds", 2)
+    assert (found["nbytes"], [len(measure["seconds"]) for measure in found["measures"]]) == (1_000_000, [2] * 4)
+    assert [measure["ratio"] is None for measure in found["measures"]] == [True, False] * 2
+    assert list(tmp_path.iterdir()) == []
+    with closing(open_storage(url)) as storage:
+        assert storage.list() == []
+
+
+def test_bench_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    status, told, said = run("bench", tmp_path / "file/run", "--mb", 1)
+    assert (status, told, said.startswith("shardckpt: cannot write to")) == (2, "", True)
+
+
+def test_report_writes_a_page(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1, 2)
+    page = tmp_path / "page.html"
+    assert run("report", tmp_path / "run", "--to", page, "--keep-last", 1, "--keep-best", 2) == (
+        0,
+        "",
+        f"{page} has been written",
+    )
+    assert "not kept by any rule" in page.read_text()
+    status, told, said = run("report", tmp_path / "run", "--to", "-")
+    assert (status, told.splitlines()[0], said) == (0, "<!doctype html>", "")
+    found = as_json("report", tmp_path / "run")
+    assert ([step["step"] for step in found["steps"]], found["log"], found["saves"]) == ([1, 2], None, [])
+    assert run("report", tmp_path / "none")[0] == 1
+    status, _, said = run("report", tmp_path / "run", "--to", tmp_path / "none/page.html")
+    assert (status, "page.html" in said) == (2, True)

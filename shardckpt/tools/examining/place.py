@@ -36,7 +36,7 @@ class HasClock(Protocol):
 
 def examine_place(storage: Storage, *, nbytes: int) -> list[Finding]:
     """All findings of a place. `OSError` if nothing can be put there at all. `nbytes`: of the file for the rates."""
-    with _leaving_nothing(storage) as folder:
+    with leaving_nothing(storage) as folder:
         storage.put(f"{folder}/first", [b"1"])
         checks: list[Callable[[], Iterator[Finding]]] = [
             lambda: _space(storage, nbytes),
@@ -51,7 +51,7 @@ def examine_place(storage: Storage, *, nbytes: int) -> list[Finding]:
 
 
 @contextmanager
-def _leaving_nothing(storage: Storage) -> Iterator[str]:
+def leaving_nothing(storage: Storage) -> Iterator[str]:
     """A folder of this examination's own; afterwards it is gone, and so is a root that was made for it."""
     folder = f"examined-{secrets.token_hex(8)}"
     made = [path for path in _above(storage) if not path.exists()]
