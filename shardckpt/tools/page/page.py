@@ -55,9 +55,9 @@ def _head(facts: RunFacts) -> str:
     steps, saved = _committed(facts), _saved(facts)
     newest = steps[-1] if steps else None
     figures = [("committed steps", str(len(steps))), ("newest step", str(newest.step) if newest else "-")]
-    figures.append(("all of them", bytes_text(sum(step.nbytes or 0 for step in steps))))
+    figures.append(("size of all", bytes_text(sum(step.nbytes or 0 for step in steps))))
     if newest is not None and newest.nbytes is not None:
-        figures.append(("newest step", bytes_text(newest.nbytes)))
+        figures.append(("size of the newest", bytes_text(newest.nbytes)))
     if saved:
         figures += [
             ("training held by the last save", seconds_text(saved[-1].stall_s)),
@@ -75,7 +75,7 @@ def _sizes(facts: RunFacts) -> Iterator[str]:
         yield _section(f"Space by part, step {facts.parts_step}", shares(facts.parts))
     steps = [step for step in _committed(facts) if step.nbytes is not None][-_MOST_BARS:]
     if steps:
-        rows = [(f"step {step.step}", float(step.nbytes or 0), bytes_text(step.nbytes or 0)) for step in steps]
+        rows = [(str(step.step), float(step.nbytes or 0), bytes_text(step.nbytes or 0)) for step in steps]
         yield _section("Size by step", bars(rows), _of(len(steps), len(_committed(facts)), "steps"))
 
 
@@ -137,8 +137,9 @@ def _retention(facts: RunFacts) -> Iterator[str]:
             table(("step", "score", "stays because"), rows, numbers=frozenset({0, 1})),
         ]
     if deleted:
-        numbers = ", ".join(str(save.step) for save in deleted[-_MOST_ROWS:])
-        content.append(_soft(f"deleted so far, as the log tells ({len(deleted)}): {numbers}"))
+        numbers = ", ".join(str(save.step) for save in deleted[-_MOST_BARS:])
+        more = f", the last {_MOST_BARS} of them" if len(deleted) > _MOST_BARS else ""
+        content.append(_soft(f"deleted so far, as the log tells: {len(deleted)} steps{more}: {numbers}"))
     yield _section("Retention", *content)
 
 

@@ -35,16 +35,23 @@ class SaveLine:
     """A save that is over, or a step that was loaded or deleted."""
 
     event: str
+    """"committed", "failed", "unknown", "skipped", "deleted", "loaded"."""
     step: int
     at: float
+    """Seconds since 1970."""
     nbytes: int = 0
+    """Of the whole checkpoint."""
     stall_s: float = 0.0
+    """How long training was held up."""
     total_s: float = 0.0
+    """From `save` to the commit."""
     rate: float = 0.0
+    """Bytes per second over all of that."""
     slowest_rank: int | None = None
     slowest_s: float = 0.0
     error: str = ""
     ranks: tuple[RankSpans, ...] = ()
+    """Empty in what `shardckpt report --json` prints; the log has them."""
 
 
 def read_saves(path: str | os.PathLike[str]) -> list[SaveLine]:

@@ -48,6 +48,9 @@ figure { margin: 0; min-width: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { text-align: left; padding: .28rem .7rem .28rem 0; border-top: 1px solid var(--line); vertical-align: top; }
 th { border-top: 0; color: var(--soft); font-weight: 600; white-space: nowrap; }
-td.n, th.n { text-align: right; white-space: nowrap; }
+td:not(:last-child) { white-space: nowrap; }
+td.n, th.n { text-align: right; width: 1%; }
+td:last-child { overflow-wrap: anywhere; min-width: 9rem; }
+@media (max-width: 34rem) { .row { grid-template-columns: 4.2rem minmax(0, 1fr) 3.9rem; gap: .35rem; } }
 .bad { color: var(--c4); font-weight: 600; }
 """
