@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from shardckpt.cli.looking import AsJson, Url
-from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, say, size_text
+from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, print_table, say, size_text
 
 _MARKS = {"good": ("ok", "green"), "note": ("note", "yellow"), "problem": ("problem", "bold red")}
 
@@ -71,17 +71,13 @@ def bench(
     if as_json:
         print_json(found)
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("what", "seconds", "rate", "of the plain rate"):
-        table.add_column(name, justify="left" if name == "what" else "right", no_wrap=True)
+    rows = []
     for each in found.measures:
         low, middle, high = min(each.seconds), median(each.seconds), max(each.seconds)
         ratio = "" if each.ratio is None else f"{each.ratio:.0%}"
         rate = f"{size_text(int(each.rate))}/s"
-        table.add_row(each.name, f"{middle:.3f} ({low:.3f}-{high:.3f})", rate, ratio)
-    console().print(table)
+        rows.append((each.name, f"{middle:.3f} ({low:.3f}-{high:.3f})", rate, ratio))
+    print_table({"what": "left", "seconds": "right", "rate": "right", "of the plain rate": "right"}, rows)
 
 
 def report(
