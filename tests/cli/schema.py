@@ -59,7 +59,7 @@ def _with_those_in_it(cls: type) -> Iterator[type]:
 
 
 def _classes(hint: Any) -> Iterator[type]:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint
     for inner in typing.get_args(hint):
         yield from _classes(inner)
