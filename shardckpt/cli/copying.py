@@ -35,10 +35,7 @@ def cp(
     with explaining(), progress("step") as bar:
         from shardckpt.tools.copying.steps import copy_steps
 
-        def told(number: int, nbytes: int, total: int) -> None:
-            bar(str(number), nbytes, total)
-
-        report = copy_steps(source, target, step=step, every=every, told=told)
+        report = copy_steps(source, target, step=step, every=every, told=bar)
     if as_json:
         print_json(report, ok=report.ok)
     else:

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardckpt.cli.output import PROBLEMS, Heads, age_text, console, explaining, print_json, print_table, say, size_text
+from shardckpt.cli.output import (
+    PROBLEMS,
+    Heads,
+    age_text,
+    console,
+    explaining,
+    print_json,
+    print_table,
+    progress,
+    say,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,10 +86,10 @@ def verify(
 
     Example: shardckpt verify runs/a --step 1000
     """
-    with explaining():
+    with explaining(), progress("step") as bar:
         from shardckpt.tools.verify import verify as look
 
-        report = look(url, step=step, quick=quick)
+        report = look(url, step=step, quick=quick, told=bar)
     if as_json:
         print_json(report, ok=report.ok)
     else:

@@ -70,9 +70,9 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, on terminals only. Give what it has the part that is under way, bytes that are done, and bytes
-    of it in all; any thread may call."""
+def progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Bars on stderr, on terminals only. Call it, in any thread, with the number of what is under way (a step, ...),
+    how many bytes of it have just been done, and how many it has."""
     if not sys.stderr.isatty():
         yield lambda part, nbytes, total: None
         return
@@ -81,10 +81,10 @@ def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
     amounts = (parts.DownloadColumn(), parts.TransferSpeedColumn(), parts.TimeRemainingColumn())
     columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), *amounts)
-    tasks, lock = dict[str, parts.TaskID](), Lock()
+    tasks, lock = dict[int, parts.TaskID](), Lock()
     with parts.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
 
-        def advance(part: str, nbytes: int, total: int) -> None:
+        def advance(part: int, nbytes: int, total: int) -> None:
             with lock:
                 if part not in tasks:
                     tasks[part] = bar.add_task(f"{what} {part}", total=total)

@@ -81,11 +81,11 @@ def test_ctrl_c_in_the_middle_and_then_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_bar_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with output.progress("step") as bar:
-        bar("1", 5, 10)
+        bar(1, 5, 10)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with output.progress("step") as bar:
-        bar("1", 5, 10)
-        bar("1", 5, 10)
+        bar(1, 5, 10)
+        bar(1, 5, 10)
     told, said = capsys.readouterr()
     assert (told, "step 1" in said) == ("", True)
