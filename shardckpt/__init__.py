@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shardckpt.engine.events.kinds import Staged as Staged
     from shardckpt.engine.events.kinds import StopAgreed as StopAgreed
     from shardckpt.engine.events.kinds import Written as Written
+    from shardckpt.engine.events.savelog import SaveLog as SaveLog
     from shardckpt.engine.events.trace import Trace as Trace
     from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
     from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
@@ -99,6 +100,7 @@ _HOME = {
     "RngState": "state",
     "RunReport": "tools.report",
     "SaveFailed": "engine.events.kinds",
+    "SaveLog": "engine.events.savelog",
     "SaveOver": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",

@@ -6,12 +6,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardckpt.cli.output import PROBLEMS, age_text, console, explaining, print_json, say, size_text
+from shardckpt.cli.output import (
+    PROBLEMS,
+    Heads,
+    age_text,
+    console,
+    explaining,
+    print_json,
+    print_table,
+    progress,
+    say,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shardckpt.tools.listing import Listing
+    from shardckpt.tools.listing import Listing, StepLine
     from shardckpt.tools.report import StepReport
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="A run, one step of it (.../step_100), or any folder or file.")]
@@ -39,30 +50,23 @@ def ls(url: Url, *, as_json: AsJson = False) -> None:
     if not listing.steps and not listing.runs:
         say(f"there are no checkpoints in {listing.url}")
         return
-    _print_listing(listing, console())
+    _print_listing(listing)
 
 
-def _print_listing(listing: Listing, out: Console) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _print_listing(listing: Listing) -> None:
     if listing.runs:
-        for name in ("run", "steps", "latest"):
-            table.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
-        for run in listing.runs:
-            table.add_row(run.name, str(run.steps), str(run.latest))
-        out.print(table)
+        heads: Heads = {"run": "left", "steps": "right", "latest": "right"}
+        print_table(heads, [(run.name, str(run.steps), str(run.latest)) for run in listing.runs])
         return
-    for name in ("step", "age", "size", "ranks", "score"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("state", "parts"):
-        table.add_column(name, overflow="fold")
-    for line in listing.steps:
-        numbers = ["-" if value is None else f"{value:g}" for value in (line.world_size, line.score)]
-        state = line.state if line.state in ("committed", "model only") else f"{line.state} ({line.folder})"
-        step = "-" if line.step is None else str(line.step)
-        table.add_row(step, age_text(line.created), size_text(line.nbytes), *numbers, state, ", ".join(line.parts))
-    out.print(table)
+    numbers: Heads = dict.fromkeys(("step", "age", "size", "ranks", "score"), "right")
+    print_table(numbers | {"state": "left", "parts": "left"}, [_row(line) for line in listing.steps])
+
+
+def _row(line: StepLine) -> tuple[str, ...]:
+    numbers = ["-" if value is None else f"{value:g}" for value in (line.world_size, line.score)]
+    state = line.state if line.state in ("committed", "model only") else f"{line.state} ({line.folder})"
+    step = "-" if line.step is None else str(line.step)
+    return step, age_text(line.created), size_text(line.nbytes), *numbers, state, ", ".join(line.parts)
 
 
 def verify(
@@ -82,10 +86,10 @@ def verify(
 
     Example: shardckpt verify runs/a --step 1000
     """
-    with explaining():
+    with explaining(), progress("step") as bar:
         from shardckpt.tools.verify import verify as look
 
-        report = look(url, step=step, quick=quick)
+        report = look(url, step=step, quick=quick, told=bar)
     if as_json:
         print_json(report, ok=report.ok)
     else:

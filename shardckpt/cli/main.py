@@ -8,14 +8,19 @@ from typing import Annotated
 import typer
 
 from shardckpt.cli.converting import convert
+from shardckpt.cli.copying import cp
+from shardckpt.cli.examining import bench, doctor, report
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
 
 app = typer.Typer(
     name="shardckpt",
-    help="Sharded checkpoints for PyTorch.",
+    help=(
+        "Sharded checkpoints for PyTorch: look at them, check, repair, copy and measure them, on paths and URLs.\n\n"
+        "Commands end with 0 if all is good, 1 if problems were found or what was asked for is not there, 2 for wrong "
+        "usage or a place that cannot be reached, 130 if interrupted. Data goes to stdout, messages to stderr."
+    ),
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
@@ -48,6 +53,10 @@ app.command()(ls)
 app.command()(verify)
 app.command()(repair)
 app.command()(convert)
+app.command()(cp)
+app.command()(doctor)
+app.command()(bench)
+app.command()(report)
 
 
 @app.command(
@@ -58,6 +67,8 @@ def demo(context: typer.Context) -> None:
     """Train a small model, kill it in the middle of a save, resume it on other meshes, and compare.
 
     All arguments go to the demo; `shardckpt demo --help` lists them.
+
+    Example: shardckpt demo --mesh 2x2
     """
     from shardckpt.demo.__main__ import main as run
 

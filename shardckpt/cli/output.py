@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import typer
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from shardckpt.tools.examining.findings import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 GOOD, PROBLEMS, UNUSABLE = 0, 1, 2
 
+Side: TypeAlias = Literal["left", "right"]
+Heads: TypeAlias = dict[str, Side]
+"""The names of columns, and to which side each stands."""
+
+_MANY = 1000
+"""Rows beyond which a table is not laid out for the terminal: rich takes half a millisecond for each."""
 _WIDE = 1000
 """Columns for output that goes to a file or another program: nothing is cut off or wrapped."""
 
@@ -34,9 +42,55 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False, emoji=False, markup=False)
 
 
+def print_table(heads: Heads, rows: Sequence[Sequence[str]]) -> None:
+    """On terminals, what is too wide is folded in the columns that stand to the left."""
+    if sys.stdout.isatty() and len(rows) <= _MANY:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name, side in heads.items():
+            table.add_column(name, justify=side, no_wrap=side == "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
+        return
+    columns = [[name, *(row[k] for row in rows)] for k, name in enumerate(heads)]
+    padded = [_padded(column, side) for column, side in zip(columns, heads.values(), strict=True)]
+    typer.echo("\n".join("  ".join(cells).rstrip() for cells in zip(*padded, strict=True)))
+
+
+def _padded(column: list[str], side: Side) -> list[str]:
+    width = max(map(len, column))
+    return [text.rjust(width) if side == "right" else text.ljust(width) for text in column]
+
+
 def say(message: str) -> None:
     """A line for people, on stderr."""
     typer.echo(message, err=True)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Bars on stderr, on terminals only. Call it, in any thread, with the number of what is under way (a step, ...),
+    how many bytes of it have just been done, and how many it has."""
+    if not sys.stderr.isatty():
+        yield lambda part, nbytes, total: None
+        return
+    from rich import progress as parts
+    from rich.console import Console
+
+    amounts = (parts.DownloadColumn(), parts.TransferSpeedColumn(), parts.TimeRemainingColumn())
+    columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), *amounts)
+    tasks, lock = dict[int, parts.TaskID](), Lock()
+    with parts.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+
+        def advance(part: int, nbytes: int, total: int) -> None:
+            with lock:
+                if part not in tasks:
+                    tasks[part] = bar.add_task(f"{what} {part}", total=total)
+            bar.advance(tasks[part], nbytes)
+
+        yield advance
 
 
 def print_json(content: Any, **more: Any) -> None:
@@ -62,14 +116,7 @@ def explaining() -> Iterator[None]:
 
 def size_text(nbytes: int | None) -> str:
     """Bytes for people: "1.5 GB"."""
-    if nbytes is None:
-        return "-"
-    value, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{nbytes} B" if unit == "B" else f"{value:.3g} {unit}"
+    return "-" if nbytes is None else bytes_text(nbytes)
 
 
 def age_text(created: str | None, now: datetime | None = None) -> str:

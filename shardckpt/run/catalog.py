@@ -51,6 +51,7 @@ class Catalog:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self._renames = isinstance(storage, RenamingStorage)
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
@@ -137,7 +138,7 @@ class Catalog:
     def _look(self, step: int) -> Entry | None:
         """The step under its own name, by one request."""
         folder = step_folder(step)
-        if isinstance(self.storage, RenamingStorage):
+        if self._renames:
             return Entry(step, folder, folder) if self._has_record(folder) else None
         names = self.storage.list(folder)
         if MANIFEST not in names:
@@ -149,7 +150,7 @@ class Catalog:
 
     def _look_again(self, steps: Collection[int]) -> list[Entry]:
         """Steps that have no record under their own name: the second and third look of the module's text."""
-        if not steps or not isinstance(self.storage, RenamingStorage):
+        if not steps or not self._renames:
             return []
         asides = [aside for name in self.storage.list() if (aside := _replaced(name))]
         return _present(each(lambda step: self._settle(step, [a for a in asides if a.step == step]), sorted(steps)))

@@ -86,6 +86,14 @@ class S3Storage(FsspecStorage):
             return self._direct
         return requests
 
+    def refuses_to_replace(self) -> bool:
+        return self._write_once.of_puts(partial(self._call, f"cannot probe {self._url}"))
+
+    def modified(self, key: str) -> float:
+        """When the object was made: seconds since 1970, whole ones, by the server's clock."""
+        path = self._path(key)
+        return float(self._call(self._what("look at", key), lambda fs: fs.modified(path).timestamp()))
+
     def put(self, key: str, parts: Iterable[Buffer]) -> int:
         what = self._what("put", key)
         first, rest = self._gather(parts)

@@ -10,8 +10,9 @@ records of an archive. What the system has in its page cache is read from there,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, parse_step
@@ -26,12 +27,16 @@ from shardckpt.tools.contents import Found, committed, files_below, foreign_fold
 from shardckpt.tools.place import Place, Where, opened
 from shardckpt.tools.report import REBUILT, Problem, RunReport, StepReport, judge, parts_of, parts_of_files
 
+Told: TypeAlias = Callable[[int, int, int], None]
+"""What hears of progress: the step, how many bytes of it have just been read, and how many it has."""
+
 
 def verify(
     where: Where,
     *,
     step: int | None = None,
     quick: bool = False,
+    told: Told = lambda step, nbytes, total: None,
     storage_options: Mapping[str, object] | None = None,
 ) -> RunReport:
     """Look at a run, one step, or a checkpoint of others, and say what is there and what is damaged.
@@ -43,24 +48,25 @@ def verify(
         where: a run, one step (`.../step_100`), one file, or a folder of another program; a path, URL or `Storage`.
         step: only this one, committed or not.
         quick: only records, presence and sizes; no file is read.
+        told: hears of a committed step, how many bytes of it have just been read, and how many it has.
         storage_options: for fsspec; never logged.
     """
     with opened(where, storage_options) as place:
         if place.file:
             reports = [_of_file(place.storage, place.file, quick=quick)]
         else:
-            reports = _reports(place, step, quick=quick)
+            reports = _reports(place, step, quick=quick, told=told)
         if not reports:
             missing = f"step {step}" if step is not None else "a checkpoint"
             raise CheckpointNotFoundError(f"there is no trace of {missing} in {place.storage.url}", step=step)
         return RunReport(place.storage.url, quick, tuple(reports))
 
 
-def _reports(place: Place, step: int | None, *, quick: bool) -> list[StepReport]:
+def _reports(place: Place, step: int | None, *, quick: bool, told: Told) -> list[StepReport]:
     storage, folder = place.storage, place.folder
     entries = committed(storage) if step is None and not folder else _entries(storage, folder, step)
     others = [found for found in leftovers(storage, entries) if _is_meant(found, folder, step)]
-    reports = [verify_step(storage, entry, quick=quick) for entry in entries]
+    reports = [verify_step(storage, entry, quick=quick, told=told) for entry in entries]
     reports += [verify_leftover(storage, found, quick=quick) for found in others]
     if not reports and step is None:
         folders = [folder] if folder else foreign_folders(storage)
@@ -85,7 +91,9 @@ def _is_meant(found: Found, folder: str, step: int | None) -> bool:
     return step is None or found.step == step
 
 
-def verify_step(storage: Storage, entry: Entry, *, quick: bool = False) -> StepReport:
+def verify_step(
+    storage: Storage, entry: Entry, *, quick: bool = False, told: Told = lambda step, nbytes, total: None
+) -> StepReport:
     """Of a committed step."""
     try:
         folder, manifest = Catalog(storage).record(entry)
@@ -94,7 +102,8 @@ def verify_step(storage: Storage, entry: Entry, *, quick: bool = False) -> StepR
     problems, sound = _of_sizes(storage, folder, manifest.files)
     checked = 0
     if not quick:
-        found = sums(storage, [Stretch(f"{folder}/{file.name}", 0, file.nbytes) for file in sound])
+        stretches = [Stretch(f"{folder}/{file.name}", 0, file.nbytes) for file in sound]
+        found = sums(storage, stretches, told=lambda nbytes: told(entry.step, nbytes, manifest.nbytes))
         for file, crc in zip(sound, found, strict=True):
             if isinstance(crc, Exception):
                 problems.append(Problem(file.name, f"cannot be read: {crc}"))

@@ -16,8 +16,8 @@ HEAVY = {"torch", "numpy", "fsspec", "s3fs", "aiohttp", "botocore", "rich", "typ
 """From 20 ms (typer) to 2 s (torch)."""
 
 
-def loaded_by(code: str) -> set[str]:
-    """All modules in a fresh interpreter after `code`."""
+def loaded_by(code: str, *, prints: bool = False) -> set[str]:
+    """All modules in a fresh interpreter after `code`, which says nothing, unless it is to print something."""
     told = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys, json\nprint(json.dumps(list(sys.modules)))"],
         cwd=ROOT,
@@ -26,6 +26,7 @@ def loaded_by(code: str) -> set[str]:
         check=True,
         timeout=100,
     )
+    assert prints or (told.stderr, told.stdout.count("\n")) == ("", 1)
     return set(json.loads(told.stdout.splitlines()[-1]))
 
 
@@ -52,8 +53,15 @@ def test_an_import_leaves_out_what_it_does_not_need(code: str, absent: set[str])
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
     code = f"import runpy, sys\nsys.argv = {['shardckpt', *arguments]}\n"
-    loaded = loaded_by(code + "try: runpy.run_module('shardckpt', run_name='__main__')\nexcept SystemExit: pass")
+    code += "try: runpy.run_module('shardckpt', run_name='__main__')\nexcept SystemExit: pass"
+    loaded = loaded_by(code, prints=True)
     assert not loaded & {"torch", "numpy", "fsspec", "s3fs"}
+
+
+def test_what_an_import_prints_is_seen() -> None:
+    for stream in ("stdout", "stderr"):
+        with pytest.raises(AssertionError):
+            loaded_by(f"import sys; print('hello', file=sys.{stream})")
 
 
 def test_a_heavy_import_is_seen() -> None:

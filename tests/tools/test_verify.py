@@ -225,3 +225,16 @@ def test_memory_is_bounded_by_pieces_and_not_by_files(monkeypatch: pytest.Monkey
     monkeypatch.setattr(storage, "read_into", read_into)
     sums(storage, [Stretch("a", 0, 100_000)])
     assert largest == 1000
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    told: list[tuple[int, int, int]] = []
+    report = sc.verify(tmp_path, told=lambda *what: told.append(what))
+    for step in report.steps:
+        mine = [what for what in told if what[0] == step.step]
+        assert sum(nbytes for _, nbytes, _ in mine) == step.nbytes
+        assert {total for _, _, total in mine} == {step.nbytes}
+    told.clear()
+    sc.verify(tmp_path, quick=True, told=lambda *what: told.append(what))
+    assert told == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeAlias
@@ -41,10 +41,13 @@ class _Bite:
     stretch: Stretch
 
 
-def sums(storage: Storage, stretches: Sequence[Stretch]) -> list[Summed]:
+def sums(
+    storage: Storage, stretches: Sequence[Stretch], *, told: Callable[[int], None] = lambda nbytes: None
+) -> list[Summed]:
     """The CRC of each stretch, or the `OSError` or `EOFError` of reading it. Holds 16 MiB, of an object store 128 MiB.
 
-    What cannot be read ends only its own stretch: all damaged files are to be found at once.
+    What cannot be read ends only its own stretch: all damaged files are to be found at once. `told` hears of bytes that
+    were read, or tried; any thread calls it.
     """
     threads = _LOCAL_THREADS if isinstance(storage, RenamingStorage) else _REMOTE_THREADS
     windows: SimpleQueue[bytearray] = SimpleQueue()
@@ -59,6 +62,7 @@ def sums(storage: Storage, stretches: Sequence[Stretch]) -> list[Summed]:
             _sum_unit(storage, [bite for bite in unit if bite.number not in failed], window, found, failed)
         finally:
             windows.put(window)
+        told(sum(bite.stretch.nbytes for bite in unit))
 
     for_each(_units(stretches), work, threads=threads)
     return [failed.get(number) or _joined(pieces) for number, pieces in enumerate(found)]

@@ -1,0 +1,1 @@
+"""Copies of committed steps between places, of whatever kinds."""

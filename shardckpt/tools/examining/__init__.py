@@ -1,0 +1,1 @@
+"""What a machine and a place can do, found by trying: for `shardckpt doctor` and `shardckpt bench`."""
