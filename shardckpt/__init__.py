@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.gang.gangs import Gangs as Gangs
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
+    from shardckpt.run.registry.config import Difference as Difference
+    from shardckpt.run.registry.one import Run as Run
+    from shardckpt.run.registry.runs import Runs as Runs
     from shardckpt.run.retention import KeepAll as KeepAll
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
@@ -76,6 +79,7 @@ _HOME = {
     "DcpReader": "engine.dcp.reader",
     "DcpWriter": "engine.dcp.writer",
     "Deleted": "engine.events.kinds",
+    "Difference": "run.registry.config",
     "Event": "engine.events.kinds",
     "Failure": "errors",
     "GangError": "errors",
@@ -94,7 +98,9 @@ _HOME = {
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
     "RngState": "state",
+    "Run": "run.registry.one",
     "RunReport": "tools.report",
+    "Runs": "run.registry.runs",
     "SaveFailed": "engine.events.kinds",
     "SaveOver": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",

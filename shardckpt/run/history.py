@@ -10,10 +10,14 @@ from datetime import timedelta
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import Deleted, retain
+from shardckpt.run.registry.one import Journal
 from shardckpt.run.retention import Policy, prefers_lower
 from shardckpt.run.scores import encode_score, write_score
 
 _log = logging.getLogger(__name__)
+
+SCORE_NAME = "score"
+"""What the score is called among the metrics of a step."""
 
 
 class History:
@@ -28,12 +32,16 @@ class History:
         on_deleted: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._catalog = catalog
+        self.journal: Journal | None = None
+        """Where the run's history is put down, if the run has one."""
         self.on_deleted = on_deleted
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
         self._due: dict[int, float] = {}
         self._protected: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._scoring = threading.Lock()
+        """Held while a score is written: the older one never comes last."""
 
     @property
     def prefers_lower(self) -> bool:
@@ -56,7 +64,12 @@ class History:
 
     def write_score(self, step: int, score: float) -> None:
         """Give a committed step its score. On rank 0."""
-        write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+        with self._scoring:
+            with self._lock:
+                self._due.pop(step, None)  # an older one, that was to be written after the commit
+            write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+        if self.journal is not None:
+            self.journal.measured(step, {SCORE_NAME: float(score)})
 
     def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
         """Delete what this policy does not keep, whatever the run's own policy is; see `shardckpt.run.prune.retain`.
@@ -67,19 +80,16 @@ class History:
             protected = dict(self._protected)
         return self._told(retain(self._catalog, policy, preserve_model=preserve_model, protected=protected))
 
-    def committed(self, step: int) -> list[int]:
-        """After a commit: write the score that was waiting, prune, and give the deleted steps.
+    def committed(self, step: int, *, created: str = "", nbytes: int = 0) -> list[int]:
+        """After a commit: note it, write the score that was waiting, prune, and give the deleted steps.
 
         What goes wrong here is logged: the step is committed all the same, and the next commit prunes again.
         """
         with self._lock:
-            score = self._due.pop(step, None)
             protected = {**self._protected, step: "the step that was just saved"}
-        if score is not None:
-            try:
-                self.write_score(step, score)
-            except Exception:
-                _log.exception("step %d is committed, but its score was not written", step)
+        if self.journal is not None:
+            self.journal.committed(step, created=created, nbytes=nbytes, metrics={})
+        self._write_due(step)
         try:
             self._leftovers.tidy()
         except Exception:
@@ -89,6 +99,21 @@ class History:
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
+
+    def _write_due(self, step: int) -> None:
+        """The score that was given while the step was being saved, if no newer one has been written since."""
+        with self._scoring:
+            with self._lock:
+                score = self._due.pop(step, None)
+            if score is None:
+                return
+            try:
+                write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+            except Exception:
+                _log.exception("step %d is committed, but its score was not written", step)
+                return
+        if self.journal is not None:
+            self.journal.measured(step, {SCORE_NAME: score})
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:
