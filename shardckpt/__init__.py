@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.gang.gangs import Gangs as Gangs
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
+    from shardckpt.run.choosing.due import SaveEvery as SaveEvery
+    from shardckpt.run.choosing.due import SaveRule as SaveRule
+    from shardckpt.run.choosing.parts import Parts as Parts
     from shardckpt.run.registry.config import Difference as Difference
     from shardckpt.run.registry.one import Run as Run
     from shardckpt.run.registry.runs import Runs as Runs
@@ -94,6 +97,7 @@ _HOME = {
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
     "OtherRank": "engine.progress",
+    "Parts": "run.choosing.parts",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
@@ -101,10 +105,12 @@ _HOME = {
     "Run": "run.registry.one",
     "RunReport": "tools.report",
     "Runs": "run.registry.runs",
+    "SaveEvery": "run.choosing.due",
     "SaveFailed": "engine.events.kinds",
     "SaveOver": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",
+    "SaveRule": "run.choosing.due",
     "SaveSkipped": "engine.events.kinds",
     "SaveStarted": "engine.events.kinds",
     "Staged": "engine.events.kinds",

@@ -26,6 +26,7 @@ from shardckpt.errors import CheckpointError
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder
 from shardckpt.manager.steps.resuming import ResumingFace
+from shardckpt.manager.steps.scheduling import SchedulingFace
 from shardckpt.manager.stopping import StoppingFace
 from shardckpt.manager.talk import Talk
 from shardckpt.manager.tally import Tally
@@ -44,7 +45,7 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace, ResumingFace, StoppingFace):
+class CheckpointManager(TransactionalFace, ResumingFace, SchedulingFace, StoppingFace):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -89,6 +90,7 @@ class CheckpointManager(TransactionalFace, ResumingFace, StoppingFace):
         if isinstance(root, Run):
             storage_options = root.storage_options
             root = root.root
+        self._storage_options = storage_options
         self._storage = _storage(root, storage_options)
         self._owns_storage = isinstance(root, (str, os.PathLike))
         self._at = Coordinates.of(gangs)

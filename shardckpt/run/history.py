@@ -11,13 +11,10 @@ from shardckpt.run.catalog import Catalog
 from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import Deleted, retain
 from shardckpt.run.registry.one import Journal
-from shardckpt.run.retention import Policy, prefers_lower
-from shardckpt.run.scores import encode_score, write_score
+from shardckpt.run.retention import SCORE, Policy, prefers_lower, yardstick
+from shardckpt.run.scores import encode_score, read_scores, write_score
 
 _log = logging.getLogger(__name__)
-
-SCORE_NAME = "score"
-"""What the score is called among the metrics of a step."""
 
 
 class History:
@@ -69,7 +66,15 @@ class History:
                 self._due.pop(step, None)  # an older one, that was to be written after the commit
             write_score(self._catalog.storage, self._catalog.entry(step), score=score)
         if self.journal is not None:
-            self.journal.measured(step, {SCORE_NAME: float(score)})
+            self.journal.measured(step, {SCORE: float(score)})
+
+    def best_first(self) -> tuple[str, list[int], int]:
+        """The metric by which the run's policy compares (the score, of which more is better, if it does not), the steps
+        that have it, the best first, and how many steps there are in all. On rank 0."""
+        rule = yardstick(self._policy)
+        entries = self._catalog.entries()
+        known = read_scores(self._catalog.storage, entries).by_step
+        return rule.metric, rule.ranking(known), len(entries)
 
     def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
         """Delete what this policy does not keep, whatever the run's own policy is; see `shardckpt.run.prune.retain`.
@@ -113,7 +118,7 @@ class History:
                 _log.exception("step %d is committed, but its score was not written", step)
                 return
         if self.journal is not None:
-            self.journal.measured(step, {SCORE_NAME: score})
+            self.journal.measured(step, {SCORE: score})
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+SCORE = "score"
+"""What the score is called among the metrics of a step."""
+
 Fact = Literal["score", "created"]
 """Facts that cost a request per step, so they are gathered only for policies that name them."""
 
@@ -73,6 +76,7 @@ class KeepBest(Policy):
 
     n: int
     lower_better: bool = False
+    metric: str = SCORE
 
     def __post_init__(self) -> None:
         _at_least_one("KeepBest", self.n)
@@ -82,10 +86,14 @@ class KeepBest(Policy):
         return frozenset({"score"})
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        known = {facts.step: facts.score for facts in history if facts.score is not None}
+        best = self.ranking(known)[: self.n]
+        return {step: f"number {place} of the best: {known[step]}" for place, step in enumerate(best, start=1)}
+
+    def ranking(self, values: Mapping[int, float]) -> list[int]:
+        """The steps with these values, the best first."""
         sign = -1 if self.lower_better else 1
-        scored = [(sign * facts.score, facts.step, facts.score) for facts in history if facts.score is not None]
-        best = sorted(scored, reverse=True)[: self.n]
-        return {step: f"number {place} of the best: {score}" for place, (_, step, score) in enumerate(best, start=1)}
+        return sorted(values, key=lambda step: (sign * values[step], step), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +167,11 @@ def _joined(reasons: Sequence[Mapping[int, str]]) -> dict[int, str]:
         for step, reason in some.items():
             together[step] = f"{together[step]}; {reason}" if step in together else reason
     return together
+
+
+def yardstick(policy: Policy) -> KeepBest:
+    """The first of the policies joined to this one that says what is best; more of the score, if none does."""
+    return next((member for member in _members(policy) if isinstance(member, KeepBest)), KeepBest(1))
 
 
 def prefers_lower(policy: Policy) -> bool:
