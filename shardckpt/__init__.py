@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from shardckpt.run.choosing.due import SaveEvery as SaveEvery
     from shardckpt.run.choosing.due import SaveRule as SaveRule
     from shardckpt.run.choosing.parts import Parts as Parts
+    from shardckpt.run.prune import Fate as Fate
     from shardckpt.run.registry.config import Difference as Difference
     from shardckpt.run.registry.one import Run as Run
     from shardckpt.run.registry.runs import Runs as Runs
@@ -85,6 +86,7 @@ _HOME = {
     "Difference": "run.registry.config",
     "Event": "engine.events.kinds",
     "Failure": "errors",
+    "Fate": "run.prune",
     "GangError": "errors",
     "Gangs": "gang.gangs",
     "InvalidOperationError": "errors",

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 from shardckpt.run.catalog import Catalog
+from shardckpt.run.keeping.metrics import read_metrics, write_metrics
 from shardckpt.run.leftovers import DeadAttempts
-from shardckpt.run.prune import Deleted, retain
+from shardckpt.run.prune import Deleted, Fate, fates, plan_retention, retain
 from shardckpt.run.registry.one import Journal
 from shardckpt.run.retention import SCORE, Policy, prefers_lower, yardstick
 from shardckpt.run.scores import encode_score, read_scores, write_score
 
 _log = logging.getLogger(__name__)
+
+_LEFT = "its record is damaged: a person is to look at it"
 
 
 class History:
@@ -35,6 +39,7 @@ class History:
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
         self._due: dict[int, float] = {}
+        self._due_metrics: dict[int, dict[str, float]] = {}
         self._protected: dict[int, str] = {}
         self._lock = threading.Lock()
         self._scoring = threading.Lock()
@@ -68,12 +73,43 @@ class History:
         if self.journal is not None:
             self.journal.measured(step, {SCORE: float(score)})
 
+    def measure(self, step: int, metrics: dict[str, float], *, over: Callable[[], bool]) -> None:
+        """Give a step metrics: now, or, while it is being saved, after the commit."""
+        with self._lock:
+            if not over():
+                self._due_metrics[step] = {**self._due_metrics.get(step, {}), **metrics}
+                return
+        self._write_metrics(step, metrics)
+
+    def _write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        with self._scoring:
+            write_metrics(self._catalog.storage, self._catalog.entry(step), metrics=metrics)
+        if self.journal is not None:
+            self.journal.measured(step, metrics)
+
+    def plan(self, policy: Policy | None) -> list[Fate]:
+        """What this policy, or the run's own, would make of each step. Only looks."""
+        with self._lock:
+            protected = dict(self._protected)
+        policy = policy or self._policy
+        return fates(plan_retention(self._catalog, policy, protected=protected), policy)
+
+    def apply(self, policy: Policy | None) -> list[Fate]:
+        """Do it, and say what has become of each step: those that are gone are not kept."""
+        planned = self.plan(policy)
+        gone = {deleted.step for deleted in self.retain(policy or self._policy)}
+        return [fate if fate.kept or fate.step in gone else replace(fate, kept=True, reason=_LEFT) for fate in planned]
+
     def best_first(self) -> tuple[str, list[int], int]:
         """The metric by which the run's policy compares (the score, of which more is better, if it does not), the steps
         that have it, the best first, and how many steps there are in all. On rank 0."""
         rule = yardstick(self._policy)
         entries = self._catalog.entries()
-        known = read_scores(self._catalog.storage, entries).by_step
+        if rule.metric == SCORE:
+            known = dict(read_scores(self._catalog.storage, entries).by_step)
+        else:
+            measured = read_metrics(self._catalog.storage, entries).items()
+            known = {step: found[rule.metric] for step, found in measured if found and rule.metric in found}
         return rule.metric, rule.ranking(known), len(entries)
 
     def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
@@ -95,6 +131,7 @@ class History:
         if self.journal is not None:
             self.journal.committed(step, created=created, nbytes=nbytes, metrics={})
         self._write_due(step)
+        self._write_due_metrics(step)
         try:
             self._leftovers.tidy()
         except Exception:
@@ -119,6 +156,15 @@ class History:
                 return
         if self.journal is not None:
             self.journal.measured(step, {SCORE: score})
+
+    def _write_due_metrics(self, step: int) -> None:
+        with self._lock:
+            metrics = self._due_metrics.pop(step, None)
+        try:
+            if metrics is not None:
+                self._write_metrics(step, metrics)
+        except Exception:
+            _log.exception("step %d is committed, but its metrics were not written", step)
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:
