@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shardckpt.cli.keeping import pin, prune, runs, unpin
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
 
@@ -46,6 +47,10 @@ def options(
 app.command()(ls)
 app.command()(verify)
 app.command()(repair)
+app.command()(runs)
+app.command()(prune)
+app.command()(pin)
+app.command()(unpin)
 
 
 @app.command(
