@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from shardckpt.run.choosing.due import SaveEvery as SaveEvery
     from shardckpt.run.choosing.due import SaveRule as SaveRule
     from shardckpt.run.choosing.parts import Parts as Parts
+    from shardckpt.run.choosing.progress import TrainingProgress as TrainingProgress
     from shardckpt.run.prune import Fate as Fate
     from shardckpt.run.registry.config import Difference as Difference
     from shardckpt.run.registry.one import Run as Run
@@ -119,6 +120,7 @@ _HOME = {
     "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
     "Trace": "engine.events.trace",
+    "TrainingProgress": "run.choosing.progress",
     "Written": "engine.events.kinds",
     "repair": "tools.repair",
     "verify": "tools.verify",

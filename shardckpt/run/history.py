@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
+from shardckpt.errors import CheckpointError
 from shardckpt.run.catalog import Catalog
+from shardckpt.run.keeping.links import update_links
 from shardckpt.run.keeping.metrics import read_metrics, write_metrics
 from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import Deleted, Fate, fates, plan_retention, retain
 from shardckpt.run.registry.one import Journal
 from shardckpt.run.retention import SCORE, Policy, prefers_lower, yardstick
 from shardckpt.run.scores import encode_score, read_scores, write_score
+from shardckpt.storage.base import LinkingStorage
 
 _log = logging.getLogger(__name__)
 
@@ -35,13 +38,16 @@ class History:
         self._catalog = catalog
         self.journal: Journal | None = None
         """Where the run's history is put down, if the run has one."""
-        self.on_deleted = on_deleted
+        self.links = False
+        """Whether links lead to the newest step and the best, where the storage has any."""
+        self._on_deleted = on_deleted
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
         self._due: dict[int, float] = {}
         self._due_metrics: dict[int, dict[str, float]] = {}
         self._protected: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._linking = threading.Lock()
         self._scoring = threading.Lock()
         """Held while a score is written: the older one never comes last."""
 
@@ -72,6 +78,7 @@ class History:
             write_score(self._catalog.storage, self._catalog.entry(step), score=score)
         if self.journal is not None:
             self.journal.measured(step, {SCORE: float(score)})
+        self.relink()
 
     def measure(self, step: int, metrics: dict[str, float], *, over: Callable[[], bool]) -> None:
         """Give a step metrics: now, or, while it is being saved, after the commit."""
@@ -86,6 +93,7 @@ class History:
             write_metrics(self._catalog.storage, self._catalog.entry(step), metrics=metrics)
         if self.journal is not None:
             self.journal.measured(step, metrics)
+        self.relink()
 
     def plan(self, policy: Policy | None) -> list[Fate]:
         """What this policy, or the run's own, would make of each step. Only looks."""
@@ -132,6 +140,7 @@ class History:
             self.journal.committed(step, created=created, nbytes=nbytes, metrics={})
         self._write_due(step)
         self._write_due_metrics(step)
+        self.relink()
         try:
             self._leftovers.tidy()
         except Exception:
@@ -165,6 +174,22 @@ class History:
                 self._write_metrics(step, metrics)
         except Exception:
             _log.exception("step %d is committed, but its metrics were not written", step)
+
+    def on_deleted(self, step: int) -> None:
+        """A step was deleted."""
+        self._on_deleted(step)
+        self.relink()
+
+    def relink(self) -> None:
+        """Have the links lead where they should. What goes wrong is logged."""
+        if not self.links or not isinstance(self._catalog.storage, LinkingStorage):
+            return
+        try:
+            with self._linking:
+                _, steps, _ = self.best_first()
+                update_links(self._catalog, best=steps[0] if steps else None)
+        except CheckpointError as error:
+            _log.warning("the links to steps are not up to date: %s", error)
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:

@@ -18,8 +18,10 @@ from shardckpt.run.retention import Policy
 
 
 class KeepingFace:
-    """`pin`, `unpin`, `pinned`, `save_metrics`, `best`, `prune`. All are called by all ranks, in the same order, on the
-    training's thread."""
+    """`pin`, `unpin`, `pinned`, `save_metrics`, `best`, `keep_links`, `prune`.
+
+    All are called by all ranks, in the same order, on the training's thread.
+    """
 
     _saver: Saver
     _talk: Talk
@@ -50,6 +52,12 @@ class KeepingFace:
         has been scored."""
         _, steps, _ = self._do("best", self._history.best_first)
         return steps[0] if steps else None
+
+    def keep_links(self) -> None:
+        """From now on have `latest` and `best` in the root lead to the newest step and to the best, by `best`, wherever
+        the storage has symbolic links. They are for people: nothing here reads them."""
+        self._history.links = True
+        self._do("links", self._history.relink)
 
     def prune(self, policy: Policy | None = None, *, dry_run: bool = False) -> list[Fate]:
         """Delete what the policy (the manager's own, if none is given) does not keep, and say of each step why it stays
