@@ -24,6 +24,7 @@ from shardckpt.run.registry.origin import code_version
 from shardckpt.run.registry.runfile import RunInfo, SavedStep, Session, decode_run, encode_run
 from shardckpt.run.registry.runs import parse_run, run_folder
 from shardckpt.testing.gangs import run_ranks
+from shardckpt.testing.pool import ProcessPool
 from tests.storage.conftest import place, s3
 from tests.storage.s3server import S3Server
 
@@ -300,6 +301,23 @@ def test_all_ranks_of_a_job_get_one_run(tmp_path: Path) -> None:
 
     assert run_ranks(3, job) == [("run_001", 3, "rank: 0 is now 5")] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["run_001"]
+
+
+def make_run_and_save(rank: int, world_size: int, folder: Path, root: str) -> tuple[str, list[int]]:
+    """In a process of a job with a gloo group."""
+    with sc.Runs(root) as runs:
+        run = runs.new(name="job", config={"rank": rank}, code="/")
+        with sc.CheckpointManager(run) as checkpoints:
+            checkpoints.save(3, {"w": torch.full((2,), float(rank))}).result()
+        return run.folder, [saved.step for saved in run.look().history]
+
+
+def test_the_processes_of_a_job_get_one_run(ranks: ProcessPool, tmp_path: Path) -> None:
+    for number in (1, 2):
+        folders = {folder for folder, _ in ranks.run(2, make_run_and_save, str(tmp_path))}
+        assert folders == {f"run_00{number}"}
+    with sc.Runs(tmp_path, LOCAL()) as runs:
+        assert [(run.steps, run.info and run.info.world_size) for run in runs.list()] == [((3,), 2)] * 2
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

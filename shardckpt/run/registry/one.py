@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError, CheckpointSaveError
+from shardckpt.run.catalog import Catalog
 from shardckpt.run.registry.config import Difference
 from shardckpt.run.registry.runfile import RUN_FILE, RunInfo, SavedStep, decode_run, encode_run, now
 from shardckpt.storage.base import Storage
@@ -61,6 +62,18 @@ class Run:
             return read_run(storage, "")
         finally:
             storage.close()
+
+    def best(self, metric: str = "score", *, lower_better: bool = False) -> SavedStep | None:
+        """The best step that is still there, by what the history says of it; of equal ones the later. None if no step
+        that is there has the metric. By any rank by itself."""
+        storage = self.open_storage()
+        try:
+            info, there = read_run(storage, ""), set(Catalog(storage).steps())
+        finally:
+            storage.close()
+        measured = [saved for saved in info.history if saved.step in there and metric in saved.metrics]
+        sign = -1 if lower_better else 1
+        return max(measured, key=lambda saved: (sign * saved.metrics[metric], saved.step), default=None)
 
 
 class Journal:
