@@ -48,6 +48,14 @@ if TYPE_CHECKING:
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.gang.gangs import Gangs as Gangs
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
+    from shardckpt.run.choosing.due import SaveEvery as SaveEvery
+    from shardckpt.run.choosing.due import SaveRule as SaveRule
+    from shardckpt.run.choosing.parts import Parts as Parts
+    from shardckpt.run.choosing.progress import TrainingProgress as TrainingProgress
+    from shardckpt.run.prune import Fate as Fate
+    from shardckpt.run.registry.config import Difference as Difference
+    from shardckpt.run.registry.one import Run as Run
+    from shardckpt.run.registry.runs import Runs as Runs
     from shardckpt.run.retention import KeepAll as KeepAll
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
@@ -80,8 +88,10 @@ _HOME = {
     "DcpReader": "engine.dcp.reader",
     "DcpWriter": "engine.dcp.writer",
     "Deleted": "engine.events.kinds",
+    "Difference": "run.registry.config",
     "Event": "engine.events.kinds",
     "Failure": "errors",
+    "Fate": "run.prune",
     "GangError": "errors",
     "Gangs": "gang.gangs",
     "InvalidOperationError": "errors",
@@ -94,22 +104,28 @@ _HOME = {
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
     "OtherRank": "engine.progress",
+    "Parts": "run.choosing.parts",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
     "RngState": "state",
+    "Run": "run.registry.one",
     "RunReport": "tools.report",
+    "Runs": "run.registry.runs",
+    "SaveEvery": "run.choosing.due",
     "SaveFailed": "engine.events.kinds",
     "SaveLog": "engine.events.savelog",
     "SaveOver": "engine.events.kinds",
     "SavePolicy": "engine.background.policy",
     "SaveReport": "engine.progress",
+    "SaveRule": "run.choosing.due",
     "SaveSkipped": "engine.events.kinds",
     "SaveStarted": "engine.events.kinds",
     "Staged": "engine.events.kinds",
     "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
     "Trace": "engine.events.trace",
+    "TrainingProgress": "run.choosing.progress",
     "Written": "engine.events.kinds",
     "convert": "tools.convert",
     "repair": "tools.repair",

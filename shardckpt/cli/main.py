@@ -10,6 +10,7 @@ import typer
 from shardckpt.cli.converting import convert
 from shardckpt.cli.copying import cp
 from shardckpt.cli.examining import bench, doctor, report
+from shardckpt.cli.keeping import pin, prune, runs, unpin
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
 
@@ -57,6 +58,10 @@ app.command()(cp)
 app.command()(doctor)
 app.command()(bench)
 app.command()(report)
+app.command()(runs)
+app.command()(prune)
+app.command()(pin)
+app.command()(unpin)
 
 
 @app.command(

@@ -20,7 +20,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredBox, decode_index
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, check_file_name, metadata_file
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE, check_file_name, metadata_file
 from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.format.placement import Box
 from shardckpt.format.reduced import may_be_doomed
@@ -54,7 +54,7 @@ def _copy(storage: Storage, prefix: str, name: str) -> FileEntry:
         check_file_name(name)
     except ValueError as error:
         raise CheckpointSaveError(f"{CARBON_COPY}/{name} cannot be copied into a checkpoint: {error}") from error
-    if may_be_doomed(name) or name in (MANIFEST, SCORE):
+    if may_be_doomed(name) or name in (MANIFEST, SCORE, METRICS):
         raise CheckpointSaveError(
             f"{CARBON_COPY}/{name} has a name that each checkpoint uses itself; give the file another name"
         )

@@ -30,7 +30,9 @@ class CheckpointInfo:
     """UTC, ISO 8601."""
     metadata: dict[str, Any]
     skipped: tuple[tuple[int, str], ...] = ()
-    """By `resume`: newer steps that were passed over, and why."""
+    """By `resume`: steps that were passed over, and why."""
+    reason: str = ""
+    """By `resume`: why this step."""
 
 
 Tell: TypeAlias = Callable[..., None]

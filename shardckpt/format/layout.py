@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 MANIFEST = "manifest.json"
 SCORE = "score.txt"
+METRICS = "metrics.json"
+PINS = "pins"
+"""A folder of the root: an object called like a step for each that is pinned."""
 CARBON_COPY = "cc"
 """A folder of the root, and in a record the kind of the copies of what lies in it: no archives of ours."""
 MODEL_KEY = "model_key"

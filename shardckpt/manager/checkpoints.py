@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.kinds import Deleted
 from shardckpt.engine.events.stream import EventStream, Subscriber
-from shardckpt.engine.loading.fit import LoadPolicy
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import Saver
 from shardckpt.engine.saving.work import SaveOptions
 from shardckpt.engine.writing.process import in_other_process
-from shardckpt.errors import CheckpointError, GangError
-from shardckpt.format.manifest import Manifest
+from shardckpt.errors import CheckpointError
 from shardckpt.gang.gangs import Gangs
-from shardckpt.manager.finding import Finder, ModelOnlyError, check_asks_for_model_only
+from shardckpt.manager.finding import Finder
+from shardckpt.manager.steps.keeping import KeepingFace
+from shardckpt.manager.steps.resuming import ResumingFace
+from shardckpt.manager.steps.scheduling import SchedulingFace
 from shardckpt.manager.stopping import StoppingFace
 from shardckpt.manager.talk import Talk
 from shardckpt.manager.tally import Tally
 from shardckpt.manager.transactional import TransactionalFace
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.history import History
+from shardckpt.run.registry.one import Journal, Run
 from shardckpt.run.retention import KeepAll, Policy
 from shardckpt.state import Part, StateReader
 from shardckpt.storage.base import Storage
@@ -44,7 +46,7 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace, StoppingFace):
+class CheckpointManager(TransactionalFace, ResumingFace, KeepingFace, SchedulingFace, StoppingFace):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -59,7 +61,7 @@ class CheckpointManager(TransactionalFace, StoppingFace):
     [1]
 
     Args:
-        root: where the run lies: a path, any URL that fsspec opens, or a `Storage`.
+        root: where the run lies: a path, any URL that fsspec opens, a `Storage`, or a `Run` of `Runs`.
         gangs: the processes that act together; found from the environment if not given.
         keep: which steps to keep (`KeepLast(3) | KeepBest(2)`); all, if not given. Pruned after each commit.
         timeout: how long a rank waits for its peers in one phase of a save or load before it gives up.
@@ -74,7 +76,7 @@ class CheckpointManager(TransactionalFace, StoppingFace):
 
     def __init__(
         self,
-        root: str | os.PathLike[str] | Storage,
+        root: str | os.PathLike[str] | Storage | Run,
         gangs: Gangs | None = None,
         *,
         keep: Policy | None = None,
@@ -85,6 +87,11 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
         self._gangs = gangs = gangs or Gangs.from_env()
+        run = root if isinstance(root, Run) else None
+        if isinstance(root, Run):
+            storage_options = root.storage_options
+            root = root.root
+        self._storage_options = storage_options
         self._storage = _storage(root, storage_options)
         self._owns_storage = isinstance(root, (str, os.PathLike))
         self._at = Coordinates.of(gangs)
@@ -97,6 +104,7 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         self._events = EventStream(self._at.rank)
         grace, on_deleted = max(2 * timeout, _GRACE), partial(self._events.tell, Deleted)
         self._history = History(self._catalog, self._policy, grace=grace, on_deleted=on_deleted)
+        self._history.journal = Journal(self._storage) if run is not None else None
         self._save_gang = gangs.fork("save").root
         terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
         self._written: Storage = self._storage
@@ -201,59 +209,6 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         self._saver.wait_until_staged()
         yield
 
-    def resume(
-        self,
-        state: MutableMapping[str, Any],
-        *,
-        policy: LoadPolicy | None = None,
-        allow_fresh_start: bool = False,
-    ) -> CheckpointInfo | None:
-        """Load the newest step that is good on all ranks; None if the run has no step at all.
-
-        A damaged step is passed over, and the log and the result say why. If there are steps but none is good, that
-        is an error and no silent fresh start, unless `allow_fresh_start`.
-        """
-        steps = reversed(self.steps())
-        load = partial(self.load, state=state, policy=policy)
-        found = self._finder.first_good(steps, load, fresh=allow_fresh_start)
-        if found is None:
-            return None
-        step, info = found
-        self._history.protect(step, "the step that was resumed from")
-        return cast(CheckpointInfo, info)
-
-    def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
-        """Load that step into the state: all of it on all ranks, or nothing on any."""
-        self._saver.drain()
-        self._talk.enter(f"load/{step}", step=step)
-        folder, manifest = self._finder.record(step)
-        with self._finder.loading(folder, manifest) as loader:
-            loader.load(self._take_apart(state, manifest, policy or LoadPolicy()), policy or LoadPolicy())
-        return self._finder.info(folder, manifest)
-
-    def _take_apart(self, state: MutableMapping[str, Any], manifest: Manifest, policy: LoadPolicy) -> list[Part]:
-        def take_apart() -> list[Part]:
-            parts = self._reader.take_apart(state, for_loading=True)
-            if manifest.model_only and policy.missing == "error":
-                check_asks_for_model_only(parts, manifest)
-            return parts
-
-        try:
-            return self._talk.together(take_apart, "take the state apart", step=manifest.step)
-        except GangError as error:
-            failure = next((f for f in error.failures.values() if f.kind == ModelOnlyError.__name__), None)
-            if failure is None:
-                raise
-            raise ModelOnlyError(failure.message, step=manifest.step) from error
-
-    def steps(self) -> list[int]:
-        """The committed steps, in order. Rank 0 looks, all are told the same."""
-        return self.get_step_numbers()
-
-    def latest(self) -> int | None:
-        """The newest committed step, whether it is sound or not; None if there is none."""
-        return max(self.steps(), default=None)
-
     def close(self) -> None:
         """Let the save under way end and give everything back; raises a failure that nobody has looked at yet."""
         try:
@@ -281,7 +236,7 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         if self._at.rank == 0:
             report = pending.report
             # The next save is written by this thread.
-            work = partial(self._history.committed, info.step)
+            work = partial(self._history.committed, info.step, created=info.created, nbytes=info.nbytes)
             deleted = within(self._talk.timeout, work, what="pruning")
             _log.info(
                 "step %d committed: %.2f GB in %.2f s (%.2f GB/s), training held for %.3f s%s",

@@ -100,6 +100,8 @@ class Finder:
 
 def check_asks_for_model_only(parts: Sequence[Part], manifest: Manifest) -> None:
     """`ModelOnlyError` if the state has more than the model, of a step that has only that."""
+    if not manifest.model_only and set(manifest.parts) != {manifest.model_key}:
+        return
     more = sorted({str(part.path[0]) for part in parts} - {manifest.model_key})
     if more:
         raise ModelOnlyError(

@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
+from shardckpt.errors import CheckpointError
 from shardckpt.run.catalog import Catalog
+from shardckpt.run.keeping.links import update_links
+from shardckpt.run.keeping.metrics import read_metrics, write_metrics
 from shardckpt.run.leftovers import DeadAttempts
-from shardckpt.run.prune import Deleted, retain
-from shardckpt.run.retention import Policy, prefers_lower
-from shardckpt.run.scores import encode_score, write_score
+from shardckpt.run.prune import Deleted, Fate, fates, plan_retention, retain
+from shardckpt.run.registry.one import Journal
+from shardckpt.run.retention import SCORE, Policy, prefers_lower, yardstick
+from shardckpt.run.scores import encode_score, read_scores, write_score
+from shardckpt.storage.base import LinkingStorage
 
 _log = logging.getLogger(__name__)
+
+_LEFT = "its record is damaged: a person is to look at it"
 
 
 class History:
@@ -28,12 +36,20 @@ class History:
         on_deleted: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._catalog = catalog
-        self.on_deleted = on_deleted
+        self.journal: Journal | None = None
+        """Where the run's history is put down, if the run has one."""
+        self.links = False
+        """Whether links lead to the newest step and the best, where the storage has any."""
+        self._on_deleted = on_deleted
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
         self._due: dict[int, float] = {}
+        self._due_metrics: dict[int, dict[str, float]] = {}
         self._protected: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._linking = threading.Lock()
+        self._scoring = threading.Lock()
+        """Held while a score is written: the older one never comes last."""
 
     @property
     def prefers_lower(self) -> bool:
@@ -56,7 +72,53 @@ class History:
 
     def write_score(self, step: int, score: float) -> None:
         """Give a committed step its score. On rank 0."""
-        write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+        with self._scoring:
+            with self._lock:
+                self._due.pop(step, None)  # an older one, that was to be written after the commit
+            write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+        if self.journal is not None:
+            self.journal.measured(step, {SCORE: float(score)})
+        self.relink()
+
+    def measure(self, step: int, metrics: dict[str, float], *, over: Callable[[], bool]) -> None:
+        """Give a step metrics: now, or, while it is being saved, after the commit."""
+        with self._lock:
+            if not over():
+                self._due_metrics[step] = {**self._due_metrics.get(step, {}), **metrics}
+                return
+        self._write_metrics(step, metrics)
+
+    def _write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        with self._scoring:
+            write_metrics(self._catalog.storage, self._catalog.entry(step), metrics=metrics)
+        if self.journal is not None:
+            self.journal.measured(step, metrics)
+        self.relink()
+
+    def plan(self, policy: Policy | None) -> list[Fate]:
+        """What this policy, or the run's own, would make of each step. Only looks."""
+        with self._lock:
+            protected = dict(self._protected)
+        policy = policy or self._policy
+        return fates(plan_retention(self._catalog, policy, protected=protected), policy)
+
+    def apply(self, policy: Policy | None) -> list[Fate]:
+        """Do it, and say what has become of each step: those that are gone are not kept."""
+        planned = self.plan(policy)
+        gone = {deleted.step for deleted in self.retain(policy or self._policy)}
+        return [fate if fate.kept or fate.step in gone else replace(fate, kept=True, reason=_LEFT) for fate in planned]
+
+    def best_first(self) -> tuple[str, list[int], int]:
+        """The metric by which the run's policy compares (the score, of which more is better, if it does not), the steps
+        that have it, the best first, and how many steps there are in all. On rank 0."""
+        rule = yardstick(self._policy)
+        entries = self._catalog.entries()
+        if rule.metric == SCORE:
+            known = dict(read_scores(self._catalog.storage, entries).by_step)
+        else:
+            measured = read_metrics(self._catalog.storage, entries).items()
+            known = {step: found[rule.metric] for step, found in measured if found and rule.metric in found}
+        return rule.metric, rule.ranking(known), len(entries)
 
     def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
         """Delete what this policy does not keep, whatever the run's own policy is; see `shardckpt.run.prune.retain`.
@@ -67,19 +129,18 @@ class History:
             protected = dict(self._protected)
         return self._told(retain(self._catalog, policy, preserve_model=preserve_model, protected=protected))
 
-    def committed(self, step: int) -> list[int]:
-        """After a commit: write the score that was waiting, prune, and give the deleted steps.
+    def committed(self, step: int, *, created: str = "", nbytes: int = 0) -> list[int]:
+        """After a commit: note it, write the score that was waiting, prune, and give the deleted steps.
 
         What goes wrong here is logged: the step is committed all the same, and the next commit prunes again.
         """
         with self._lock:
-            score = self._due.pop(step, None)
             protected = {**self._protected, step: "the step that was just saved"}
-        if score is not None:
-            try:
-                self.write_score(step, score)
-            except Exception:
-                _log.exception("step %d is committed, but its score was not written", step)
+        if self.journal is not None:
+            self.journal.committed(step, created=created, nbytes=nbytes, metrics={})
+        self._write_due(step)
+        self._write_due_metrics(step)
+        self.relink()
         try:
             self._leftovers.tidy()
         except Exception:
@@ -89,6 +150,46 @@ class History:
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
+
+    def _write_due(self, step: int) -> None:
+        """The score that was given while the step was being saved, if no newer one has been written since."""
+        with self._scoring:
+            with self._lock:
+                score = self._due.pop(step, None)
+            if score is None:
+                return
+            try:
+                write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+            except Exception:
+                _log.exception("step %d is committed, but its score was not written", step)
+                return
+        if self.journal is not None:
+            self.journal.measured(step, {SCORE: score})
+
+    def _write_due_metrics(self, step: int) -> None:
+        with self._lock:
+            metrics = self._due_metrics.pop(step, None)
+        try:
+            if metrics is not None:
+                self._write_metrics(step, metrics)
+        except Exception:
+            _log.exception("step %d is committed, but its metrics were not written", step)
+
+    def on_deleted(self, step: int) -> None:
+        """A step was deleted."""
+        self._on_deleted(step)
+        self.relink()
+
+    def relink(self) -> None:
+        """Have the links lead where they should. What goes wrong is logged."""
+        if not self.links or not isinstance(self._catalog.storage, LinkingStorage):
+            return
+        try:
+            with self._linking:
+                _, steps, _ = self.best_first()
+                update_links(self._catalog, best=steps[0] if steps else None)
+        except CheckpointError as error:
+            _log.warning("the links to steps are not up to date: %s", error)
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardckpt.errors import (
     CheckpointDamagedError,
@@ -20,6 +20,8 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.format.reduced import NoModelError
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import delete_step, preserve_model
+from shardckpt.run.keeping.metrics import read_metrics
+from shardckpt.run.keeping.pins import pinned_steps
 from shardckpt.run.requests import each
 from shardckpt.run.retention import NOTHING, Decision, Policy, StepFacts, decide
 from shardckpt.run.scores import Scores, read_scores
@@ -36,6 +38,22 @@ class Deleted:
     nbytes: int
     """Of the files that went, as its record said."""
     model_kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What becomes of a step, and why."""
+
+    step: int
+    kept: bool
+    reason: str
+
+
+def fates(decision: Decision, policy: Policy) -> list[Fate]:
+    """Of every step that a decision speaks of, ascending."""
+    stay = [Fate(step, True, reason) for step, reason in decision.kept.items()]
+    go = [Fate(step, False, f"not kept by {policy}") for step in decision.doomed]
+    return sorted(stay + go, key=lambda fate: fate.step)
 
 
 def retain(
@@ -78,7 +96,8 @@ def plan_retention(catalog: Catalog, policy: Policy, *, protected: Mapping[int, 
     """What `retain` would keep, and why, and what it would delete or reduce to its model. Only looks.
 
     Besides what `decide` keeps, these stay: the newest sound step that has more than its model (if none has, the newest
-    sound one), and, if the policy looks at scores, steps whose score is damaged, for they may be the best.
+    sound one), pinned ones, and, if the policy looks at scores or metrics, steps whose own are damaged, for they may be
+    the best.
     """
     return _decide(catalog, policy, catalog.entries(), protected)
 
@@ -86,13 +105,23 @@ def plan_retention(catalog: Catalog, policy: Policy, *, protected: Mapping[int, 
 def _decide(catalog: Catalog, policy: Policy, entries: Sequence[Entry], protected: Mapping[int, str]) -> Decision:
     scores = read_scores(catalog.storage, entries) if "score" in policy.uses else Scores()
     created = _times(catalog, entries) if "created" in policy.uses else {}
-    history = [StepFacts(e.step, created.get(e.step), scores.by_step.get(e.step)) for e in entries]
-    stay = dict.fromkeys(scores.damaged, "its score cannot be read") | dict(protected)
+    metrics = read_metrics(catalog.storage, entries) if "metrics" in policy.uses else {}
+    history = [
+        StepFacts(e.step, created.get(e.step), scores.by_step.get(e.step), metrics=metrics.get(e.step) or {})
+        for e in entries
+    ]
+    damaged = [step for step, found in metrics.items() if found is None]
+    stay = dict.fromkeys(damaged, "its metrics cannot be read")
+    stay |= dict.fromkeys(scores.damaged, "its score cannot be read") | dict(protected)
     decision = decide(policy, history, protected=stay)
     if not decision.doomed:
         return decision
+    pinned = pinned_steps(catalog.storage)
+    history = [replace(facts, pinned=facts.step in pinned) for facts in history]
     step, why = _resume_point(catalog, entries)
-    return decide(policy, history, protected=stay | {step: why}) if step in decision.doomed else decision
+    if step in decision.doomed:
+        stay[step] = why
+    return decide(policy, history, protected=stay)
 
 
 def _resume_point(catalog: Catalog, entries: Sequence[Entry]) -> tuple[int, str]:

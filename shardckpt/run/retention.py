@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from types import MappingProxyType
 from typing import Literal
 
-Fact = Literal["score", "created"]
+SCORE = "score"
+"""What the score is called among the metrics of a step."""
+
+Fact = Literal["score", "metrics", "created"]
 """Facts that cost a request per step, so they are gathered only for policies that name them."""
+
+NOTHING: Mapping[int, str] = MappingProxyType({})
+_NO_METRICS: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +33,12 @@ class StepFacts:
     score: float | None = None
     """None if no policy asked for it or the step has none."""
     pinned: bool = False
+    metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
+    """By name; empty if no policy asked for them."""
+
+    def value(self, metric: str) -> float | None:
+        """The score, or a metric; None if the step has none."""
+        return self.score if metric == SCORE else self.metrics.get(metric)
 
 
 class Policy(ABC):
@@ -69,36 +82,71 @@ class KeepLast(Policy):
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """The `n` steps with the best scores; of equal ones the later. Steps without a score are not among them."""
+    """The `n` steps with the best scores, or with the best values of a metric that `save_metrics` stored; of equal ones
+    the later. Steps that have none are not among them."""
 
     n: int
     lower_better: bool = False
+    metric: str = SCORE
 
     def __post_init__(self) -> None:
         _at_least_one("KeepBest", self.n)
 
     @property
     def uses(self) -> frozenset[Fact]:
-        return frozenset({"score"})
+        return frozenset({"score" if self.metric == SCORE else "metrics"})
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        known = {facts.step: value for facts in history if (value := facts.value(self.metric)) is not None}
+        best = self.ranking(known)[: self.n]
+        by = "" if self.metric == SCORE else f" by {self.metric}"
+        return {step: f"number {place} of the best{by}: {known[step]}" for place, step in enumerate(best, start=1)}
+
+    def ranking(self, values: Mapping[int, float]) -> list[int]:
+        """The steps with these values, the best first."""
         sign = -1 if self.lower_better else 1
-        scored = [(sign * facts.score, facts.step, facts.score) for facts in history if facts.score is not None]
-        best = sorted(scored, reverse=True)[: self.n]
-        return {step: f"number {place} of the best: {score}" for place, (_, step, score) in enumerate(best, start=1)}
+        return sorted(values, key=lambda step: (sign * values[step], step), reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeepEvery(Policy):
-    """Each step whose number is a multiple of `steps`."""
+    """Each step whose number is a multiple of `steps`; or of each stretch of so many `seconds` the first step.
 
-    steps: int
+    Stretches are those of the calendar, counted from 1970 on, so that what is kept does not change as steps come and
+    go. A step whose time is not known is kept.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one("KeepEvery", self.steps)
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError("KeepEvery needs steps or seconds, 1 or more; for both join two by |")
+        _at_least_one("KeepEvery", self.steps if self.seconds is None else self.seconds)
+
+    @property
+    def uses(self) -> frozenset[Fact]:
+        return frozenset() if self.seconds is None else frozenset({"created"})
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
-        return {f.step: f"a multiple of {self.steps}" for f in history if f.step % self.steps == 0}
+        if self.steps:
+            return {f.step: f"a multiple of {self.steps}" for f in history if f.step % self.steps == 0}
+        return self._first_of_each(history)
+
+    def _first_of_each(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        kept: dict[int, str] = {}
+        first: dict[int, tuple[float, int]] = {}
+        for facts in history:
+            at = _seconds(facts.created)
+            if at is None:
+                kept[facts.step] = "when it was saved is not known"
+            else:
+                stretch = int(at // (self.seconds or 1))
+                first[stretch] = min(first.get(stretch, (at, facts.step)), (at, facts.step))
+        return kept | {step: f"the first of {self.seconds:g} seconds" for _, step in first.values()}
+
+    def __str__(self) -> str:
+        return f"KeepEvery(steps={self.steps})" if self.steps else f"KeepEvery(seconds={self.seconds:g})"
 
 
 @dataclass(frozen=True)
@@ -132,9 +180,6 @@ class Decision:
     """Ascending."""
 
 
-NOTHING: Mapping[int, str] = MappingProxyType({})
-
-
 def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[int, str] = NOTHING) -> Decision:
     """What to keep and what to delete.
 
@@ -161,6 +206,11 @@ def _joined(reasons: Sequence[Mapping[int, str]]) -> dict[int, str]:
     return together
 
 
+def yardstick(policy: Policy) -> KeepBest:
+    """The first of the policies joined to this one that says what is best; more of the score, if none does."""
+    return next((member for member in _members(policy) if isinstance(member, KeepBest)), KeepBest(1))
+
+
 def prefers_lower(policy: Policy) -> bool:
     """Whether any of the policies that were joined to this one takes lower scores for better ones."""
     return any(isinstance(member, KeepBest) and member.lower_better for member in _members(policy))
@@ -170,6 +220,14 @@ def _members(policy: Policy) -> tuple[Policy, ...]:
     return policy.policies if isinstance(policy, KeepAny) else (policy,)
 
 
-def _at_least_one(name: str, number: int) -> None:
-    if number < 1:
+def _seconds(created: str | None) -> float | None:
+    """Since 1970."""
+    try:
+        return datetime.fromisoformat((created or "").replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+
+
+def _at_least_one(name: str, number: float | None) -> None:
+    if not number or number < 1:
         raise ValueError(f"{name}({number}): the number must be 1 or more; to delete nothing use KeepAll()")

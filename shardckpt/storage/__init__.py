@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardckpt.storage.base import (
     Buffer,
+    LinkingStorage,
     PutPart,
     Read,
     RenamingStorage,
@@ -46,6 +47,7 @@ __all__ = [
     "METHODS",
     "Buffer",
     "FsspecStorage",
+    "LinkingStorage",
     "LocalStorage",
     "MemoryObjects",
     "MemoryStorage",

@@ -122,6 +122,20 @@ class RenamingStorage(Storage, Protocol):
 
 
 @runtime_checkable
+class LinkingStorage(Storage, Protocol):
+    """A place that has symbolic links. They lead nowhere for `read` and the others, which refuse them."""
+
+    def link(self, key: str, target: str) -> None:
+        """Make `key` a symbolic link to `target` (relative to the key's folder), or have a link that is there lead to
+        it, atomically. `FileExistsError` where there is something that is no link."""
+        ...
+
+    def read_link(self, key: str) -> str | None:
+        """Where a link leads; None of what is no link, or not there."""
+        ...
+
+
+@runtime_checkable
 class SharedPuts(Storage, Protocol):
     """An object store where several processes can put one object together, in parts, as the uploads of S3 do; and
     where an object can be replaced on the condition that nobody else has done so.

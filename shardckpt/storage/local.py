@@ -208,6 +208,30 @@ class LocalStorage:
             sync_descriptor(second[0])
         return True
 
+    def link(self, key: str, target: str) -> None:
+        what = f"cannot link {key!r} in {self._root}"
+        with self._parent(key, what, create=True) as (folder, name), explained(what):
+            with suppress(FileNotFoundError):
+                if not stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    raise FileExistsError(errno.EEXIST, "something is there that is no link")
+            fresh = f"{name}.{secrets.token_hex(8)}.tmp"
+            os.symlink(target, fresh, dir_fd=folder)
+            try:
+                os.rename(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                os.unlink(fresh, dir_fd=folder)
+                raise
+
+    def read_link(self, key: str) -> str | None:
+        what = f"cannot look at {key!r} in {self._root}"
+        try:
+            with self._parent(key, what) as (folder, name), explained(what):
+                if stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    return os.readlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            pass
+        return None
+
     @contextmanager
     def _parent(self, key: str, what: str, *, create: bool = False) -> Iterator[Entry]:
         """The descriptor of the folder that holds `key`, and the key's last part."""

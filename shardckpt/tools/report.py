@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shardckpt.run.choosing.parts import CALLED
+
 REBUILT = "rebuilt"
 """Key in the metadata of a record that `repair` has made: from what, when, and what is lost."""
 PARTS = ("model", "optimizer", "scheduler", "rng", "data", "progress", "config")
@@ -20,27 +22,6 @@ Standing = Literal["committed", "uncommitted", "replaced", "set aside", "foreign
 step that is in force elsewhere. set aside: by a repair. foreign: files of others, which no record speaks of."""
 
 _NEEDED = ("model", "optimizer", "rng")
-
-_CALLED = {
-    "model": ("model", "module", "net", "network", "weights"),
-    "optimizer": ("optimizer", "optimizers", "optim"),
-    "scheduler": ("scheduler", "schedulers", "lr_scheduler", "lr_schedulers"),
-    "rng": ("rng", "rng_state", "rng_states", "random", "random_states"),
-    "data": ("data", "loader", "dataloader", "train_loader", "data_loader", "sampler", "dataset"),
-    "progress": (
-        "progress",
-        "step",
-        "step_nr",
-        "global_step",
-        "epoch",
-        "epoch_nr",
-        "trainer",
-        "train_state",
-        "iteration",
-    ),
-    "config": ("config", "args", "hparams"),
-}
-"""Part -> the keys of a state under which it is usually found."""
 
 _FOREIGN_FILES = {
     "model": ("model", "pytorch_model", "adapter_model", "consolidated", "weights", "diffusion_pytorch_model"),
@@ -116,7 +97,7 @@ class RunReport:
 
 def parts_of(keys: tuple[str, ...], *, config: bool) -> tuple[dict[str, bool], tuple[str, ...]]:
     """Which of `PARTS` these top-level keys of a state are, and the keys that are none of them."""
-    known = {name: part for part, names in _CALLED.items() for name in names}
+    known = {name: part for part in PARTS for name in CALLED[part]}
     found = {known[key] for key in keys if key in known} | ({"config"} if config else set())
     return {part: part in found for part in PARTS}, tuple(key for key in keys if key not in known)
 

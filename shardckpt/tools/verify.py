@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, parse_step
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE, parse_step
 from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
@@ -156,7 +156,8 @@ def _of_sizes(storage: Storage, folder: str, files: Sequence[FileEntry]) -> tupl
 def _unnamed(storage: Storage, entry: Entry, manifest: Manifest) -> tuple[str, ...]:
     """Files in its folder that its record does not name. On object stores other attempts lie beside it: not they."""
     folder = entry.attempt_folder if entry.attempt_folder != entry.folder else entry.folder
-    named = {f"{entry.folder}/{file.name}" for file in manifest.files} | {f"{folder}/{SCORE}", entry.record_key}
+    named = {f"{entry.folder}/{file.name}" for file in manifest.files} | {entry.record_key}
+    named |= {f"{folder}/{name}" for name in (SCORE, METRICS)}
     extra = [name for name in files_below(storage, folder) if f"{folder}/{name}" not in named]
     return (f"the record does not name {', '.join(extra[:5])}{' and others' * (len(extra) > 5)}",) if extra else ()
 
@@ -182,7 +183,8 @@ def verify_leftover(storage: Storage, found: Found, *, quick: bool = False) -> S
 
 def _of_folder(storage: Storage, found: Found, *, quick: bool) -> StepReport:
     """Of files that no record speaks of."""
-    names = [name for name in files_below(storage, found.folder) if name.rpartition("/")[2] not in (MANIFEST, SCORE)]
+    beside = (MANIFEST, SCORE, METRICS)
+    names = [name for name in files_below(storage, found.folder) if name.rpartition("/")[2] not in beside]
     keys = [f"{found.folder}/{name}" if found.folder else name for name in names]
     sizes = each(storage.size, keys)
     problems, notes, checked, tensors = list[Problem](), list[str](), 0, set[str]()

@@ -75,7 +75,7 @@ def test_a_policy_that_would_keep_nothing_is_refused(make: object) -> None:
 def test_policies_are_joined_flat_and_say_what_they_look_at() -> None:
     joined = KeepLast(1) | (KeepBest(1, lower_better=True) | KeepEvery(steps=20))
     assert joined == KeepAny((KeepLast(1), KeepBest(1, lower_better=True), KeepEvery(steps=20)))
-    assert str(joined) == "KeepLast(n=1) | KeepBest(n=1, lower_better=True) | KeepEvery(steps=20)"
+    assert str(joined) == "KeepLast(n=1) | KeepBest(n=1, lower_better=True, metric='score') | KeepEvery(steps=20)"
     assert joined.uses == {"score"}
     assert (KeepLast(1) | KeepAll()).uses == set()
     with pytest.raises(TypeError):

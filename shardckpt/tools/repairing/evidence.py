@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE
 from shardckpt.format.manifest import FileEntry
 from shardckpt.storage.base import Storage
 from shardckpt.tools.checking.archives import Window, check_archive
@@ -97,7 +97,7 @@ def _problems(storage: Storage, key: str, name: str, nbytes: int) -> Sequence[Pr
 
 def _is_beside(name: str) -> bool:
     """What lies in a step's folder and is not part of it."""
-    return name in (MANIFEST, SCORE) or _KEPT_RECORD.fullmatch(name) is not None
+    return name in (MANIFEST, SCORE, METRICS) or _KEPT_RECORD.fullmatch(name) is not None
 
 
 def _summed(storage: Storage, folder: str, copies: list[tuple[str, int]]) -> dict[str, tuple[int, int]]:

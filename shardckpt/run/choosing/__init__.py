@@ -1,0 +1,1 @@
+"""What a training program chooses: when to save, which parts of its state. Pure, no torch."""
