@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
     from shardckpt.run.retention import KeepLast as KeepLast
-    from shardckpt.state import RngState as RngState
+    from shardckpt.streams import RngState as RngState
     from shardckpt.tools.repair import RepairReport as RepairReport
     from shardckpt.tools.repair import repair as repair
     from shardckpt.tools.report import RunReport as RunReport
@@ -93,7 +93,7 @@ _HOME = {
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
-    "RngState": "state",
+    "RngState": "streams",
     "RunReport": "tools.report",
     "SaveFailed": "engine.events.kinds",
     "SaveOver": "engine.events.kinds",

@@ -7,8 +7,7 @@ and optimizer state are those of `torch.distributed.checkpoint.state_dict` (no "
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -23,9 +22,28 @@ Path = tuple[Any, ...]
 
 Kind = Literal["module", "optimizer", "stateful", "leaf"]
 
-NewWorld = Literal["fail", "own", "first"]
+Merge = Callable[[Sequence[Any], int, int], Any]
+"""`merge(saved, dp_rank, dp_size)`: makes of what every data-parallel rank that saved held of a part, in their order
+(its `state_dict()`, or a Python value; None where a rank had none), what this data-parallel rank of now gets.
+
+For a sampler of which rank r of n takes every n-th sample of one order, from r on, and counts them, none is lost and
+none comes twice if it goes on with what was left after each of the jobs before it; each job has a list of how many
+samples each of its ranks took:
+
+    def merge(saved, dp_rank, dp_size):
+        return {"taken": 0, "jobs": [*saved[0]["jobs"], [own["taken"] for own in saved]]}
+
+    left = order  # of which this rank takes left[dp_rank::dp_size][taken:]
+    for took in jobs:
+        left = [sample for i, sample in enumerate(left) if i // len(took) >= took[i % len(took)]]
+"""
+
+NewWorld = Literal["fail", "own", "first", "drop"] | Merge
 """What a rank gets, of values that differ between ranks, when the number of ranks has changed: an error; its own
-where there was a rank of its number, else what it has now; or those of rank 0."""
+where there was a rank of its number, else what it has now; or those of rank 0.
+
+The other two are for what counts in terms of its rank, and would mean something else to another number of ranks even
+if all held it alike: `drop`, what the rank has now, whatever was saved; and a function, what that gives."""
 
 
 @runtime_checkable
@@ -177,54 +195,6 @@ class OptimizerOf:
     """What torch calls each parameter of the module, by its id."""
     was_empty: bool
     """It had no state when it was taken apart."""
-
-
-class RngState:
-    """Every random stream of this process: Python, NumPy's global generator, torch's CPU and accelerator generators.
-
-    Put it into the state as `"rng": RngState()`. It is captured when `save` is called and restored last. The streams
-    belong to their rank: in a job of another size a rank takes up the stream of its own number, and a rank that had
-    no counterpart keeps the stream it has.
-    """
-
-    new_world: NewWorld = "own"
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-        numpy = _numpy_random()
-        if numpy is not None:
-            kind, keys, position, has_gauss, gauss = numpy.get_state()
-            state["numpy"] = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if device is not None:
-            module = torch.get_device_module(device)
-            state[device.type] = [module.get_rng_state(i) for i in range(module.device_count())]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        kind, internal, gauss = state_dict["python"]
-        random.setstate((kind, tuple(internal), gauss))
-        torch.set_rng_state(state_dict["torch"])
-        numpy = _numpy_random()
-        if numpy is not None and "numpy" in state_dict:
-            kind, keys, position, has_gauss, gauss = state_dict["numpy"]
-            numpy.set_state((kind, keys, position, has_gauss, gauss))
-        for device in set(state_dict) - {"python", "torch", "numpy"}:
-            _restore_device_streams(device, state_dict[device])
-
-
-def _restore_device_streams(device: str, streams: list[torch.Tensor]) -> None:
-    module = torch.get_device_module(device)
-    for i, stream in enumerate(streams[: module.device_count()]):
-        module.set_rng_state(stream.cpu(), i)
-
-
-def _numpy_random() -> Any:
-    try:
-        import numpy as np
-    except ImportError:
-        return None
-    return np.random
 
 
 def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from tests.house.source import Source, imports
 
-BASEMENT = {"errors", "state"}
+BASEMENT = {"errors", "state", "streams"}
 GROUND = {"gang", "storage", "format"}
 """None imports another."""
 FIRST = {"engine", "run"}
@@ -16,6 +16,7 @@ FIRST = {"engine", "run"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "state": {"errors"},
+    "streams": {"errors", "state"},
     **dict.fromkeys(GROUND, BASEMENT),
     "engine": BASEMENT | GROUND,
     "run": BASEMENT | GROUND,

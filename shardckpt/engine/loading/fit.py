@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import bisect
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from shardckpt.engine.loading.claims import by_part, claim, unclaimed
-from shardckpt.engine.loading.sources import BelongsToRankError, Sources
+from shardckpt.engine.loading.claims import claim, is_any_below, nearest
+from shardckpt.engine.loading.merging import check_mergeable, tensors_of_all
+from shardckpt.engine.loading.sources import BelongsToRankError, Sources, Whose
 from shardckpt.engine.sharding import check_tensor, describe
 from shardckpt.errors import CheckpointMismatchError
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
-from shardckpt.state import NewWorld, Part, Path, join_path
+from shardckpt.state import Merge, NewWorld, Part, Path, join_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,9 @@ class LoadPolicy:
     dtype: Literal["error", "keep", "cast"] = "error"
     """A tensor of another dtype: keep what the state has now, or convert to the state's dtype."""
     new_world: Mapping[str, NewWorld] = field(default_factory=dict)
-    """By top-level key: what a rank gets of values that differ between ranks, in a job of another size."""
+    """By top-level key: what a rank gets of values that differ between ranks, in a job of another size: "fail", "own",
+    "first", "drop", or a function (see `shardckpt.state`: `NewWorld`, `Merge`). A part with an attribute or method
+    `new_world` says it itself."""
     in_place: bool = False
     """Read straight into the state's tensors and check the bytes as they come, rather than check all of them before
     the first is copied: up to twice as fast for files in the page cache. But if one of them is damaged, part of the
@@ -40,11 +41,17 @@ class LoadPolicy:
     is loaded, as `resume` does. From a local or mounted file system; elsewhere bytes come by way of memory anyway."""
 
     def __post_init__(self) -> None:
+        for key, rule in self.new_world.items():
+            if not callable(rule) and rule not in _RULES:
+                raise ValueError(f"new_world={{{key!r}: {rule!r}}}: one of {', '.join(_RULES)}, or a function")
         if self.in_place and "keep" in (self.missing, self.shape, self.dtype):
             raise ValueError(
                 "LoadPolicy(in_place=True) cannot go with 'keep': after a damaged step there is nothing left of the "
                 "state that could be kept; leave out one of them"
             )
+
+
+_RULES = ("fail", "own", "first", "drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,17 @@ class WantedTensor:
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     local: torch.Tensor | None
-    rule: NewWorld
+    rule: Whose
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What no other wanted tensor has."""
+        return self.name, self.rank
+
+    @property
+    def rank(self) -> int | None:
+        """Whose it is, if that of each of several ranks is wanted."""
+        return self.rule if isinstance(self.rule, int) else None
 
     @property
     def is_whole(self) -> bool:
@@ -84,6 +101,8 @@ class Fit:
     values: list[WantedValue] = field(default_factory=list)
     trees: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """By part: the ranks (of those that saved) whose nested values it takes; none: the part is left as it is."""
+    merges: dict[str, Merge] = field(default_factory=dict)
+    """By part: what makes of the values of the ranks in `trees` those of this rank."""
     stateless: dict[str, set[str]] = field(default_factory=dict)
     """By optimizer: the parameters for which the checkpoint has no state."""
     problems: list[str] = field(default_factory=list)
@@ -107,15 +126,6 @@ def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fi
     return fit
 
 
-def unexpected_keys(sources: Sources, fit: Fit, claims: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0."""
-    return [
-        f"unexpected: {name} is in the checkpoint but not in the state{_near(name, fit.names)}"
-        for part, those in by_part(claims).items()
-        for name in unclaimed(sources.under(part), those)
-    ]
-
-
 def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
     """One error for all differences of all ranks."""
     every = list(dict.fromkeys(problems))
@@ -136,11 +146,21 @@ class _Fitter:
         self._part, self._sources, self._policy, self._fit = part, sources, policy, fit
         own: NewWorld = getattr(part.owner, "new_world", "fail") if part.kind == "stateful" else "fail"
         self._rule: NewWorld = policy.new_world.get(str(part.path[0]), own)
+        self._drops = self._rule == "drop" and not sources.is_same_job()
+        self._merge: Merge | None = None
+        if callable(self._rule):
+            self._merge = None if sources.is_same_job() else self._rule
+            self._rule = "fail"
         self._saved = sources.under(part.key)
 
     def run(self) -> None:
         if not self._saved:
             self._missing(self._part.key)
+        elif self._drops:
+            self._fit.trees[self._part.key] = ()
+            self._fit.claims[self._part.key] = claim(self._saved, self._saved)
+        elif self._merge is not None:
+            self._take_of_all(self._merge)
         elif self._part.kind == "stateful":
             self._take_everything()
         else:
@@ -177,7 +197,7 @@ class _Fitter:
         except BelongsToRankError as error:
             self._problem(f"per rank: {error}")
         saved = sorted(name for name in self._saved if name.startswith(prefix))
-        stateless = {name for name in self._part.tree["state"] if not _is_any_below(f"{prefix}{name}.", saved)}
+        stateless = {name for name in self._part.tree["state"] if not is_any_below(f"{prefix}{name}.", saved)}
         self._fit.stateless[self._part.key] = stateless
         empty = tuple(f"{prefix}{name}." for name in stateless)
         expected = {name for name in self._saved if not name.startswith(prefix)} | set(leaves)
@@ -218,6 +238,17 @@ class _Fitter:
                 boxes = _whole(entry.shape)
                 self._fit.tensors.append(WantedTensor(name, entry.dtype, entry.shape, boxes, None, self._rule))
 
+    def _take_of_all(self, merge: Merge) -> None:
+        """What every data-parallel rank held; who has no tensors of its own to fill is given new ones."""
+        reason = check_mergeable(self._part, self._saved, self._sources)
+        if reason:
+            self._problem(f"per rank: {reason}: functions are for objects with state_dict and for Python values")
+            return
+        self._fit.trees[self._part.key] = self._sources.siblings()
+        self._fit.merges[self._part.key] = merge
+        for name, entry, rank in tensors_of_all(self._saved, self._sources):
+            self._fit.tensors.append(WantedTensor(name, entry.dtype, entry.shape, _whole(entry.shape), None, rank))
+
     def _want_tensor(self, name: str, tensor: torch.Tensor) -> None:
         entry = self._sources.tensor(name, self._rule)
         if entry is None:
@@ -243,7 +274,7 @@ class _Fitter:
         if instead:
             self._problem(f"kind: {name} {instead} in the checkpoint, but not in the state")
         elif self._policy.missing == "error":
-            near = _near(name, self._sources.names())
+            near = nearest(name, self._sources.names())
             self._problem(f"missing: {name} is in the state but not in the checkpoint{near}")
 
     def _problem(self, text: str) -> None:
@@ -254,20 +285,6 @@ def _belongs_to_part(name: str, parts: Collection[str]) -> bool:
     """Whether the key is that of a part, or below one."""
     pieces = name.split(".")
     return any(".".join(pieces[: i + 1]) in parts for i in range(len(pieces)))
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, as a hint. Only names of the same depth are looked at, and not more than 2,000."""
-    depth = name.count(".")
-    candidates = [other for other in known if other.count(".") == depth][:2000]
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f" (nearest: {close[0]})" if close else ""
-
-
-def _is_any_below(prefix: str, ordered: Sequence[str]) -> bool:
-    """Whether any of the names, which are in order, begins so."""
-    place = bisect.bisect_left(ordered, prefix)
-    return place < len(ordered) and ordered[place].startswith(prefix)
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[Box, ...]:
