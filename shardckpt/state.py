@@ -108,7 +108,7 @@ class StateReader:
                 return Part(path, "stateful", owner, owner.state_dict())
             was_empty = not owner.state
             if for_loading and was_empty:
-                torch_state.get_optimizer_state_dict(module, owner)  # takes a zero step, which makes the state
+                _make_state(module, owner)
             names = self._names_of(module).parameters
             made = OptimizerOf(owner, module, names, was_empty)
             return Part(path, "optimizer", made, _optimizer_tree(owner, names))
@@ -219,6 +219,24 @@ def _owner_of(optimizer: torch.optim.Optimizer, modules: list[torch.nn.Module]) 
         if wanted and wanted <= {id(p) for p in module.parameters()}:
             return module
     return None
+
+
+def _make_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its state, by a step that changes nothing; it has none still if it cannot do that.
+
+    LBFGS wants a closure, SparseAdam sparse gradients: what torch has set for the step is then undone.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    had_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    try:
+        torch_state.get_optimizer_state_dict(module, optimizer)
+    except Exception:
+        if had_gradients:
+            raise
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group.update({} if rate is None else {"lr": rate})
+        optimizer.state.clear()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _optimizer_tree(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:

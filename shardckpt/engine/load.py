@@ -16,12 +16,12 @@ import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
-from shardckpt.engine.loading.claims import unexpected_keys
+from shardckpt.engine.loading.claims import mismatch_error, unexpected_keys
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetching.borrow import fetch_from
 from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, check_region, find_stored
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
-from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error
+from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state
 from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, damage_error, join_sums
 from shardckpt.engine.loading.merging import merged
@@ -269,7 +269,8 @@ class Loader:
 
     def _saved_optimizer(self, part: Part) -> SavedOptimizer:
         ranks = self._fit.trees[part.key]
-        return read_saved(self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
+        trees = (self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
+        return read_saved((self._fit.with_new(tree, part.path) for tree in trees), lenient=self._fit.lenient)
 
     def _leaf(self, name: str, leaf: Any, held: Mapping[str, torch.Tensor]) -> Any:
         if not isinstance(leaf, torch.Tensor):

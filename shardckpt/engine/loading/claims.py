@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from shardckpt.engine.loading.sources import Sources
+from shardckpt.errors import CheckpointMismatchError
 
 ALL = ""
 """The claim to every key."""
@@ -67,3 +68,16 @@ def by_part(claims: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
         for part, text in own.items():
             joined.setdefault(part, []).append(text)
     return joined
+
+
+def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
+    """One error for all differences of all ranks."""
+    every = list(dict.fromkeys(problems))
+    shown = "".join(f"\n  - {problem}" for problem in every[:50])
+    more = f"\n  ... and {len(every) - 50} more" if len(every) > 50 else ""
+    return CheckpointMismatchError(
+        f"checkpoint of step {step} does not fit the state, and nothing was loaded; {len(every)} differences:"
+        f"{shown}{more}\nChange the state, or allow a kind of difference with LoadPolicy(...).",
+        problems=every,
+        step=step,
+    )

@@ -10,9 +10,9 @@ import torch
 
 from shardckpt.engine.loading.claims import claim, is_any_below, nearest
 from shardckpt.engine.loading.merging import check_mergeable, tensors_of_all
+from shardckpt.engine.loading.optimizers import blank_tensors
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources, Whose
 from shardckpt.engine.sharding import check_tensor, describe
-from shardckpt.errors import CheckpointMismatchError
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
 from shardckpt.state import Merge, NewWorld, Part, Path, join_path
@@ -105,16 +105,24 @@ class Fit:
     """By part: what makes of the values of the ranks in `trees` those of this rank."""
     stateless: dict[str, set[str]] = field(default_factory=dict)
     """By optimizer: the parameters for which the checkpoint has no state."""
+    anew: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of optimizers that had none to load into."""
+    lenient: bool = False
+    """What the checkpoint lacks is to be kept."""
     problems: list[str] = field(default_factory=list)
     claims: dict[str, str] = field(default_factory=dict)
     """By part: which of its saved keys this rank has a place for (see `claims`)."""
     names: list[str] = field(default_factory=list)
     """All keys of this rank's state."""
 
+    def with_new(self, tree: Any, path: Path) -> Any:
+        """A saved tree with the tensors of `anew` in it."""
+        return map_leaves(tree, lambda path, leaf: self.anew.get(join_path(path), leaf), path)
+
 
 def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fit:
     """Compare the state of this rank with the record."""
-    fit = Fit()
+    fit = Fit(lenient=policy.missing == "keep")
     for part in parts:
         _Fitter(part, sources, policy, fit).run()
     if policy.unexpected == "error":
@@ -124,19 +132,6 @@ def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fi
             fit.claims[top] = claim(saved, {name for name in saved if _belongs_to_part(name, own)})
         fit.names += own
     return fit
-
-
-def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
-    """One error for all differences of all ranks."""
-    every = list(dict.fromkeys(problems))
-    shown = "".join(f"\n  - {problem}" for problem in every[:50])
-    more = f"\n  ... and {len(every) - 50} more" if len(every) > 50 else ""
-    return CheckpointMismatchError(
-        f"checkpoint of step {step} does not fit the state, and nothing was loaded; {len(every)} differences:"
-        f"{shown}{more}\nChange the state, or allow a kind of difference with LoadPolicy(...).",
-        problems=every,
-        step=step,
-    )
 
 
 class _Fitter:
@@ -199,10 +194,13 @@ class _Fitter:
         saved = sorted(name for name in self._saved if name.startswith(prefix))
         stateless = {name for name in self._part.tree["state"] if not is_any_below(f"{prefix}{name}.", saved)}
         self._fit.stateless[self._part.key] = stateless
+        self._fit.anew |= (anew := blank_tensors(self._part, self._sources))
         empty = tuple(f"{prefix}{name}." for name in stateless)
-        expected = {name for name in self._saved if not name.startswith(prefix)} | set(leaves)
+        expected = {name for name in self._saved if not name.startswith(prefix)} | set(leaves) | set(anew)
         tensors = {name: found for name, found in leaves.items() if isinstance(found[1], torch.Tensor)}
         tensors = {name: found for name, found in tensors.items() if not name.startswith(empty)}
+        tensors = {name: found for name, found in tensors.items() if name not in anew and name.startswith(prefix)}
+        tensors |= {name: ((), tensor) for name, tensor in anew.items()}
         expected |= {name for name in self._saved if self._sources.value_home(name) is not None}
         return tensors, expected
 
