@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
     from shardckpt.run.retention import KeepLast as KeepLast
+    from shardckpt.split import Split as Split
+    from shardckpt.split import TensorSplit as TensorSplit
     from shardckpt.streams import RngState as RngState
     from shardckpt.tools.repair import RepairReport as RepairReport
     from shardckpt.tools.repair import repair as repair
@@ -101,9 +103,11 @@ _HOME = {
     "SaveReport": "engine.progress",
     "SaveSkipped": "engine.events.kinds",
     "SaveStarted": "engine.events.kinds",
+    "Split": "split",
     "Staged": "engine.events.kinds",
     "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
+    "TensorSplit": "split",
     "Trace": "engine.events.trace",
     "Written": "engine.events.kinds",
     "repair": "tools.repair",

@@ -7,7 +7,7 @@ and optimizer state are those of `torch.distributed.checkpoint.state_dict` (no "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint import state_dict as torch_state
 
 from shardckpt.errors import InvalidStateError
+from shardckpt.split import Rule, TensorSplit
 
 Path = tuple[Any, ...]
 """Keys from the top of the state down; dict keys as they are, list positions as numbers."""
@@ -67,6 +68,8 @@ class Part:
     owner: Any
     """The live object; for a leaf the mapping that holds it."""
     tree: Any
+    rules: Mapping[str, Rule] | None = None
+    """Of a module in a `TensorSplit`, or an optimizer of one: how tensors join to whole ones, by full name."""
 
     @property
     def key(self) -> str:
@@ -91,7 +94,8 @@ class StateReader:
         something to load into; for saving it is left exactly as it is.
         """
         found = list(_find(state, ()))
-        modules = [owner for _, owner, _ in found if isinstance(owner, torch.nn.Module)]
+        splits = {owner.module: owner for _, owner, _ in found if isinstance(owner, TensorSplit)}
+        modules = {owner: None for _, owner, _ in found if isinstance(owner, torch.nn.Module)} | splits
         return [
             Part(path, "leaf", holder, owner)
             if isinstance(owner, torch.Tensor)
@@ -99,7 +103,10 @@ class StateReader:
             for path, owner, holder in found
         ]
 
-    def _part(self, path: Path, owner: Any, holder: Any, modules: list[torch.nn.Module], for_loading: bool) -> Part:
+    def _part(self, path: Path, owner: Any, holder: Any, modules: _Modules, for_loading: bool) -> Part:
+        if isinstance(owner, TensorSplit):
+            tree = self._names_of(owner.module).state_of(owner.module)
+            return Part(path, "module", owner.module, tree, owner.rules_of_state(join_path(path), tree))
         if isinstance(owner, torch.nn.Module):
             return Part(path, "module", owner, self._names_of(owner).state_of(owner))
         if isinstance(owner, torch.optim.Optimizer):
@@ -111,7 +118,12 @@ class StateReader:
                 _make_state(module, owner)
             names = self._names_of(module).parameters
             made = OptimizerOf(owner, module, names, was_empty)
-            return Part(path, "optimizer", made, _optimizer_tree(owner, names))
+            tree, split = _optimizer_tree(owner, names), modules[module]
+            if split is None:
+                return Part(path, "optimizer", made, tree)
+            parameters = {names[id(p)]: p for group in owner.param_groups for p in group["params"]}
+            rules = split.rules_of_moments(join_path(path), tree["state"], parameters=parameters)
+            return Part(path, "optimizer", made, tree, rules)
         if not isinstance(owner, type) and isinstance(owner, Stateful):
             return Part(path, "stateful", owner, owner.state_dict())
         return Part(path, "leaf", holder, owner)
@@ -121,6 +133,10 @@ class StateReader:
         if known is None or not known.fits(module):
             known = self._names[module] = _Names(module)
         return known
+
+
+_Modules = Mapping[torch.nn.Module, TensorSplit | None]
+"""Those of the state, and how they are split."""
 
 
 class _Names:
@@ -212,7 +228,7 @@ def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
             yield here, value, node
 
 
-def _owner_of(optimizer: torch.optim.Optimizer, modules: list[torch.nn.Module]) -> torch.nn.Module | None:
+def _owner_of(optimizer: torch.optim.Optimizer, modules: Iterable[torch.nn.Module]) -> torch.nn.Module | None:
     """The module of the state that has all parameters of the optimizer; None if there is no such module."""
     wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module in modules:

@@ -25,7 +25,7 @@ from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_stat
 from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, damage_error, join_sums
 from shardckpt.engine.loading.merging import merged
-from shardckpt.engine.loading.needs import loaded_values, needs_of, place_of, tree_ranks_of
+from shardckpt.engine.loading.needs import loaded_values, needs_of, place_of, region_in, tree_ranks_of
 from shardckpt.engine.loading.once.exchange import is_worth_while, read_once
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
@@ -170,6 +170,7 @@ class Loader:
             wanted = self._fit.tensors[position]
             stored = find_stored(self._contents.boxes(file), wanted.name, chunk_box, file)
             record = self._contents.record(file, stored)
+            region = region_in(stored, chunk_box, region)
             check_region(record, region, self._sources.tensor(wanted.name, wanted.rule), file=file, name=wanted.name)
             need = Need(file, stored, region, target, position)
             place = place_of(self._target(wanted), need)

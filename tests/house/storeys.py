@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from tests.house.source import Source, imports
 
-BASEMENT = {"errors", "state", "streams"}
+BASEMENT = {"errors", "split", "state", "streams"}
 GROUND = {"gang", "storage", "format"}
 """None imports another."""
 FIRST = {"engine", "run"}
@@ -15,7 +15,8 @@ FIRST = {"engine", "run"}
 
 BELOW: dict[str, set[str]] = {
     "errors": set(),
-    "state": {"errors"},
+    "split": {"errors"},
+    "state": {"errors", "split"},
     "streams": {"errors", "state"},
     **dict.fromkeys(GROUND, BASEMENT),
     "engine": BASEMENT | GROUND,

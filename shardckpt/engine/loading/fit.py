@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from shardckpt.engine.loading.merging import check_mergeable, tensors_of_all
 from shardckpt.engine.loading.optimizers import blank_tensors
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources, Whose
 from shardckpt.engine.sharding import check_tensor, describe
+from shardckpt.engine.splits.pieces import extent_of
+from shardckpt.errors import InvalidStateError
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
 from shardckpt.state import Merge, NewWorld, Part, Path, join_path
@@ -254,7 +256,12 @@ class _Fitter:
             return
         if self._rank_of([name]) is None:
             return
-        dtype, shape = check_tensor(name, tensor), tuple(tensor.shape)
+        dtype, rule = check_tensor(name, tensor), (self._part.rules or {}).get(name)
+        try:
+            shape, boxes = extent_of(name, tensor, rule, self._sources.at)
+        except InvalidStateError as error:
+            self._problem(f"split: {error}")
+            return
         if shape != entry.shape:
             if self._policy.shape == "error":
                 self._problem(f"shape: {name} is {list(entry.shape)} in the checkpoint, {list(shape)} in the state")
@@ -263,8 +270,6 @@ class _Fitter:
             if self._policy.dtype == "error":
                 self._problem(f"dtype: {name} is {entry.dtype} in the checkpoint, {dtype} in the state")
             return
-        sharding = describe(name, tensor)
-        boxes = sharding.boxes(shape) if sharding else _whole(shape)
         local = getattr(tensor, "_local_tensor", tensor).detach()
         self._fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, self._rule))
 

@@ -12,6 +12,7 @@ from shardckpt.engine.loading.fetching.fetch import Need, overlaps
 from shardckpt.engine.loading.fit import Fit
 from shardckpt.engine.loading.integrity import Region
 from shardckpt.engine.loading.sources import Sources
+from shardckpt.format.index import StoredBox
 from shardckpt.format.placement import Box
 
 Wanted: TypeAlias = tuple[int, str, Box, Region, tuple[int, ...]]
@@ -46,6 +47,15 @@ def loaded_values(fit: Fit, sources: Sources, contents: Contents) -> Mapping[str
         if rank is not None:
             values[value.key] = contents.leaves(sources.trees_of(rank))[value.key][1]
     return values
+
+
+def region_in(stored: StoredBox, box: Box, region: Region) -> Region:
+    """The region of a box of the record, in the file's own record of it, which may hold several boxes. The record does
+    not say where in it a piece begins; the file's index does."""
+    if stored.box.local == box.local:
+        return region
+    start = (at + inside - told for at, inside, told in zip(region.start, stored.box.local, box.local, strict=True))
+    return Region(tuple(start), region.lengths)
 
 
 def place_of(target: torch.Tensor, need: Need) -> torch.Tensor:

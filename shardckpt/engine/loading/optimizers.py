@@ -74,7 +74,7 @@ def blank_tensors(part: Part, sources: Sources) -> dict[str, torch.Tensor]:
     for place, parameter in places.items():
         for name in sources.under(place):
             entry = sources.tensor(name)
-            if entry is not None:
+            if entry is not None and not (part.rules and sources.is_sharded(name)):  # of which part is not known
                 made[name] = _blank(parameter, entry.shape, getattr(torch, entry.dtype))
     return made
 

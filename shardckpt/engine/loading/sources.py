@@ -38,7 +38,7 @@ class Sources:
 
     def __init__(self, manifest: Manifest, at: Coordinates) -> None:
         self._manifest = manifest
-        self._at = at
+        self.at = at
         self._differ = frozenset(manifest.differ)
         inside = f"{manifest.attempt}/"  # on object stores files lie below their attempt
         self._folder = inside if any(file.name.startswith(inside) for file in manifest.files) else ""
@@ -133,13 +133,13 @@ class Sources:
 
         In their order: what a rank held as one of several that train on different data.
         """
-        shard = self._at.shard if self._same_shards else 0
+        shard = self.at.shard if self._same_shards else 0
         return tuple(rank for rank, its in enumerate(self._manifest.shard_of) if its == shard)
 
     @property
     def place(self) -> tuple[int, int]:
         """This rank's number among its data-parallel ranks, and how many they are."""
-        return self._at.dp_ranks.index(self._at.rank), self._at.dp_size
+        return self.at.dp_ranks.index(self.at.rank), self.at.dp_size
 
     def is_sharded(self, name: str) -> bool:
         """Whether the tensor was saved in shards, or in pieces."""
@@ -204,13 +204,13 @@ class Sources:
 
     def _near(self, table: Table) -> int:
         """This rank's counterpart among those that saved: the same number, else one of the same shard, else any."""
-        if self._at.rank in table.ranks and (self._same_ranks or not self._same_shards):
-            return self._at.rank
+        if self.at.rank in table.ranks and (self._same_ranks or not self._same_shards):
+            return self.at.rank
         if self._same_shards:
-            same = [rank for rank in table.ranks if self._manifest.shard_of[rank] == self._at.shard]
+            same = [rank for rank in table.ranks if self._manifest.shard_of[rank] == self.at.shard]
             if same:
-                return same[self._at.rank % len(same)]
-        return table.ranks[self._at.rank % len(table.ranks)]
+                return same[self.at.rank % len(same)]
+        return table.ranks[self.at.rank % len(table.ranks)]
 
     def _same_position(self, home: Home) -> bool:
         return self._same_ranks and self._same_shards if home == "rank" else self._same_shards
@@ -223,13 +223,13 @@ class Sources:
             how = "with a different value by each" if count == manifest.world_size else f"by only {count}"
             raise BelongsToRankError(
                 f"{example} was saved {how} of {manifest.world_size} ranks ({manifest.shards} model "
-                f"shards), and this job has {self._at.world_size} ({self._at.shards}); say what a rank gets: "
+                f"shards), and this job has {self.at.world_size} ({self.at.shards}); say what a rank gets: "
                 f"new_world={{{example.split('.', 1)[0]!r}: 'own', 'first', 'drop' or a function}}"
             )
         holders = self._holders(keys)
         if rule == "first":
             return min(holders)
-        rank = rule if isinstance(rule, int) else self._at.rank
+        rank = rule if isinstance(rule, int) else self.at.rank
         return rank if rank in holders else None
 
     def _plain_file(self, name: str, found: _Found, rule: Whose, *, whole: bool) -> str:
@@ -258,7 +258,7 @@ class Sources:
             if found.layout.home == "rank" and replica != found.entry.replica:
                 continue
             file = self.files_of(rank, found.layout.home)
-            near = whole and self._manifest.shard_of[rank] == self._at.shard
+            near = whole and self._manifest.shard_of[rank] == self.at.shard
             for box in shard_boxes(found.entry.shape, mesh.shape, found.layout.placements, coordinate):
                 key = (box.offsets, box.lengths)
                 if key not in chunks or near:
