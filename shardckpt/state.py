@@ -7,7 +7,7 @@ and optimizer state are those of `torch.distributed.checkpoint.state_dict` (no "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint import state_dict as torch_state
 
 from shardckpt.errors import InvalidStateError
+from shardckpt.optimizers import OptimizerOf, all_own, holder_of, make_state, optimizer_tree, owner_of
 from shardckpt.split import Rule, TensorSplit
 
 Path = tuple[Any, ...]
@@ -110,15 +111,18 @@ class StateReader:
         if isinstance(owner, torch.nn.Module):
             return Part(path, "module", owner, self._names_of(owner).state_of(owner))
         if isinstance(owner, torch.optim.Optimizer):
-            module = _owner_of(owner, modules)
+            module = owner_of(owner, modules)
             if module is None:
                 return Part(path, "stateful", owner, owner.state_dict())
-            was_empty = not owner.state
+            holder = holder_of(owner)
+            was_empty = not holder.state
             if for_loading and was_empty:
-                _make_state(module, owner)
+                make_state(module, holder)
             names = self._names_of(module).parameters
             made = OptimizerOf(owner, module, names, was_empty)
-            tree, split = _optimizer_tree(owner, names), modules[module]
+            tree, split = optimizer_tree(owner, names), modules[module]
+            if holder is not owner:
+                return Part(path, "optimizer", made, tree, all_own(join_path(path), tree["state"]))
             if split is None:
                 return Part(path, "optimizer", made, tree)
             parameters = {names[id(p)]: p for group in owner.param_groups for p in group["params"]}
@@ -177,6 +181,11 @@ def _plain_name(module: torch.nn.Module, raw: str) -> str:
 _EXTRA_STATE = "_extra_state"
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether the key is that of what a module gives by `get_extra_state`, or below it."""
+    return _EXTRA_STATE in name and _EXTRA_STATE in name.split(".")
+
+
 def put_together(parts: list[Part]) -> dict[str, Any]:
     """The nested tree that the parts make up: what is stored."""
     tree: dict[str, Any] = {}
@@ -201,18 +210,6 @@ def restore(part: Part, loaded: Any) -> None:
         _restore_leaf(part, loaded)
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerOf:
-    """An optimizer and the module whose parameters it updates."""
-
-    optimizer: torch.optim.Optimizer
-    module: torch.nn.Module
-    names: Mapping[int, str]
-    """What torch calls each parameter of the module, by its id."""
-    was_empty: bool
-    """It had no state when it was taken apart."""
-
-
 def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
     """(path, object or leaf, the mapping that holds it) of everything in nested dicts."""
     for key, value in node.items():
@@ -228,52 +225,8 @@ def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
             yield here, value, node
 
 
-def _owner_of(optimizer: torch.optim.Optimizer, modules: Iterable[torch.nn.Module]) -> torch.nn.Module | None:
-    """The module of the state that has all parameters of the optimizer; None if there is no such module."""
-    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for module in modules:
-        if wanted and wanted <= {id(p) for p in module.parameters()}:
-            return module
-    return None
-
-
-def _make_state(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make its state, by a step that changes nothing; it has none still if it cannot do that.
-
-    LBFGS wants a closure, SparseAdam sparse gradients: what torch has set for the step is then undone.
-    """
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    had_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-    try:
-        torch_state.get_optimizer_state_dict(module, optimizer)
-    except Exception:
-        if had_gradients:
-            raise
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group.update({} if rate is None else {"lr": rate})
-        optimizer.state.clear()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def _optimizer_tree(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
-    """The optimizer's state by parameter name, in the form of `get_optimizer_state_dict`; tensors are not copies.
-
-    2026-11: that function takes a step if there is no state yet; a run that is saved before its first step would
-    then no longer be the run itself.
-    """
-    groups = [
-        {
-            **{key: value for key, value in group.items() if key != "params"},
-            "params": [names[id(p)] for p in group["params"]],
-        }
-        for group in optimizer.param_groups
-    ]
-    state = {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
-    return {"state": state, "param_groups": groups}
-
-
 def _restore_extra_state(module: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
-    extra = {key: value for key, value in loaded.items() if not isinstance(value, torch.Tensor)}
+    extra = {k: value for k, value in loaded.items() if k.endswith(_EXTRA_STATE) or not isinstance(value, torch.Tensor)}
     if extra:
         torch_state.set_model_state_dict(module, extra, options=torch_state.StateDictOptions(strict=False))
 

@@ -246,20 +246,19 @@ class Loader:
         if part.key in self._merged:
             restore(part, self._merged[part.key])
             return
+        ranks = self._fit.trees.get(part.key)
         if part.kind in ("module", "leaf"):
             loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
+            for rank in ranks or () if part.kind == "module" else ():
+                tree = self._contents.subtree(self._sources.trees_of(rank), part.path)
+                loaded |= {key: self._fit.with_new(own, (*part.path, key)) for key, own in tree.items()}
             restore(part, loaded)
             return
-        ranks = self._fit.trees.get(part.key)
         if ranks is None:  # the checkpoint has no such part, and the policy is to keep it
             return
         if not ranks:
-            _log.warning(
-                "%s was saved for each of %d ranks; rank %d keeps what it has",
-                part.key,
-                self._manifest.world_size,
-                self._at.rank,
-            )
+            what = (part.key, self._manifest.world_size, self._at.rank)
+            _log.warning("%s was saved for each of %d ranks; rank %d keeps what it has", *what)
             return
         if part.kind == "optimizer":
             restore_optimizer(part, self._saved_optimizer(part), self._fit.stateless[part.key])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,48 +12,13 @@ from shardckpt.engine.loading.claims import claim, is_any_below, nearest
 from shardckpt.engine.loading.merging import check_mergeable, tensors_of_all
 from shardckpt.engine.loading.optimizers import blank_tensors
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources, Whose
+from shardckpt.engine.loading.terms.policy import LoadPolicy as LoadPolicy
 from shardckpt.engine.sharding import check_tensor, describe
 from shardckpt.engine.splits.pieces import extent_of
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
-from shardckpt.state import Merge, NewWorld, Part, Path, join_path
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPolicy:
-    """What to do where checkpoint and state differ. By default every difference is an error, and all are reported."""
-
-    missing: Literal["error", "keep"] = "error"
-    """A key of the state that the checkpoint lacks: keep what the state has now."""
-    unexpected: Literal["error", "ignore"] = "error"
-    """A key of the checkpoint, below a part that is loaded, that the state lacks."""
-    shape: Literal["error", "keep"] = "error"
-    """A tensor of another shape: keep what the state has now."""
-    dtype: Literal["error", "keep", "cast"] = "error"
-    """A tensor of another dtype: keep what the state has now, or convert to the state's dtype."""
-    new_world: Mapping[str, NewWorld] = field(default_factory=dict)
-    """By top-level key: what a rank gets of values that differ between ranks, in a job of another size: "fail", "own",
-    "first", "drop", or a function (see `shardckpt.state`: `NewWorld`, `Merge`). A part with an attribute or method
-    `new_world` says it itself."""
-    in_place: bool = False
-    """Read straight into the state's tensors and check the bytes as they come, rather than check all of them before
-    the first is copied: up to twice as fast for files in the page cache. But if one of them is damaged, part of the
-    state has changed by then, and the error says so (`state_changed`): the state must not be used before another step
-    is loaded, as `resume` does. From a local or mounted file system; elsewhere bytes come by way of memory anyway."""
-
-    def __post_init__(self) -> None:
-        for key, rule in self.new_world.items():
-            if not callable(rule) and rule not in _RULES:
-                raise ValueError(f"new_world={{{key!r}: {rule!r}}}: one of {', '.join(_RULES)}, or a function")
-        if self.in_place and "keep" in (self.missing, self.shape, self.dtype):
-            raise ValueError(
-                "LoadPolicy(in_place=True) cannot go with 'keep': after a damaged step there is nothing left of the "
-                "state that could be kept; leave out one of them"
-            )
-
-
-_RULES = ("fail", "own", "first", "drop")
+from shardckpt.state import Merge, NewWorld, Part, Path, is_extra_state, join_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +133,9 @@ class _Fitter:
         leaves: dict[str, tuple[Path, object]] = {}
         map_leaves(self._part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), self._part.path)
         names = set(leaves)
+        if self._part.kind == "module" and any(map(is_extra_state, names)):
+            leaves = self._without_extra_state(leaves)
+            names |= {name for name in self._saved if is_extra_state(name)}
         if self._part.kind == "optimizer":
             leaves, names = self._optimizer_leaves(leaves)
         for name, (path, leaf) in leaves.items():
@@ -181,6 +149,23 @@ class _Fitter:
         if self._policy.unexpected == "error":
             self._fit.claims[self._part.key] = claim(self._saved, names)
             self._fit.names += names
+
+    def _without_extra_state(self, leaves: dict[str, tuple[Path, object]]) -> dict[str, tuple[Path, object]]:
+        """What modules give by `get_extra_state` they get back as it was saved, whatever they have now."""
+        for own in dict.fromkeys(name for name in leaves if is_extra_state(name)):
+            name = own[: own.rindex("_extra_state") + len("_extra_state")]
+            saved = self._sources.under(name)
+            rank = self._rank_of(saved) if saved else None
+            if rank is None:
+                if not saved:
+                    self._missing(name)
+                continue
+            self._fit.trees[self._part.key] = tuple(dict.fromkeys((*self._fit.trees.get(self._part.key, ()), rank)))
+            for entry, key in ((self._sources.tensor(key), key) for key in saved):
+                if entry is not None and key not in self._fit.anew:
+                    self._fit.anew[key] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+                    self._want_tensor(key, self._fit.anew[key])
+        return {name: found for name, found in leaves.items() if not is_extra_state(name)}
 
     def _optimizer_leaves(self, leaves: dict[str, tuple[Path, object]]) -> tuple[dict[str, Any], set[str]]:
         """The tensors that must fit, and all names that are expected.

@@ -16,7 +16,8 @@ import torch
 
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import InvalidStateError
-from shardckpt.state import OptimizerOf, Part
+from shardckpt.optimizers import OptimizerOf
+from shardckpt.state import Part
 
 Options = Mapping[str, Any]
 """A group's hyperparameters: all that it holds but its parameters."""
@@ -66,7 +67,7 @@ def blank_tensors(part: Part, sources: Sources) -> dict[str, torch.Tensor]:
     """
     owner: OptimizerOf = part.owner
     own = part.tree["state"]
-    parameters = {owner.names[id(p)]: p for group in owner.optimizer.param_groups for p in group["params"]}
+    parameters = {owner.names[id(p)]: p for group in owner.holder.param_groups for p in group["params"]}
     anew = {name: p for name, p in parameters.items() if not _is_flat(own.get(name))}
     places = {f"{part.key}.state.{name}": parameter for name, parameter in anew.items()}
     places[f"{part.key}.param_groups"] = torch.empty(0)
@@ -124,7 +125,8 @@ def restore_optimizer(part: Part, saved: SavedOptimizer, stateless: Collection[s
     Called on the caller's thread of every rank, after the tensors are in place.
     """
     owner: OptimizerOf = part.owner
-    state = owner.optimizer.state
+    state = owner.holder.state
+    own = {id(parameter) for group in owner.holder.param_groups for parameter in group["params"]}
     for group, names, options in zip(
         owner.optimizer.param_groups, _names_by_group(owner), match_groups(part, saved), strict=True
     ):
@@ -134,7 +136,7 @@ def restore_optimizer(part: Part, saved: SavedOptimizer, stateless: Collection[s
         for name, parameter in zip(names, group["params"], strict=True):
             if name in stateless:
                 state.pop(parameter, None)
-            elif saved.values.get(name):
+            elif saved.values.get(name) and id(parameter) in own:
                 state[parameter].update(saved.values[name])
 
 
@@ -154,7 +156,7 @@ def forget_made_up_state(parts: Sequence[Part]) -> None:
     """After a load that failed: optimizers that had no state, and were given some to load into, have none again."""
     for part in parts:
         if isinstance(part.owner, OptimizerOf) and part.owner.was_empty:
-            part.owner.optimizer.state.clear()
+            part.owner.holder.state.clear()
 
 
 def _names_by_group(owner: OptimizerOf) -> list[list[str]]:
