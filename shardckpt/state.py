@@ -38,6 +38,10 @@ samples each of its ranks took:
     left = order  # of which this rank takes left[dp_rank::dp_size][taken:]
     for took in jobs:
         left = [sample for i, sample in enumerate(left) if i // len(took) >= took[i % len(took)]]
+
+A loader with a state of its own over such a sampler (`StatefulDataLoader` of torchdata, whose sampler's `__iter__` must
+then be a generator, or which must be made after the load if it has workers) is dropped: `new_world={"loader": "drop"}`.
+What the sampler counts are samples that training has had; its loader may have taken more in advance.
 """
 
 NewWorld = Literal["fail", "own", "first", "drop"] | Merge

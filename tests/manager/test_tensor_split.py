@@ -115,7 +115,7 @@ def test_parts_load_on_any_number_of_ranks(tmp_path: Path, before: Size) -> None
     def act(manager: sc.CheckpointManager, gangs: sc.Gangs) -> None:
         for step in (1, 2):
             model, optimizer, state = job(gangs, 1)
-            manager.load(step, state)
+            manager.load(step, state, policy=sc.LoadPolicy(in_place=step == 2))
             equal(contents(model, optimizer), expected(gangs))
             assert optimizer.param_groups[0]["lr"] == 0.125
 
@@ -139,6 +139,22 @@ def test_each_part_is_written_once_and_shared_out(tmp_path: Path) -> None:
     assert names[2] == names[3]
     assert not names[0] & names[2]
     assert names[0] | names[2] == {"words.weight", "qkv.weight", "qkv.bias", "up.weight", "up.bias", "down.weight"}
+
+
+def test_the_model_alone_stays_a_model(tmp_path: Path) -> None:
+    save(tmp_path, Size(2, 2))
+
+    def prune(manager: sc.CheckpointManager, gangs: sc.Gangs) -> None:
+        manager.delete_checkpoint(1, preserve_model=True)
+
+    def act(manager: sc.CheckpointManager, gangs: sc.Gangs) -> None:
+        model, _, state = job(gangs, 1)
+        manager.load(1, {"model": state["model"]})
+        equal(dict(model.state_dict()), dict(job(gangs, 0)[0].state_dict()))
+
+    on_ranks(Size(2, 2), tmp_path, prune)
+    assert sc.verify(str(tmp_path)).ok
+    on_ranks(Size(1, 4), tmp_path, act)
 
 
 def test_the_whole_from_parts_and_parts_from_the_whole(tmp_path: Path) -> None:
