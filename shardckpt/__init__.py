@@ -60,7 +60,9 @@ if TYPE_CHECKING:
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
     from shardckpt.run.retention import KeepLast as KeepLast
-    from shardckpt.state import RngState as RngState
+    from shardckpt.split import Split as Split
+    from shardckpt.split import TensorSplit as TensorSplit
+    from shardckpt.streams import RngState as RngState
     from shardckpt.tools.convert import ConvertReport as ConvertReport
     from shardckpt.tools.convert import convert as convert
     from shardckpt.tools.repair import RepairReport as RepairReport
@@ -108,7 +110,7 @@ _HOME = {
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
-    "RngState": "state",
+    "RngState": "streams",
     "Run": "run.registry.one",
     "RunReport": "tools.report",
     "Runs": "run.registry.runs",
@@ -121,9 +123,11 @@ _HOME = {
     "SaveRule": "run.choosing.due",
     "SaveSkipped": "engine.events.kinds",
     "SaveStarted": "engine.events.kinds",
+    "Split": "split",
     "Staged": "engine.events.kinds",
     "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
+    "TensorSplit": "split",
     "Trace": "engine.events.trace",
     "TrainingProgress": "run.choosing.progress",
     "Written": "engine.events.kinds",

@@ -7,8 +7,7 @@ and optimizer state are those of `torch.distributed.checkpoint.state_dict` (no "
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -17,15 +16,40 @@ import torch
 from torch.distributed.checkpoint import state_dict as torch_state
 
 from shardckpt.errors import InvalidStateError
+from shardckpt.optimizers import OptimizerOf, all_own, holder_of, make_state, optimizer_tree, owner_of
+from shardckpt.split import Rule, TensorSplit
 
 Path = tuple[Any, ...]
 """Keys from the top of the state down; dict keys as they are, list positions as numbers."""
 
 Kind = Literal["module", "optimizer", "stateful", "leaf"]
 
-NewWorld = Literal["fail", "own", "first"]
+Merge = Callable[[Sequence[Any], int, int], Any]
+"""`merge(saved, dp_rank, dp_size)`: makes of what every data-parallel rank that saved held of a part, in their order
+(its `state_dict()`, or a Python value; None where a rank had none), what this data-parallel rank of now gets.
+
+For a sampler of which rank r of n takes every n-th sample of one order, from r on, and counts them, none is lost and
+none comes twice if it goes on with what was left after each of the jobs before it; each job has a list of how many
+samples each of its ranks took:
+
+    def merge(saved, dp_rank, dp_size):
+        return {"taken": 0, "jobs": [*saved[0]["jobs"], [own["taken"] for own in saved]]}
+
+    left = order  # of which this rank takes left[dp_rank::dp_size][taken:]
+    for took in jobs:
+        left = [sample for i, sample in enumerate(left) if i // len(took) >= took[i % len(took)]]
+
+A loader with a state of its own over such a sampler (`StatefulDataLoader` of torchdata, whose sampler's `__iter__` must
+then be a generator, or which must be made after the load if it has workers) is dropped: `new_world={"loader": "drop"}`.
+What the sampler counts are samples that training has had; its loader may have taken more in advance.
+"""
+
+NewWorld = Literal["fail", "own", "first", "drop"] | Merge
 """What a rank gets, of values that differ between ranks, when the number of ranks has changed: an error; its own
-where there was a rank of its number, else what it has now; or those of rank 0."""
+where there was a rank of its number, else what it has now; or those of rank 0.
+
+The other two are for what counts in terms of its rank, and would mean something else to another number of ranks even
+if all held it alike: `drop`, what the rank has now, whatever was saved; and a function, what that gives."""
 
 
 @runtime_checkable
@@ -49,6 +73,8 @@ class Part:
     owner: Any
     """The live object; for a leaf the mapping that holds it."""
     tree: Any
+    rules: Mapping[str, Rule] | None = None
+    """Of a module in a `TensorSplit`, or an optimizer of one: how tensors join to whole ones, by full name."""
 
     @property
     def key(self) -> str:
@@ -73,7 +99,8 @@ class StateReader:
         something to load into; for saving it is left exactly as it is.
         """
         found = list(_find(state, ()))
-        modules = [owner for _, owner, _ in found if isinstance(owner, torch.nn.Module)]
+        splits = {owner.module: owner for _, owner, _ in found if isinstance(owner, TensorSplit)}
+        modules = {owner: None for _, owner, _ in found if isinstance(owner, torch.nn.Module)} | splits
         return [
             Part(path, "leaf", holder, owner)
             if isinstance(owner, torch.Tensor)
@@ -81,19 +108,30 @@ class StateReader:
             for path, owner, holder in found
         ]
 
-    def _part(self, path: Path, owner: Any, holder: Any, modules: list[torch.nn.Module], for_loading: bool) -> Part:
+    def _part(self, path: Path, owner: Any, holder: Any, modules: _Modules, for_loading: bool) -> Part:
+        if isinstance(owner, TensorSplit):
+            tree = self._names_of(owner.module).state_of(owner.module)
+            return Part(path, "module", owner.module, tree, owner.rules_of_state(join_path(path), tree))
         if isinstance(owner, torch.nn.Module):
             return Part(path, "module", owner, self._names_of(owner).state_of(owner))
         if isinstance(owner, torch.optim.Optimizer):
-            module = _owner_of(owner, modules)
+            module = owner_of(owner, modules)
             if module is None:
                 return Part(path, "stateful", owner, owner.state_dict())
-            was_empty = not owner.state
+            holder = holder_of(owner)
+            was_empty = not holder.state
             if for_loading and was_empty:
-                torch_state.get_optimizer_state_dict(module, owner)  # takes a zero step, which makes the state
+                make_state(module, holder)
             names = self._names_of(module).parameters
             made = OptimizerOf(owner, module, names, was_empty)
-            return Part(path, "optimizer", made, _optimizer_tree(owner, names))
+            tree, split = optimizer_tree(owner, names), modules[module]
+            if holder is not owner:
+                return Part(path, "optimizer", made, tree, all_own(join_path(path), tree["state"]))
+            if split is None:
+                return Part(path, "optimizer", made, tree)
+            parameters = {names[id(p)]: p for group in owner.param_groups for p in group["params"]}
+            rules = split.rules_of_moments(join_path(path), tree["state"], parameters=parameters)
+            return Part(path, "optimizer", made, tree, rules)
         if not isinstance(owner, type) and isinstance(owner, Stateful):
             return Part(path, "stateful", owner, owner.state_dict())
         return Part(path, "leaf", holder, owner)
@@ -103,6 +141,10 @@ class StateReader:
         if known is None or not known.fits(module):
             known = self._names[module] = _Names(module)
         return known
+
+
+_Modules = Mapping[torch.nn.Module, TensorSplit | None]
+"""Those of the state, and how they are split."""
 
 
 class _Names:
@@ -143,6 +185,11 @@ def _plain_name(module: torch.nn.Module, raw: str) -> str:
 _EXTRA_STATE = "_extra_state"
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether the key is that of what a module gives by `get_extra_state`, or below it."""
+    return _EXTRA_STATE in name and _EXTRA_STATE in name.split(".")
+
+
 def put_together(parts: list[Part]) -> dict[str, Any]:
     """The nested tree that the parts make up: what is stored."""
     tree: dict[str, Any] = {}
@@ -167,66 +214,6 @@ def restore(part: Part, loaded: Any) -> None:
         _restore_leaf(part, loaded)
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerOf:
-    """An optimizer and the module whose parameters it updates."""
-
-    optimizer: torch.optim.Optimizer
-    module: torch.nn.Module
-    names: Mapping[int, str]
-    """What torch calls each parameter of the module, by its id."""
-    was_empty: bool
-    """It had no state when it was taken apart."""
-
-
-class RngState:
-    """Every random stream of this process: Python, NumPy's global generator, torch's CPU and accelerator generators.
-
-    Put it into the state as `"rng": RngState()`. It is captured when `save` is called and restored last. The streams
-    belong to their rank: in a job of another size a rank takes up the stream of its own number, and a rank that had
-    no counterpart keeps the stream it has.
-    """
-
-    new_world: NewWorld = "own"
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-        numpy = _numpy_random()
-        if numpy is not None:
-            kind, keys, position, has_gauss, gauss = numpy.get_state()
-            state["numpy"] = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if device is not None:
-            module = torch.get_device_module(device)
-            state[device.type] = [module.get_rng_state(i) for i in range(module.device_count())]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        kind, internal, gauss = state_dict["python"]
-        random.setstate((kind, tuple(internal), gauss))
-        torch.set_rng_state(state_dict["torch"])
-        numpy = _numpy_random()
-        if numpy is not None and "numpy" in state_dict:
-            kind, keys, position, has_gauss, gauss = state_dict["numpy"]
-            numpy.set_state((kind, keys, position, has_gauss, gauss))
-        for device in set(state_dict) - {"python", "torch", "numpy"}:
-            _restore_device_streams(device, state_dict[device])
-
-
-def _restore_device_streams(device: str, streams: list[torch.Tensor]) -> None:
-    module = torch.get_device_module(device)
-    for i, stream in enumerate(streams[: module.device_count()]):
-        module.set_rng_state(stream.cpu(), i)
-
-
-def _numpy_random() -> Any:
-    try:
-        import numpy as np
-    except ImportError:
-        return None
-    return np.random
-
-
 def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
     """(path, object or leaf, the mapping that holds it) of everything in nested dicts."""
     for key, value in node.items():
@@ -242,34 +229,8 @@ def _find(node: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
             yield here, value, node
 
 
-def _owner_of(optimizer: torch.optim.Optimizer, modules: list[torch.nn.Module]) -> torch.nn.Module | None:
-    """The module of the state that has all parameters of the optimizer; None if there is no such module."""
-    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for module in modules:
-        if wanted and wanted <= {id(p) for p in module.parameters()}:
-            return module
-    return None
-
-
-def _optimizer_tree(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
-    """The optimizer's state by parameter name, in the form of `get_optimizer_state_dict`; tensors are not copies.
-
-    2026-11: that function takes a step if there is no state yet; a run that is saved before its first step would
-    then no longer be the run itself.
-    """
-    groups = [
-        {
-            **{key: value for key, value in group.items() if key != "params"},
-            "params": [names[id(p)] for p in group["params"]],
-        }
-        for group in optimizer.param_groups
-    ]
-    state = {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
-    return {"state": state, "param_groups": groups}
-
-
 def _restore_extra_state(module: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
-    extra = {key: value for key, value in loaded.items() if not isinstance(value, torch.Tensor)}
+    extra = {k: value for k, value in loaded.items() if k.endswith(_EXTRA_STATE) or not isinstance(value, torch.Tensor)}
     if extra:
         torch_state.set_model_state_dict(module, extra, options=torch_state.StateDictOptions(strict=False))
 

@@ -17,6 +17,8 @@ class Coordinates:
     shards: int
     dp_ranks: tuple[int, ...]
     """The global ranks that hold the same shard as this one, in order; their first writes what they hold alike."""
+    stage: tuple[tuple[int, ...], ...] = ()
+    """For each tensor-parallel rank of this rank's pipeline stage its `dp_ranks`."""
 
     @property
     def dp_size(self) -> int:
@@ -32,4 +34,4 @@ class Coordinates:
         """Where this rank stands in these gangs."""
         shard = gangs.pp.rank * gangs.tp.size + gangs.tp.rank
         shards = gangs.pp.size * gangs.tp.size
-        return cls(gangs.root.rank, gangs.root.size, shard, shards, gangs.dp_ranks)
+        return cls(gangs.root.rank, gangs.root.size, shard, shards, gangs.dp_ranks, gangs.stage)

@@ -7,7 +7,7 @@ is an error on all, and the state is then as it was; the error says so if it is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,14 +16,16 @@ import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
+from shardckpt.engine.loading.claims import mismatch_error, unexpected_keys
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetching.borrow import fetch_from
 from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, check_region, find_stored
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
-from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state, mismatch_error, unexpected_keys
+from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state
 from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, damage_error, join_sums
-from shardckpt.engine.loading.needs import needs_of, tree_ranks_of
+from shardckpt.engine.loading.merging import merged
+from shardckpt.engine.loading.needs import loaded_values, needs_of, place_of, region_in, tree_ranks_of
 from shardckpt.engine.loading.once.exchange import is_worth_while, read_once
 from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
@@ -40,8 +42,9 @@ from shardckpt.format.tree import map_leaves
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
-from shardckpt.state import Part, RngState, join_path, restore
+from shardckpt.state import Part, join_path, restore
 from shardckpt.storage.base import Read, Storage
+from shardckpt.streams import RngState
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +66,8 @@ class Loader:
         self._fetch: Fetch = Arena(storage, folder)
         self._fit, self._holdings = Fit(), Holdings()
         self._fetched: dict[int, list[Fetched]] = {}
-        self._made: dict[str, torch.Tensor] = {}  # wanted tensors that the state does not have
+        self._made: dict[tuple[str, int | None], torch.Tensor] = {}  # wanted tensors that the state does not have
+        self._merged: dict[str, Any] = {}
         self._in_place = False
         self._changes = False  # whether the state may have changed by now
         self._frames: list[str] | None = None  # that this rank looks after, once it has planned
@@ -78,7 +82,7 @@ class Loader:
                 sums = self._read_together(parts)
                 if self._in_place:  # of one record, some pieces may come one way and some the other: joined together
                     self._changes = True
-                    streamed = self._together(self._stream, "read")
+                    streamed = self._together(lambda: self._stream(parts), "read")
                     sums = [*(sums or ()), *(streamed or ())]
                 self._join(sums)
                 self._changes = True
@@ -130,7 +134,8 @@ class Loader:
 
         def join() -> list[str]:
             problems = [problem for own, _ in gathered for problem in own]
-            return (problems + unexpected_keys(self._sources, self._fit, [claims for _, claims in gathered]))[:1000]
+            problems += unexpected_keys(self._sources, self._fit.names, [claims for _, claims in gathered])
+            return problems[:1000]
 
         told = self._announce(join, "compare")
         if told:
@@ -143,7 +148,14 @@ class Loader:
             if isinstance(self._fetch, Arena):
                 self._fetch.have(done)
         read = partial(within, self._timeout, partial(self._read, parts), what="reading")
-        return self._together(read, "read")
+
+        def read_and_merge() -> Any:
+            sums = read()
+            if not isinstance(self._fetch, Straight):
+                self._merge(parts)
+            return sums
+
+        return self._together(read_and_merge, "read")
 
     def _plan(self) -> Sequence[Read]:
         """Open the files that have what this rank needs, and find where it lies; gives what is to be fetched."""
@@ -158,9 +170,11 @@ class Loader:
             wanted = self._fit.tensors[position]
             stored = find_stored(self._contents.boxes(file), wanted.name, chunk_box, file)
             record = self._contents.record(file, stored)
+            region = region_in(stored, chunk_box, region)
             check_region(record, region, self._sources.tensor(wanted.name, wanted.rule), file=file, name=wanted.name)
             need = Need(file, stored, region, target, position)
-            if isinstance(self._fetch, Straight) and self._fetch.take(need, record, _place(self._target(wanted), need)):
+            place = place_of(self._target(wanted), need)
+            if isinstance(self._fetch, Straight) and self._fetch.take(need, record, place):
                 continue
             self._fetched.setdefault(position, []).append(self._fetch.add(need, record))
         self._frames = frames
@@ -179,12 +193,13 @@ class Loader:
                 match_groups(part, self._saved_optimizer(part))  # what does not fit must be known before the changes
         return [item.encode() for item in partial]
 
-    def _stream(self) -> list[Any]:
+    def _stream(self, parts: Sequence[Part]) -> list[Any]:
         """The rest of the bytes, straight into the state; gives the sums of what was read in part."""
         if not isinstance(self._fetch, Straight):
             return []
         damaged, partial = self._fetch.stream(self._timeout)
         self._refuse(damaged)
+        self._merge(parts)
         return [item.encode() for item in partial]
 
     def _join(self, gathered: list[Any] | None) -> None:
@@ -201,48 +216,49 @@ class Loader:
     def _apply(self, parts: Sequence[Part]) -> None:
         """The state changes here and nowhere else; random streams last."""
         self._fill()
-        values = self._loaded_values()
+        values = loaded_values(self._fit, self._sources, self._contents)
         for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
             self._restore(part, values)
 
-    def _fill(self) -> None:
+    def _merge(self, parts: Sequence[Part]) -> None:
+        """What functions make of the values of all ranks, before anything of the state changes."""
+        if self._fit.merges:
+            self._fill(lambda wanted: wanted.rank is not None)
+            self._merged = merged(parts, self._fit, self._contents, self._sources, self._made)
+
+    def _fill(self, which: Callable[[WantedTensor], bool] = lambda wanted: wanted.rank is None) -> None:
         """Put what was fetched into the wanted tensors."""
         places = []
         for position, wanted in enumerate(self._fit.tensors):
-            target = self._target(wanted)
-            places += [(item, _place(target, item.need)) for item in self._fetched.get(position, ())]
+            if which(wanted):
+                target = self._target(wanted)  # also of an empty one, for which nothing was fetched
+                places += [(item, place_of(target, item.need)) for item in self._fetched.get(position, ())]
         self._fetch.fill(places, timeout=self._timeout)
 
     def _target(self, wanted: WantedTensor) -> torch.Tensor:
         if wanted.local is not None:
             return wanted.local
-        if wanted.name not in self._made:
-            self._made[wanted.name] = torch.empty(wanted.shape, dtype=getattr(torch, wanted.dtype))
-        return self._made[wanted.name]
-
-    def _loaded_values(self) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for value in self._fit.values:
-            rank = self._sources.part_rank([value.key], value.rule)
-            if rank is not None:
-                values[value.key] = self._contents.leaves(self._sources.trees_of(rank))[value.key][1]
-        return values
+        if wanted.key not in self._made:
+            self._made[wanted.key] = torch.empty(wanted.shape, dtype=getattr(torch, wanted.dtype))
+        return self._made[wanted.key]
 
     def _restore(self, part: Part, values: Mapping[str, Any]) -> None:
-        if part.kind in ("module", "leaf"):
-            loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
-            restore(part, loaded)
+        if part.key in self._merged:
+            restore(part, self._merged[part.key])
             return
         ranks = self._fit.trees.get(part.key)
+        if part.kind in ("module", "leaf"):
+            loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
+            for rank in ranks or () if part.kind == "module" else ():
+                tree = self._contents.subtree(self._sources.trees_of(rank), part.path)
+                loaded |= {key: self._fit.with_new(own, (*part.path, key)) for key, own in tree.items()}
+            restore(part, loaded)
+            return
         if ranks is None:  # the checkpoint has no such part, and the policy is to keep it
             return
         if not ranks:
-            _log.warning(
-                "%s was saved for each of %d ranks; rank %d keeps what it has",
-                part.key,
-                self._manifest.world_size,
-                self._at.rank,
-            )
+            what = (part.key, self._manifest.world_size, self._at.rank)
+            _log.warning("%s was saved for each of %d ranks; rank %d keeps what it has", *what)
             return
         if part.kind == "optimizer":
             restore_optimizer(part, self._saved_optimizer(part), self._fit.stateless[part.key])
@@ -253,12 +269,13 @@ class Loader:
 
     def _saved_optimizer(self, part: Part) -> SavedOptimizer:
         ranks = self._fit.trees[part.key]
-        return read_saved(self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
+        trees = (self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
+        return read_saved((self._fit.with_new(tree, part.path) for tree in trees), lenient=self._fit.lenient)
 
     def _leaf(self, name: str, leaf: Any, held: Mapping[str, torch.Tensor]) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return self._made.get(name, held.get(name, leaf))
+        return self._made.get((name, None), held.get(name, leaf))
 
     def _together(self, work: Any, phase: str) -> Any:
         return together_gather(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)
@@ -279,10 +296,3 @@ class Loader:
         told = kind(f"step {self._manifest.step} was not loaded: {error.brief}", step=self._manifest.step)
         told.state_changed = self._changes
         return told
-
-
-def _place(target: torch.Tensor, need: Need) -> torch.Tensor:
-    """The part of the local tensor that a region goes to."""
-    if need.region.lengths == tuple(target.shape):
-        return target
-    return target[tuple(slice(at, at + n) for at, n in zip(need.target, need.region.lengths, strict=True))]

@@ -43,6 +43,8 @@ class Gangs:
     """The pipeline stages of one replica."""
     dp_ranks: tuple[int, ...] = (0,)
     """The ranks of `dp` in the numbering of `root`."""
+    stage: tuple[tuple[int, ...], ...] = ((0,),)
+    """For each tensor-parallel rank of this rank's pipeline stage the ranks of its `dp`, in that numbering."""
 
     @classmethod
     def local(cls) -> Gangs:
@@ -83,9 +85,12 @@ class Gangs:
         if len(members) == 1:
             return cls.local()
         names = mesh.mesh_dim_names or ()
-        groups = mesh_groups(mesh.mesh.tolist(), tuple(names), job.rank)
+        grid = mesh.mesh.tolist()
+        groups = mesh_groups(grid, tuple(names), job.rank)
+        stage = [mesh_groups(grid, tuple(names), rank)["dp"] for rank in groups["tp"]]
         numbered = {name: [members.index(rank) for rank in ranks] for name, ranks in groups.items()}
-        return cls._with(job.gang(members, timeout), numbered)
+        numbers = [[members.index(rank) for rank in ranks] for ranks in stage]
+        return cls._with(job.gang(members, timeout), numbered, numbers)
 
     @classmethod
     def of(cls, root: Gang, *, tp: int = 1, pp: int = 1) -> Gangs:
@@ -99,12 +104,13 @@ class Gangs:
             "tp": [rank - rank % tp + i for i in range(tp)],
             "pp": [first + rank % tp + i * tp for i in range(pp)],
         }
-        return cls._with(root, groups)
+        stage = [range(rank % block - rank % tp + i, root.size, block) for i in range(tp)]
+        return cls._with(root, groups, stage)
 
     @classmethod
-    def _with(cls, root: Gang, groups: Mapping[str, Sequence[int]]) -> Gangs:
+    def _with(cls, root: Gang, groups: Mapping[str, Sequence[int]], stage: Sequence[Sequence[int]]) -> Gangs:
         dp, tp, pp = (_member(root, groups[name], name) for name in ("dp", "tp", "pp"))
-        return cls(root, dp, tp, pp, tuple(groups["dp"]))
+        return cls(root, dp, tp, pp, tuple(groups["dp"]), tuple(map(tuple, stage)))
 
     def fork(self, name: str) -> Gangs:
         """An independent set over the same processes, for another thread; `name` is for messages.
@@ -115,7 +121,7 @@ class Gangs:
         root, dp, tp, pp = (
             _member(gang, range(gang.size), f"{gang.name}/{name}") for gang in (self.root, self.dp, self.tp, self.pp)
         )
-        return Gangs(root, dp, tp, pp, self.dp_ranks)
+        return Gangs(root, dp, tp, pp, self.dp_ranks, self.stage)
 
     def close(self) -> None:
         """Give back connections and threads of this set (not of its forks). Never waits for peers."""

@@ -96,7 +96,7 @@ def test_values_of_other_ranks_are_asked_for(ranks, tmp_path, before, after):
         text = "\n".join(problems)
         for key in ("loader.shard.position", "note", "nested.list", "nested.cache"):
             assert f"per rank: {key}" in text
-            assert f"new_world={{'{key.split('.')[0]}': 'own' or 'first'}}" in text
+            assert f"new_world={{'{key.split('.')[0]}': 'own', 'first', 'drop' or a function}}" in text
         assert f"each of {before.ranks} ranks" in text
         assert "alike" not in text
         assert "rng" not in text

@@ -35,6 +35,9 @@ def shape(gangs: Gangs) -> dict[str, Any]:
     each = {"root": gangs.root, "dp": gangs.dp, "tp": gangs.tp, "pp": gangs.pp}
     found = {name: members(gang, rank) for name, gang in each.items()}
     assert found["dp"] == list(gangs.dp_ranks)
+    gangs.tp.enter("stage", timeout=LONG)
+    of_tp = gangs.tp.broadcast(gangs.tp.gather(list(gangs.dp_ranks), timeout=LONG), timeout=LONG)
+    assert of_tp == [list(ranks) for ranks in gangs.stage]
     return found
 
 

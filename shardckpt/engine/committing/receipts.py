@@ -15,6 +15,7 @@ import torch
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, Sealed, SealedFile
+from shardckpt.format.index import as_pieces
 from shardckpt.format.manifest import (
     FileEntry,
     LayoutEntry,
@@ -63,7 +64,12 @@ def describe_own(
 
 
 def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
-    plain = {name for name, entry in plan.table.tensors.items() if plan.layouts[entry.layout].mesh is None}
+    layouts = plan.layouts
+    plain = {
+        name
+        for name, entry in plan.table.tensors.items()
+        if layouts[entry.layout].mesh is None and not layouts[entry.layout].pieces
+    }
     return {name: text for name, text in file.digests.items() if name in plain}
 
 
@@ -211,6 +217,7 @@ def _encode_tables(plan: SavePlan) -> dict[str, Any]:
         "meshes": [[list(m.dims), list(m.shape), list(m.ranks)] for m in plan.meshes],
         "layouts": [[entry.home, entry.mesh, list(entry.placements)] for entry in plan.layouts],
         "given": [list(entry.given) for entry in plan.layouts],
+        "pieces": [[[p.rank, list(p.offsets), list(p.lengths)] for p in entry.pieces] for entry in plan.layouts],
         "table": {**encode_table(replace(plan.table, ranks=())), "ranks": []},
     }
 
@@ -223,9 +230,10 @@ def _table_digest(plan: SavePlan) -> str:
 
 def _decode_tables(content: Any, ranks: list[int]) -> tuple[list[MeshEntry], list[LayoutEntry], Table]:
     meshes = [MeshEntry(tuple(dims), tuple(shape), tuple(members)) for dims, shape, members in content["meshes"]]
-    rows = zip(content["layouts"], content["given"], strict=True)
+    rows = zip(content["layouts"], content["given"], content["pieces"], strict=True)
     layouts = [
-        LayoutEntry(home, mesh, tuple(placements), given=tuple(given)) for (home, mesh, placements), given in rows
+        LayoutEntry(home, mesh, tuple(placements), as_pieces(pieces), tuple(given))
+        for (home, mesh, placements), given, pieces in rows
     ]
     return meshes, layouts, replace(decode_table(content["table"]), ranks=tuple(ranks))
 

@@ -25,6 +25,7 @@ from shardckpt.engine.patience import Limit, within
 from shardckpt.engine.progress import OtherRank
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, decode_receipt
+from shardckpt.engine.splits.pieces import check_agreed
 from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import decode_index
@@ -144,6 +145,7 @@ class Transaction:
 
         def commit() -> list[Any]:
             receipts = self._receipts or []
+            check_agreed(tables.tables, tables.layouts)
             created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             manifest = compose_manifest(self._step, self._attempt, created, receipts, tables, dict(metadata))
             manifest = self._of_model_only(replace(manifest, model_key=model_key))

@@ -7,7 +7,12 @@ the sorted keys, which all ranks see alike, and nothing at all if it is all of t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import bisect
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from shardckpt.engine.loading.sources import Sources
+from shardckpt.errors import CheckpointMismatchError
 
 ALL = ""
 """The claim to every key."""
@@ -31,6 +36,31 @@ def unclaimed(saved: Sequence[str], claims: Sequence[str]) -> Iterator[str]:
     yield from (name for number, name in enumerate(sorted(saved)) if not joined >> number & 1)
 
 
+def unexpected_keys(sources: Sources, known: Iterable[str], claims: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0, whose state has
+    the `known` keys."""
+    names = list(known)
+    return [
+        f"unexpected: {name} is in the checkpoint but not in the state{nearest(name, names)}"
+        for part, those in by_part(claims).items()
+        for name in unclaimed(sources.under(part), those)
+    ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The nearest known name, as a hint. Only names of the same depth are looked at, and not more than 2,000."""
+    depth = name.count(".")
+    candidates = [other for other in known if other.count(".") == depth][:2000]
+    close = difflib.get_close_matches(name, candidates, n=1)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def is_any_below(prefix: str, ordered: Sequence[str]) -> bool:
+    """Whether any of the names, which are in order, begins so."""
+    place = bisect.bisect_left(ordered, prefix)
+    return place < len(ordered) and ordered[place].startswith(prefix)
+
+
 def by_part(claims: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """All ranks' claims, by part, in the order in which parts first occur."""
     joined: dict[str, list[str]] = {}
@@ -38,3 +68,16 @@ def by_part(claims: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
         for part, text in own.items():
             joined.setdefault(part, []).append(text)
     return joined
+
+
+def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
+    """One error for all differences of all ranks."""
+    every = list(dict.fromkeys(problems))
+    shown = "".join(f"\n  - {problem}" for problem in every[:50])
+    more = f"\n  ... and {len(every) - 50} more" if len(every) > 50 else ""
+    return CheckpointMismatchError(
+        f"checkpoint of step {step} does not fit the state, and nothing was loaded; {len(every)} differences:"
+        f"{shown}{more}\nChange the state, or allow a kind of difference with LoadPolicy(...).",
+        problems=every,
+        step=step,
+    )

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import bisect
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from shardckpt.engine.loading.claims import by_part, claim, unclaimed
-from shardckpt.engine.loading.sources import BelongsToRankError, Sources
+from shardckpt.engine.loading.claims import claim, is_any_below, nearest
+from shardckpt.engine.loading.merging import check_mergeable, tensors_of_all
+from shardckpt.engine.loading.optimizers import blank_tensors
+from shardckpt.engine.loading.sources import BelongsToRankError, Sources, Whose
+from shardckpt.engine.loading.terms.policy import LoadPolicy as LoadPolicy
 from shardckpt.engine.sharding import check_tensor, describe
-from shardckpt.errors import CheckpointMismatchError
+from shardckpt.engine.splits.pieces import extent_of
+from shardckpt.errors import InvalidStateError
 from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
-from shardckpt.state import NewWorld, Part, Path, join_path
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPolicy:
-    """What to do where checkpoint and state differ. By default every difference is an error, and all are reported."""
-
-    missing: Literal["error", "keep"] = "error"
-    """A key of the state that the checkpoint lacks: keep what the state has now."""
-    unexpected: Literal["error", "ignore"] = "error"
-    """A key of the checkpoint, below a part that is loaded, that the state lacks."""
-    shape: Literal["error", "keep"] = "error"
-    """A tensor of another shape: keep what the state has now."""
-    dtype: Literal["error", "keep", "cast"] = "error"
-    """A tensor of another dtype: keep what the state has now, or convert to the state's dtype."""
-    new_world: Mapping[str, NewWorld] = field(default_factory=dict)
-    """By top-level key: what a rank gets of values that differ between ranks, in a job of another size."""
-    in_place: bool = False
-    """Read straight into the state's tensors and check the bytes as they come, rather than check all of them before
-    the first is copied: up to twice as fast for files in the page cache. But if one of them is damaged, part of the
-    state has changed by then, and the error says so (`state_changed`): the state must not be used before another step
-    is loaded, as `resume` does. From a local or mounted file system; elsewhere bytes come by way of memory anyway."""
-
-    def __post_init__(self) -> None:
-        if self.in_place and "keep" in (self.missing, self.shape, self.dtype):
-            raise ValueError(
-                "LoadPolicy(in_place=True) cannot go with 'keep': after a damaged step there is nothing left of the "
-                "state that could be kept; leave out one of them"
-            )
+from shardckpt.state import Merge, NewWorld, Part, Path, is_extra_state, join_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +33,17 @@ class WantedTensor:
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     local: torch.Tensor | None
-    rule: NewWorld
+    rule: Whose
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What no other wanted tensor has."""
+        return self.name, self.rank
+
+    @property
+    def rank(self) -> int | None:
+        """Whose it is, if that of each of several ranks is wanted."""
+        return self.rule if isinstance(self.rule, int) else None
 
     @property
     def is_whole(self) -> bool:
@@ -84,18 +68,28 @@ class Fit:
     values: list[WantedValue] = field(default_factory=list)
     trees: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """By part: the ranks (of those that saved) whose nested values it takes; none: the part is left as it is."""
+    merges: dict[str, Merge] = field(default_factory=dict)
+    """By part: what makes of the values of the ranks in `trees` those of this rank."""
     stateless: dict[str, set[str]] = field(default_factory=dict)
     """By optimizer: the parameters for which the checkpoint has no state."""
+    anew: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of optimizers that had none to load into."""
+    lenient: bool = False
+    """What the checkpoint lacks is to be kept."""
     problems: list[str] = field(default_factory=list)
     claims: dict[str, str] = field(default_factory=dict)
     """By part: which of its saved keys this rank has a place for (see `claims`)."""
     names: list[str] = field(default_factory=list)
     """All keys of this rank's state."""
 
+    def with_new(self, tree: Any, path: Path) -> Any:
+        """A saved tree with the tensors of `anew` in it."""
+        return map_leaves(tree, lambda path, leaf: self.anew.get(join_path(path), leaf), path)
+
 
 def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fit:
     """Compare the state of this rank with the record."""
-    fit = Fit()
+    fit = Fit(lenient=policy.missing == "keep")
     for part in parts:
         _Fitter(part, sources, policy, fit).run()
     if policy.unexpected == "error":
@@ -107,28 +101,6 @@ def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fi
     return fit
 
 
-def unexpected_keys(sources: Sources, fit: Fit, claims: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0."""
-    return [
-        f"unexpected: {name} is in the checkpoint but not in the state{_near(name, fit.names)}"
-        for part, those in by_part(claims).items()
-        for name in unclaimed(sources.under(part), those)
-    ]
-
-
-def mismatch_error(problems: Iterable[str], step: int) -> CheckpointMismatchError:
-    """One error for all differences of all ranks."""
-    every = list(dict.fromkeys(problems))
-    shown = "".join(f"\n  - {problem}" for problem in every[:50])
-    more = f"\n  ... and {len(every) - 50} more" if len(every) > 50 else ""
-    return CheckpointMismatchError(
-        f"checkpoint of step {step} does not fit the state, and nothing was loaded; {len(every)} differences:"
-        f"{shown}{more}\nChange the state, or allow a kind of difference with LoadPolicy(...).",
-        problems=every,
-        step=step,
-    )
-
-
 class _Fitter:
     """One part against the record."""
 
@@ -136,11 +108,21 @@ class _Fitter:
         self._part, self._sources, self._policy, self._fit = part, sources, policy, fit
         own: NewWorld = getattr(part.owner, "new_world", "fail") if part.kind == "stateful" else "fail"
         self._rule: NewWorld = policy.new_world.get(str(part.path[0]), own)
+        self._drops = self._rule == "drop" and not sources.is_same_job()
+        self._merge: Merge | None = None
+        if callable(self._rule):
+            self._merge = None if sources.is_same_job() else self._rule
+            self._rule = "fail"
         self._saved = sources.under(part.key)
 
     def run(self) -> None:
         if not self._saved:
             self._missing(self._part.key)
+        elif self._drops:
+            self._fit.trees[self._part.key] = ()
+            self._fit.claims[self._part.key] = claim(self._saved, self._saved)
+        elif self._merge is not None:
+            self._take_of_all(self._merge)
         elif self._part.kind == "stateful":
             self._take_everything()
         else:
@@ -151,6 +133,9 @@ class _Fitter:
         leaves: dict[str, tuple[Path, object]] = {}
         map_leaves(self._part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), self._part.path)
         names = set(leaves)
+        if self._part.kind == "module" and any(map(is_extra_state, names)):
+            leaves = self._without_extra_state(leaves)
+            names |= {name for name in self._saved if is_extra_state(name)}
         if self._part.kind == "optimizer":
             leaves, names = self._optimizer_leaves(leaves)
         for name, (path, leaf) in leaves.items():
@@ -165,6 +150,23 @@ class _Fitter:
             self._fit.claims[self._part.key] = claim(self._saved, names)
             self._fit.names += names
 
+    def _without_extra_state(self, leaves: dict[str, tuple[Path, object]]) -> dict[str, tuple[Path, object]]:
+        """What modules give by `get_extra_state` they get back as it was saved, whatever they have now."""
+        for own in dict.fromkeys(name for name in leaves if is_extra_state(name)):
+            name = own[: own.rindex("_extra_state") + len("_extra_state")]
+            saved = self._sources.under(name)
+            rank = self._rank_of(saved) if saved else None
+            if rank is None:
+                if not saved:
+                    self._missing(name)
+                continue
+            self._fit.trees[self._part.key] = tuple(dict.fromkeys((*self._fit.trees.get(self._part.key, ()), rank)))
+            for entry, key in ((self._sources.tensor(key), key) for key in saved):
+                if entry is not None and key not in self._fit.anew:
+                    self._fit.anew[key] = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+                    self._want_tensor(key, self._fit.anew[key])
+        return {name: found for name, found in leaves.items() if not is_extra_state(name)}
+
     def _optimizer_leaves(self, leaves: dict[str, tuple[Path, object]]) -> tuple[dict[str, Any], set[str]]:
         """The tensors that must fit, and all names that are expected.
 
@@ -177,12 +179,15 @@ class _Fitter:
         except BelongsToRankError as error:
             self._problem(f"per rank: {error}")
         saved = sorted(name for name in self._saved if name.startswith(prefix))
-        stateless = {name for name in self._part.tree["state"] if not _is_any_below(f"{prefix}{name}.", saved)}
+        stateless = {name for name in self._part.tree["state"] if not is_any_below(f"{prefix}{name}.", saved)}
         self._fit.stateless[self._part.key] = stateless
+        self._fit.anew |= (anew := blank_tensors(self._part, self._sources))
         empty = tuple(f"{prefix}{name}." for name in stateless)
-        expected = {name for name in self._saved if not name.startswith(prefix)} | set(leaves)
+        expected = {name for name in self._saved if not name.startswith(prefix)} | set(leaves) | set(anew)
         tensors = {name: found for name, found in leaves.items() if isinstance(found[1], torch.Tensor)}
         tensors = {name: found for name, found in tensors.items() if not name.startswith(empty)}
+        tensors = {name: found for name, found in tensors.items() if name not in anew and name.startswith(prefix)}
+        tensors |= {name: ((), tensor) for name, tensor in anew.items()}
         expected |= {name for name in self._saved if self._sources.value_home(name) is not None}
         return tensors, expected
 
@@ -218,6 +223,17 @@ class _Fitter:
                 boxes = _whole(entry.shape)
                 self._fit.tensors.append(WantedTensor(name, entry.dtype, entry.shape, boxes, None, self._rule))
 
+    def _take_of_all(self, merge: Merge) -> None:
+        """What every data-parallel rank held; who has no tensors of its own to fill is given new ones."""
+        reason = check_mergeable(self._part, self._saved, self._sources)
+        if reason:
+            self._problem(f"per rank: {reason}: functions are for objects with state_dict and for Python values")
+            return
+        self._fit.trees[self._part.key] = self._sources.siblings()
+        self._fit.merges[self._part.key] = merge
+        for name, entry, rank in tensors_of_all(self._saved, self._sources):
+            self._fit.tensors.append(WantedTensor(name, entry.dtype, entry.shape, _whole(entry.shape), None, rank))
+
     def _want_tensor(self, name: str, tensor: torch.Tensor) -> None:
         entry = self._sources.tensor(name, self._rule)
         if entry is None:
@@ -225,7 +241,12 @@ class _Fitter:
             return
         if self._rank_of([name]) is None:
             return
-        dtype, shape = check_tensor(name, tensor), tuple(tensor.shape)
+        dtype, rule = check_tensor(name, tensor), (self._part.rules or {}).get(name)
+        try:
+            shape, boxes = extent_of(name, tensor, rule, self._sources.at)
+        except InvalidStateError as error:
+            self._problem(f"split: {error}")
+            return
         if shape != entry.shape:
             if self._policy.shape == "error":
                 self._problem(f"shape: {name} is {list(entry.shape)} in the checkpoint, {list(shape)} in the state")
@@ -234,8 +255,6 @@ class _Fitter:
             if self._policy.dtype == "error":
                 self._problem(f"dtype: {name} is {entry.dtype} in the checkpoint, {dtype} in the state")
             return
-        sharding = describe(name, tensor)
-        boxes = sharding.boxes(shape) if sharding else _whole(shape)
         local = getattr(tensor, "_local_tensor", tensor).detach()
         self._fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, self._rule))
 
@@ -243,7 +262,7 @@ class _Fitter:
         if instead:
             self._problem(f"kind: {name} {instead} in the checkpoint, but not in the state")
         elif self._policy.missing == "error":
-            near = _near(name, self._sources.names())
+            near = nearest(name, self._sources.names())
             self._problem(f"missing: {name} is in the state but not in the checkpoint{near}")
 
     def _problem(self, text: str) -> None:
@@ -254,20 +273,6 @@ def _belongs_to_part(name: str, parts: Collection[str]) -> bool:
     """Whether the key is that of a part, or below one."""
     pieces = name.split(".")
     return any(".".join(pieces[: i + 1]) in parts for i in range(len(pieces)))
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    """The nearest known name, as a hint. Only names of the same depth are looked at, and not more than 2,000."""
-    depth = name.count(".")
-    candidates = [other for other in known if other.count(".") == depth][:2000]
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f" (nearest: {close[0]})" if close else ""
-
-
-def _is_any_below(prefix: str, ordered: Sequence[str]) -> bool:
-    """Whether any of the names, which are in order, begins so."""
-    place = bisect.bisect_left(ordered, prefix)
-    return place < len(ordered) and ordered[place].startswith(prefix)
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[Box, ...]:

@@ -18,6 +18,7 @@ from shardckpt.engine.sharding import Sharding, as_dtensor, local_shape, mesh_co
 from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.manifest import LayoutEntry, Manifest, TensorEntry
 from shardckpt.format.placement import Box
+from shardckpt.format.placement import local_shape as local_shape_of
 from shardckpt.format.tree import map_leaves
 from shardckpt.state import Path, join_path
 
@@ -91,7 +92,7 @@ def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:
             found.fit.values.append(WantedValue(name, (), "fail"))
         else:
             sharding = _sharding(manifest, entry, at if same else None)
-            _want(found, name, entry, sharding, manifest)
+            _want(found, name, entry, sharding, manifest, at.rank if same else None)
             writer = _writer(manifest, entry, sharding)
             if writer not in (None, rank):
                 found.elsewhere[sources.files_of(writer, "rank")] = None
@@ -100,12 +101,17 @@ def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:
     return found
 
 
-def _want(found: Holdings, name: str, entry: TensorEntry, sharding: Sharding | None, manifest: Manifest) -> None:
+def _want(
+    found: Holdings, name: str, entry: TensorEntry, sharding: Sharding | None, manifest: Manifest, rank: int | None
+) -> None:
     layout, shape = manifest.layouts[entry.layout], entry.shape
+    own_pieces = _own_pieces(layout, manifest, rank)
     if sharding is not None:
         boxes, own = sharding.boxes(shape), local_shape(sharding, shape)
         found.shardings[name] = (sharding, shape)
-    elif _is_cut(layout):
+    elif layout.pieces and own_pieces:
+        boxes, own = own_pieces, local_shape_of(own_pieces, len(shape))
+    elif _is_cut(layout) or (layout.pieces and manifest.shards > 1):
         found.fit.problems.append(
             f"sharded: {name} was saved in shards by {manifest.world_size} ranks, and this is another job: use "
             "load(step, state), which brings every shard to its place in a state"
@@ -116,6 +122,24 @@ def _want(found: Holdings, name: str, entry: TensorEntry, sharding: Sharding | N
         boxes, own = ((Box(zeros, shape, zeros),) if math.prod(shape) else ()), shape
     local = torch.empty(own, dtype=getattr(torch, entry.dtype))
     found.fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, "fail"))
+
+
+def _own_pieces(layout: LayoutEntry, manifest: Manifest, rank: int | None) -> tuple[Box, ...]:
+    """What this rank held of a tensor that is joined of parts (`TensorSplit`): the pieces of its model shard, in their
+    order along the dimension that they are cut in; none if this is another job, or has only one shard."""
+    if rank is None or manifest.shards == 1:
+        return ()
+    mine = sorted(
+        (piece for piece in layout.pieces if manifest.shard_of[piece.rank] == manifest.shard_of[rank]),
+        key=lambda piece: piece.offsets,
+    )
+    at = [0] * len(mine[0].offsets) if mine else []
+    cut = next((d for d in range(len(at)) if any(piece.offsets[d] != mine[0].offsets[d] for piece in mine)), 0)
+    boxes = []
+    for piece in mine:
+        boxes.append(Box(piece.offsets, piece.lengths, tuple(at)))
+        at[cut:] = [at[cut] + piece.lengths[cut], *at[cut + 1 :]] if at else []
+    return tuple(boxes)
 
 
 def _writer(manifest: Manifest, entry: TensorEntry, sharding: Sharding | None) -> int | None:

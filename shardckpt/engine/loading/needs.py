@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
-from shardckpt.engine.loading.fetching.fetch import overlaps
+import torch
+
+from shardckpt.engine.loading.contents import Contents
+from shardckpt.engine.loading.fetching.fetch import Need, overlaps
 from shardckpt.engine.loading.fit import Fit
 from shardckpt.engine.loading.integrity import Region
 from shardckpt.engine.loading.sources import Sources
+from shardckpt.format.index import StoredBox
 from shardckpt.format.placement import Box
 
 Wanted: TypeAlias = tuple[int, str, Box, Region, tuple[int, ...]]
@@ -32,3 +37,29 @@ def tree_ranks_of(fit: Fit, sources: Sources) -> set[int]:
         if rank is not None:
             ranks.add(rank)
     return ranks
+
+
+def loaded_values(fit: Fit, sources: Sources, contents: Contents) -> Mapping[str, Any]:
+    """The Python values that a rank takes one by one, by key."""
+    values: dict[str, Any] = {}
+    for value in fit.values:
+        rank = sources.part_rank([value.key], value.rule)
+        if rank is not None:
+            values[value.key] = contents.leaves(sources.trees_of(rank))[value.key][1]
+    return values
+
+
+def region_in(stored: StoredBox, box: Box, region: Region) -> Region:
+    """The region of a box of the record, in the file's own record of it, which may hold several boxes. The record does
+    not say where in it a piece begins; the file's index does."""
+    if stored.box.local == box.local:
+        return region
+    start = (at + inside - told for at, inside, told in zip(region.start, stored.box.local, box.local, strict=True))
+    return Region(tuple(start), region.lengths)
+
+
+def place_of(target: torch.Tensor, need: Need) -> torch.Tensor:
+    """The part of the local tensor that a region goes to."""
+    if need.region.lengths == tuple(target.shape):
+        return target
+    return target[tuple(slice(at, at + n) for at, n in zip(need.target, need.region.lengths, strict=True))]

@@ -15,6 +15,9 @@ from shardckpt.state import NewWorld
 Chunk = tuple[str, Box]
 """A file, and a box of the tensor that it holds."""
 
+Whose = NewWorld | int
+"""A rule, or the very rank (of those that saved)."""
+
 _MOST_CHUNKS = 1 << 19
 """Of one tensor: far more than any job has ranks. A few bytes of a record can claim any number."""
 
@@ -35,7 +38,7 @@ class Sources:
 
     def __init__(self, manifest: Manifest, at: Coordinates) -> None:
         self._manifest = manifest
-        self._at = at
+        self.at = at
         self._differ = frozenset(manifest.differ)
         inside = f"{manifest.attempt}/"  # on object stores files lie below their attempt
         self._folder = inside if any(file.name.startswith(inside) for file in manifest.files) else ""
@@ -47,7 +50,7 @@ class Sources:
         self._trees: dict[int, list[str]] = {}
         self._under: dict[str, list[str]] = {}
 
-    def tensor(self, name: str, rule: NewWorld = "first") -> TensorEntry | None:
+    def tensor(self, name: str, rule: Whose = "first") -> TensorEntry | None:
         """The tensor's entry, or None if the step has no such tensor. The rule matters if ranks held different ones."""
         found = self._find(name, rule)
         return found.entry if found else None
@@ -78,7 +81,7 @@ class Sources:
         tables = [table for table in self._tables if rank in table.ranks]
         return frozenset(key for table in tables for key in (*table.tensors, *table.values))
 
-    def chunks(self, name: str, rule: NewWorld, *, whole: bool = True) -> list[Chunk]:
+    def chunks(self, name: str, rule: Whose, *, whole: bool = True) -> list[Chunk]:
         """Files and boxes that together make up the tensor, each box once.
 
         Of copies in several files a rank that reads the tensor `whole` gets the near one. Ranks that read parts of it
@@ -125,6 +128,24 @@ class Sources:
         others = [self._near(self._tables[number]) for number in self._having(keys)]
         return tuple(dict.fromkeys((rank, *others)))
 
+    def siblings(self) -> tuple[int, ...]:
+        """The data-parallel ranks (of those that saved) of this rank's model shard; of the first, if shards are others.
+
+        In their order: what a rank held as one of several that train on different data.
+        """
+        shard = self.at.shard if self._same_shards else 0
+        return tuple(rank for rank, its in enumerate(self._manifest.shard_of) if its == shard)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank's number among its data-parallel ranks, and how many they are."""
+        return self.at.dp_ranks.index(self.at.rank), self.at.dp_size
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether the tensor was saved in shards, or in pieces."""
+        found = self._find(name, "first")
+        return found is not None and (found.layout.mesh is not None or bool(found.layout.pieces))
+
     def is_same_job(self) -> bool:
         """Whether this job has the ranks and model shards of the one that saved."""
         return self._same_position("rank")
@@ -161,7 +182,7 @@ class Sources:
                 return table, self._manifest.layouts[table.tensors[key].layout].home
         raise KeyError(key)
 
-    def _find(self, name: str, rule: NewWorld) -> _Found | None:
+    def _find(self, name: str, rule: Whose) -> _Found | None:
         tables = [table for table in self._tables if name in table.tensors]
         if name in self._differ and len(tables) > 1 and rule != "fail":  # of other dtypes or shapes
             home = self._manifest.layouts[tables[0].tensors[name].layout].home
@@ -183,18 +204,18 @@ class Sources:
 
     def _near(self, table: Table) -> int:
         """This rank's counterpart among those that saved: the same number, else one of the same shard, else any."""
-        if self._at.rank in table.ranks and (self._same_ranks or not self._same_shards):
-            return self._at.rank
+        if self.at.rank in table.ranks and (self._same_ranks or not self._same_shards):
+            return self.at.rank
         if self._same_shards:
-            same = [rank for rank in table.ranks if self._manifest.shard_of[rank] == self._at.shard]
+            same = [rank for rank in table.ranks if self._manifest.shard_of[rank] == self.at.shard]
             if same:
-                return same[self._at.rank % len(same)]
-        return table.ranks[self._at.rank % len(table.ranks)]
+                return same[self.at.rank % len(same)]
+        return table.ranks[self.at.rank % len(table.ranks)]
 
     def _same_position(self, home: Home) -> bool:
         return self._same_ranks and self._same_shards if home == "rank" else self._same_shards
 
-    def _by_rule(self, keys: Sequence[str], rule: NewWorld, example: str) -> int | None:
+    def _by_rule(self, keys: Sequence[str], rule: Whose, example: str) -> int | None:
         """The rank that has these keys, of which `example` is not alike on all that saved."""
         manifest = self._manifest
         if rule == "fail":
@@ -202,15 +223,16 @@ class Sources:
             how = "with a different value by each" if count == manifest.world_size else f"by only {count}"
             raise BelongsToRankError(
                 f"{example} was saved {how} of {manifest.world_size} ranks ({manifest.shards} model "
-                f"shards), and this job has {self._at.world_size} ({self._at.shards}); say what a rank gets: "
-                f"new_world={{{example.split('.', 1)[0]!r}: 'own' or 'first'}}"
+                f"shards), and this job has {self.at.world_size} ({self.at.shards}); say what a rank gets: "
+                f"new_world={{{example.split('.', 1)[0]!r}: 'own', 'first', 'drop' or a function}}"
             )
         holders = self._holders(keys)
         if rule == "first":
             return min(holders)
-        return self._at.rank if self._at.rank in holders else None
+        rank = rule if isinstance(rule, int) else self.at.rank
+        return rank if rank in holders else None
 
-    def _plain_file(self, name: str, found: _Found, rule: NewWorld, *, whole: bool) -> str:
+    def _plain_file(self, name: str, found: _Found, rule: Whose, *, whole: bool) -> str:
         home = found.layout.home
         if name in self._differ and not self._same_position(home):
             rank = self._by_rule([name], rule, name)
@@ -236,7 +258,7 @@ class Sources:
             if found.layout.home == "rank" and replica != found.entry.replica:
                 continue
             file = self.files_of(rank, found.layout.home)
-            near = whole and self._manifest.shard_of[rank] == self._at.shard
+            near = whole and self._manifest.shard_of[rank] == self.at.shard
             for box in shard_boxes(found.entry.shape, mesh.shape, found.layout.placements, coordinate):
                 key = (box.offsets, box.lengths)
                 if key not in chunks or near:

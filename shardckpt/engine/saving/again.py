@@ -69,6 +69,7 @@ def _look_at(parts: Sequence[Part]) -> _Seen:
     for part in parts:
         seen.keys.append(part.path)
         seen.keys.append(part.kind)
+        seen.keys.append(part.rules)
         _look(seen, part.tree, part.path)
     return seen
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from shardckpt.state import OptimizerOf, Part
+from shardckpt.optimizers import OptimizerOf
+from shardckpt.state import Part
 
 
 class StepHooks:
@@ -47,7 +48,7 @@ def memory_of_optimizers(parts: Sequence[Part]) -> frozenset[int]:
         optimizer = part.owner.optimizer
         for group in optimizer.param_groups:
             addresses.update(_address(parameter) for parameter in group["params"])
-        for values in optimizer.state.values():
+        for values in part.owner.holder.state.values():
             addresses.update(_address(value) for value in values.values() if isinstance(value, torch.Tensor))
     return frozenset(addresses - {0})
 

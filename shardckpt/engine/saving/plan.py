@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.saving.draft import Draft, PlannedRecord, prune, record_number
 from shardckpt.engine.sharding import Sharding, check_tensor, describe
+from shardckpt.engine.splits.pieces import Shape, joined
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.checksum import value_digest
 from shardckpt.format.index import ITEMSIZE, StoredBox
@@ -39,6 +40,7 @@ from shardckpt.format.tree import (
     spell_tree,
     spell_value,
 )
+from shardckpt.split import Split
 from shardckpt.state import Part, Path, join_path, put_together
 
 
@@ -120,6 +122,8 @@ class _Planner:
         """All parts, before any is added: do the ranks of this shard hold the whole model alike?"""
         if part.path[0] == MODEL_KEY:
             raise InvalidStateError(f"{part.key}: {MODEL_KEY!r} is what the files call the model's entry; rename yours")
+        if part.path[0] == self._model_key and part.rules is not None:
+            self._model_is_alike = False  # on all ranks, also on one that has no part of anything
         if part.path[0] != self._model_key or self._at.dp_size == 1:
             return
 
@@ -150,8 +154,12 @@ class _Planner:
 
     def _add_tensor(self, part: Part, path: Path, name: str, tensor: torch.Tensor) -> None:
         dtype = check_tensor(name, tensor)
+        rule = part.rules.get(name) if part.rules else None
+        if isinstance(rule, Split) and tensor.numel():
+            self._add_piece(path, name, (tensor, dtype), rule)
+            return
         sharding = describe(name, tensor)
-        alike = self._is_alike(part, sharding)
+        alike = rule is None and self._is_alike(part, sharding)
         home = self._home_of(path, alike)
         if sharding is None or home != "rank":
             replica, mine = 0, True
@@ -162,14 +170,34 @@ class _Planner:
         self._tensors[name] = TensorEntry(dtype, tuple(tensor.shape), layout, replica)
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
         if mine:
-            self._store(home, path, name, (tensor, local, dtype), sharding)
+            shape = tuple(tensor.shape)
+            zeros = (0,) * len(shape)
+            boxes = sharding.boxes(shape) if sharding is not None else (Box(zeros, shape, zeros),)
+            self._store(home, path, name, (shape, local, dtype), boxes)
         if home == "rank" and sharding is not None and sharding.assumed and sharding.replicas > 1:
-            self._note_copy(name, local, sharding, replica)
+            group = f"{rank_file(sharding.writer(replica))} {sharding.mesh.dims} {sharding.placements}"
+            self._note_copy(name, local, group, mine=mine)
 
-    def _note_copy(self, name: str, local: torch.Tensor, sharding: Sharding, replica: int) -> None:
+    def _add_piece(self, path: Path, name: str, what: tuple[torch.Tensor, str], split: Split) -> None:
+        """A part of a whole because the user says so. Of data-parallel ranks, which hold it alike, one writes it: the
+        one of the same number for all parts."""
+        tensor, dtype = what
+        whole = joined(name, tensor, split, self._at)
+        load = self._load.setdefault((-1, ()), [0] * self._at.dp_size)
+        chosen = load.index(min(load))
+        load[chosen] += math.prod(whole.shape) * ITEMSIZE[dtype]
+        pieces = whole.pieces(ranks[chosen] for ranks in self._at.stage or (self._at.dp_ranks,))
+        number = self._layouts.setdefault(LayoutEntry("rank", pieces=pieces), len(self._layouts))
+        self._tensors[name] = TensorEntry(dtype, whole.shape, number)
+        writer = self._at.dp_ranks[chosen]
+        if writer == self._at.rank:
+            self._store("rank", path, name, (whole.shape, tensor, dtype), whole.boxes)
+        if self._at.dp_size > 1:
+            self._note_copy(name, tensor, f"{rank_file(writer)} split", mine=writer == self._at.rank)
+
+    def _note_copy(self, name: str, local: torch.Tensor, group: str, *, mine: bool) -> None:
         """Copies that are only taken to be alike are compared: by the file that holds them, and the layout."""
-        group = f"{rank_file(sharding.writer(replica))} {sharding.mesh.dims} {sharding.placements}"
-        if replica == sharding.replica:
+        if mine:
             self._copied.setdefault(group, []).append(name)
         else:
             self._alike.setdefault(group, []).append((name, local.detach()))
@@ -221,13 +249,11 @@ class _Planner:
         return self._meshes.setdefault(sharding.mesh, len(self._meshes))
 
     def _store(
-        self, home: Home, path: Path, name: str, what: tuple[torch.Tensor, torch.Tensor, str], sharding: Sharding | None
+        self, home: Home, path: Path, name: str, what: tuple[Shape, torch.Tensor, str], boxes: Sequence[Box]
     ) -> None:
-        whole, local, dtype = what
-        draft, shape = self._draft(home), tuple(whole.shape)
+        shape, local, dtype = what
+        draft = self._draft(home)
         number = record_number(draft, local, dtype)
-        zeros = (0,) * len(shape)
-        boxes = sharding.boxes(shape) if sharding is not None else (Box(zeros, shape, zeros),)
         if sum(math.prod(box.lengths) for box in boxes) != local.numel():
             raise InvalidStateError(
                 f"{name} cannot be stored: its local tensor of shape {list(local.shape)} is not what its placements "

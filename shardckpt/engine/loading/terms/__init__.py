@@ -1,0 +1,1 @@
+"""On what terms a step is loaded."""

@@ -1,0 +1,139 @@
+"""Every optimizer of torch comes back as it was, and goes on as if nothing had happened; one table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+
+import shardckpt as sc
+from tests.manager.transactions import same
+
+Make = Callable[[nn.Module], optim.Optimizer]
+
+
+def plainly(kind: type[optim.Optimizer], **options: Any) -> Make:
+    def make(model: nn.Module) -> optim.Optimizer:
+        matrices_only = kind.__name__ == "Muon"
+        return kind([p for p in model.parameters() if p.ndim == 2 or not matrices_only], **options)
+
+    return make
+
+
+def by_name(model: nn.Module) -> optim.Optimizer:
+    """Groups that know the names of their parameters (torch 2.6 and newer)."""
+    named = list(model.named_parameters())
+    biases = [(name, parameter) for name, parameter in named if name.endswith("bias")]
+    rest = [(name, parameter) for name, parameter in named if not name.endswith("bias")]
+    return optim.AdamW([{"params": biases, "lr": 0.1}, {"params": rest}], lr=0.01)
+
+
+def added_later(model: nn.Module) -> optim.Optimizer:
+    first, *rest = model.parameters()
+    made = optim.Adam([first], lr=0.01)
+    made.add_param_group({"params": rest, "lr": 0.02})
+    return made
+
+
+def some_frozen(model: nn.Module) -> optim.Optimizer:
+    next(model.parameters()).requires_grad_(False)
+    return optim.AdamW(model.parameters(), lr=0.01)
+
+
+KINDS = sorted(
+    name
+    for name, kind in vars(optim).items()
+    if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and kind is not optim.Optimizer
+)
+ROWS: dict[str, Make] = {name: plainly(getattr(optim, name)) for name in KINDS}
+ROWS |= {
+    f"{kind.__name__} {flag}": plainly(kind, lr=0.01, **{flag: True}, **more)
+    for kind, more in ((optim.AdamW, {}), (optim.SGD, {"momentum": 0.9}), (optim.Adagrad, {}))
+    for flag in ("foreach", "fused", "amsgrad", "nesterov", "maximize")
+    if flag in inspect.signature(kind).parameters
+}
+ROWS |= {
+    "RMSprop centred, momentum": plainly(optim.RMSprop, momentum=0.9, centered=True),
+    "LBFGS, long memory": plainly(optim.LBFGS, history_size=20, max_iter=3, line_search_fn="strong_wolfe"),
+    "rate in a tensor": plainly(optim.AdamW, lr=torch.tensor(0.01), foreach=False),
+    "groups by name": by_name,
+    "added later": added_later,
+    "some frozen": some_frozen,
+}
+
+
+def net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def step(model: nn.Module, optimizer: optim.Optimizer, number: int) -> None:
+    inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value: torch.Tensor = model(inputs).square().mean()
+        value.backward()
+        if isinstance(optimizer, optim.SparseAdam):
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad.to_sparse()
+        return value
+
+    optimizer.step(loss) if isinstance(optimizer, optim.LBFGS) else (loss(), optimizer.step())
+
+
+@pytest.mark.parametrize(("before", "since"), [(0, 0), (3, 0), (3, 2)], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_it_goes_on_as_if_nothing_had_happened(tmp_path: Path, name: str, before: int, since: int) -> None:
+    """Saved before the first step or after some; loaded into a new one, or one that has gone on."""
+    model, optimizer = (made := net(0)), ROWS[name](made)
+    for number in range(before):
+        step(model, optimizer, number)
+    other, twin = (made := net(1)), ROWS[name](made)
+    for number in range(10, 10 + since):
+        step(other, twin, number)
+    other.zero_grad()
+    with sc.CheckpointManager(tmp_path, sc.Gangs.local()) as manager:
+        manager.save(1, {"model": model, "optimizer": optimizer}).result()
+        manager.resume({"model": other, "optimizer": twin})
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    assert same(twin.state_dict(), optimizer.state_dict())
+    for number in range(20, 22):
+        step(model, optimizer, number)
+        step(other, twin, number)
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_a_rate_in_a_tensor_stays_that_tensor(tmp_path: Path) -> None:
+    """A compiled or captured step has its address."""
+    model, other = net(0), net(1)
+    rate, more = torch.tensor(0.25), {"fused": False, "foreach": False}
+    twin = optim.AdamW(other.parameters(), lr=rate, **more)
+    with sc.CheckpointManager(tmp_path, sc.Gangs.local()) as manager:
+        manager.save(1, {"model": model, "optimizer": optim.AdamW(model.parameters(), lr=torch.tensor(0.5), **more)})
+        manager.wait()
+        manager.resume({"model": other, "optimizer": twin})
+    assert twin.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.5
+
+
+def test_a_parameter_that_was_added_after_the_save(tmp_path: Path) -> None:
+    """Its group is named; with `missing="keep"` it keeps what it has, and the others get theirs."""
+    model, other = net(0), net(1)
+    first = optim.Adam([model[0].weight], lr=0.5)  # type: ignore[index]
+    twin = optim.Adam([other[0].weight], lr=0.25)  # type: ignore[index]
+    step(model, first, 0)
+    twin.add_param_group({"params": [other[2].weight], "lr": 0.125})  # type: ignore[index]
+    with sc.CheckpointManager(tmp_path, sc.Gangs.local()) as manager:
+        manager.save(1, {"model": model, "optimizer": first}).result()
+        with pytest.raises(sc.CheckpointLoadError, match=r"no group of optimizer with the parameters 2\.weight"):
+            manager.resume({"model": other, "optimizer": twin})
+        manager.resume({"model": other, "optimizer": twin}, policy=sc.LoadPolicy(missing="keep"))
+    assert [group["lr"] for group in twin.param_groups] == [0.5, 0.125]
+    assert same(twin.state_dict()["state"][0], first.state_dict()["state"][0])
