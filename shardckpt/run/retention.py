@@ -213,7 +213,8 @@ def yardstick(policy: Policy) -> KeepBest:
 
 def prefers_lower(policy: Policy) -> bool:
     """Whether any of the policies that were joined to this one takes lower scores for better ones."""
-    return any(isinstance(member, KeepBest) and member.lower_better for member in _members(policy))
+    by_score = [member for member in _members(policy) if isinstance(member, KeepBest) and member.metric == SCORE]
+    return any(member.lower_better for member in by_score)
 
 
 def _members(policy: Policy) -> tuple[Policy, ...]:

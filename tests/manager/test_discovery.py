@@ -133,10 +133,14 @@ def test_a_fresh_start_where_there_are_steps(tmp_path: Path) -> None:
         taken(tmp_path, False)
     assert taken(tmp_path, False, overwrite="go on") == (None, None)
     assert taken(tmp_path, True)[0] == 20
+    with manager(tmp_path) as checkpoints:
+        checkpoints.pin(10)
     assert taken(tmp_path, False, overwrite="set aside") == (None, None)
     assert taken(tmp_path, True) == (None, None)
     (earlier,) = tmp_path.iterdir()
     assert taken(earlier, "best")[0] == 10
+    with manager(earlier) as checkpoints:
+        assert checkpoints.pinned() == [10]
     make(tmp_path, {5: None})
     assert taken(tmp_path, True)[0] == 5
 

@@ -126,6 +126,7 @@ def test_a_manager_says_why_each_step_stays_or_goes(storage: Storage) -> None:
         checkpoints.wait()
         assert checkpoints.best() is None
         checkpoints.save_score(9.0, step=1)
+        checkpoints.save_score(-9.0, step=1, lower_better=True)
         checkpoints.save_metrics({"accuracy": 1}, step=2)
         checkpoints.pin(4)
         assert (checkpoints.best(), checkpoints.pinned()) == (1, [4])
@@ -133,6 +134,7 @@ def test_a_manager_says_why_each_step_stays_or_goes(storage: Storage) -> None:
     policy = sc.KeepBest(1, lower_better=True, metric="loss")
     with manager(storage, keep=policy) as checkpoints:
         assert checkpoints.best() == 2
+        checkpoints.save_score(1.0, step=2, lower_better=True)  # the policy's direction is that of its own metric
         assert checkpoints.resume({"w": torch.ones(2)}, 3) is not None
         told = [(fate.step, fate.kept, fate.reason) for fate in checkpoints.prune(dry_run=True)]
         assert told == [

@@ -51,6 +51,14 @@ def test_links_follow_saves_scores_and_deletions(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_links_do_not_lead_to_steps_that_were_set_aside(tmp_path: Path) -> None:
+    with manager(tmp_path) as checkpoints:
+        checkpoints.keep_links()
+        checkpoints.save(1, STATE).result()
+        checkpoints.resume(dict(STATE), False, overwrite="set aside")
+        assert lead(tmp_path) == [None, None]
+
+
 def test_a_run_that_was_moved_has_links_that_lead(tmp_path: Path) -> None:
     with manager(tmp_path / "a") as checkpoints:
         checkpoints.keep_links()

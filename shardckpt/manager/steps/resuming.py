@@ -156,10 +156,15 @@ class ResumingFace(ABC):
             )
         if overwrite == "set aside":
             self._talk.enter("set aside")
-            folder = self._talk.from_rank_0(lambda: set_aside(self._catalog), "set the steps aside")
+            folder = self._talk.from_rank_0(self._set_aside, "set the steps aside")
             what = f"{what}: they are in {folder} now"
         if self._at.rank == 0:
             _log.warning("%s", what)
+
+    def _set_aside(self) -> str:
+        folder = set_aside(self._catalog)
+        self._history.relink()
+        return folder
 
     def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
         """Load that step into the state: all of it on all ranks, or nothing on any."""
