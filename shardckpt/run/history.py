@@ -12,6 +12,7 @@ from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import Deleted, retain
 from shardckpt.run.retention import Policy, prefers_lower
 from shardckpt.run.scores import encode_score, write_score
+from shardckpt.run.shared.sweeping import tidy_blobs
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ class History:
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
+
+    def deleted(self, step: int) -> None:
+        """Somebody has deleted this step, or reduced it to its model, by its name."""
+        tidy_blobs(self._catalog.storage)
+        self.on_deleted(step)
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, parse_step
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, SCORE, parse_step, wanted_file
 from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
@@ -60,7 +60,8 @@ def _reports(place: Place, step: int | None, *, quick: bool) -> list[StepReport]
     storage, folder = place.storage, place.folder
     entries = committed(storage) if step is None and not folder else _entries(storage, folder, step)
     others = [found for found in leftovers(storage, entries) if _is_meant(found, folder, step)]
-    reports = [verify_step(storage, entry, quick=quick) for entry in entries]
+    known: dict[str, int | Exception] = {}
+    reports = [verify_step(storage, entry, quick=quick, known=known) for entry in entries]
     reports += [verify_leftover(storage, found, quick=quick) for found in others]
     if not reports and step is None:
         folders = [folder] if folder else foreign_folders(storage)
@@ -85,8 +86,11 @@ def _is_meant(found: Found, folder: str, step: int | None) -> bool:
     return step is None or found.step == step
 
 
-def verify_step(storage: Storage, entry: Entry, *, quick: bool = False) -> StepReport:
-    """Of a committed step."""
+def verify_step(
+    storage: Storage, entry: Entry, *, quick: bool = False, known: dict[str, int | Exception] | None = None
+) -> StepReport:
+    """Of a committed step. `known`: sums of blobs that other steps have led to already, and where those are added that
+    this one leads to."""
     try:
         folder, manifest = Catalog(storage).record(entry)
     except CheckpointDamagedError as error:
@@ -94,13 +98,18 @@ def verify_step(storage: Storage, entry: Entry, *, quick: bool = False) -> StepR
     problems, sound = _of_sizes(storage, folder, manifest.files)
     checked = 0
     if not quick:
-        found = sums(storage, [Stretch(f"{folder}/{file.name}", 0, file.nbytes) for file in sound])
-        for file, crc in zip(sound, found, strict=True):
+        known = {} if known is None else known
+        new = [file for file in sound if file.blob not in known]
+        found = sums(storage, [Stretch(file.key_in(folder), 0, file.nbytes) for file in new])
+        known |= {file.blob: crc for file, crc in zip(new, found, strict=True) if file.blob}
+        own = {file.name: crc for file, crc in zip(new, found, strict=True)}
+        for file in sound:
+            crc = own.get(file.name, known.get(file.blob, 0))
             if isinstance(crc, Exception):
                 problems.append(Problem(file.name, f"cannot be read: {crc}"))
             elif crc != file.crc:
                 problems.append(locate(storage, folder, file))
-            checked += 0 if isinstance(crc, Exception) else file.nbytes
+            checked += 0 if isinstance(crc, Exception) or file.name not in own else file.nbytes
     parts, others = _parts(manifest)
     notes = ("only the model was kept",) if manifest.model_only else ()
     found_problems = tuple(sorted(problems, key=lambda problem: problem.file))
@@ -134,9 +143,9 @@ def _of_sizes(storage: Storage, folder: str, files: Sequence[FileEntry]) -> tupl
 
     def look(file: FileEntry) -> str:
         try:
-            nbytes = storage.size(f"{folder}/{file.name}")
+            nbytes = storage.size(file.key_in(folder))
         except FileNotFoundError:
-            return "is missing"
+            return f"is missing: {file.blob}" if file.blob else "is missing"
         return "" if nbytes == file.nbytes else f"has {nbytes} bytes, but {file.nbytes} were written"
 
     said = each(look, files)
@@ -148,6 +157,7 @@ def _unnamed(storage: Storage, entry: Entry, manifest: Manifest) -> tuple[str, .
     """Files in its folder that its record does not name. On object stores other attempts lie beside it: not they."""
     folder = entry.attempt_folder if entry.attempt_folder != entry.folder else entry.folder
     named = {f"{entry.folder}/{file.name}" for file in manifest.files} | {f"{folder}/{SCORE}", entry.record_key}
+    named |= {f"{entry.folder}/{wanted_file(file.name)}" for file in manifest.files if file.blob}
     extra = [name for name in files_below(storage, folder) if f"{folder}/{name}" not in named]
     return (f"the record does not name {', '.join(extra[:5])}{' and others' * (len(extra) > 5)}",) if extra else ()
 

@@ -38,7 +38,7 @@ class Reading:
         self._cast = cast
         self._sources = Sources(manifest, at)
         self._contents = Contents(storage, folder, manifest)
-        self._fetch: Fetch = Arena(storage, folder)
+        self._fetch: Fetch = Arena(storage, self._contents.key_of)
         self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
         self._leaves: dict[int, Any] = {}
 
@@ -96,7 +96,7 @@ class Reading:
         indexed = {file for file, _ in chunks}
         self._contents.check_sizes(sorted(indexed | trees))
         self._contents.open(indexed, trees)
-        self._fetch = fetch_from(self._storage, self._folder, indexed)
+        self._fetch = fetch_from(self._storage, self._contents.key_of, indexed)
         fetched = [
             self._add(position, item, chunk) if all(item.lengths) else None
             for position, ((item, _), chunk) in enumerate(zip(tensors, chunks, strict=True))
