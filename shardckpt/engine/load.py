@@ -58,12 +58,11 @@ class Loader:
         self._storage = storage
         self._gang = gang
         self._at = at
-        self._folder = folder
         self._manifest = manifest
         self._timeout = timeout
         self._sources = Sources(manifest, at)
         self._contents = Contents(storage, folder, manifest)
-        self._fetch: Fetch = Arena(storage, folder)
+        self._fetch: Fetch = Arena(storage, self._contents.key_of)
         self._fit, self._holdings = Fit(), Holdings()
         self._fetched: dict[int, list[Fetched]] = {}
         self._made: dict[tuple[str, int | None], torch.Tensor] = {}  # wanted tensors that the state does not have
@@ -165,7 +164,8 @@ class Loader:
         trees = [*own, *self._holdings.elsewhere]
         self._contents.check_sizes(frames)
         self._contents.open(files := {need[1] for need in needs} | set(frames), trees)
-        self._fetch = (fetch_straight_from if self._in_place else fetch_from)(self._storage, self._folder, files)
+        fetch = fetch_straight_from if self._in_place else fetch_from
+        self._fetch = fetch(self._storage, self._contents.key_of, files)
         for position, file, chunk_box, region, target in needs:
             wanted = self._fit.tensors[position]
             stored = find_stored(self._contents.boxes(file), wanted.name, chunk_box, file)

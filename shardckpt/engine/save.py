@@ -34,6 +34,7 @@ from shardckpt.engine.saving.devices.cuda import Cuda
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.share import least_share
 from shardckpt.engine.saving.stage import Stager
+from shardckpt.engine.saving.staging.still import frozen_names
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
 from shardckpt.engine.writing.process import ProcessStorage
 from shardckpt.errors import CheckpointError, CheckpointSaveError, CommitUnknownError, InvalidStateError
@@ -226,7 +227,9 @@ class Saver:
     def _stage_now(self, work: Work, parts: Sequence[Part], options: SaveOptions) -> None:
         work.options = options
         check_metadata(options.metadata)
-        work.plan = self._planner.plan(parts, model_key=options.model_key, replicated=options.replicated)
+        frozen = frozen_names(parts, options.frozen)
+        terms: dict[str, Any] = {"model_key": options.model_key, "replicated": options.replicated}
+        work.plan = self._planner.plan(parts, frozen=frozen, **terms)
         work.staging = work.stager.prepare(work.plan, rank=self._at.rank, windowed=options.staging == "none")
         work.pending.report.nbytes = work.staging.nbytes
         memory = memory_of_optimizers(parts) if options.staging == "overlap" else frozenset()

@@ -10,9 +10,12 @@ from shardckpt.format.index import ITEMSIZE, MAX_DIMS
 from shardckpt.format.layout import (
     CARBON_COPY,
     CONSOLIDATED,
+    FROZEN,
+    FROZEN_OF_RANK,
     LAST_STEP,
     MANIFEST,
     SCORE,
+    check_blob_key,
     check_file_name,
     is_attempt,
     model_file,
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 MAX_WORLD = 1 << 18
 """Ranks of a job."""
 _MAX_NBYTES = 1 << 62
+_FROZEN = (FROZEN, FROZEN_OF_RANK)
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -42,6 +46,7 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError("a key is said twice to differ")
     _check_files(manifest.files, world)
     _check_kinds(manifest)
+    _check_blobs(manifest.files)
     for mesh in manifest.meshes:
         _check_mesh(mesh, world)
     replicas = [_check_layout(layout, manifest.meshes, world) for layout in manifest.layouts]
@@ -89,6 +94,22 @@ def _check_kinds(manifest: Manifest) -> None:
             raise ValueError(f"{file.name}: a consolidated model without its index and its tree")
         if names[file.name] != model_file(0, 1):
             raise ValueError(f"{file.name}: a consolidated model is called {model_file(0, 1)}")
+
+
+def _check_blobs(files: Sequence[FileEntry]) -> None:
+    """What is frozen lies in blobs and nothing else does; each is an archive, under its own name, named once."""
+    for file in files:
+        if (file.kind in _FROZEN) != bool(file.blob):
+            raise ValueError(f"{file.name}: files of what is frozen, and no others, are blobs")
+        if not file.blob:
+            continue
+        if check_blob_key(file.blob).rpartition("/")[2] != file.name.rpartition("/")[2]:
+            raise ValueError(f"{file.name}: it is called otherwise in its blob, {file.blob}")
+        if file.index is None or file.tree is None:
+            raise ValueError(f"{file.name}: a blob without its index and its tree")
+    blobs = [file.blob for file in files if file.blob]
+    if len(set(blobs)) != len(blobs):
+        raise ValueError("two files lie in one blob")
 
 
 def _check_model_only(manifest: Manifest) -> None:
@@ -142,6 +163,9 @@ def _check_table(table: Table, least_dims: Sequence[int], replicas: Sequence[int
             raise ValueError(f"{name}: replica {entry.replica} of {replicas[entry.layout]}")
         if entry.dtype not in ITEMSIZE or math.prod(entry.shape) * ITEMSIZE[entry.dtype] >= _MAX_NBYTES:
             raise ValueError(f"{name}: a tensor of dtype {entry.dtype} and shape {list(entry.shape)} cannot be")
+    astray = [key for key, home in table.values.items() if home in _FROZEN]
+    if astray:
+        raise ValueError(f"{astray[0]} is a value, and only tensors can be frozen")
     twice = table.tensors.keys() & table.values.keys()
     if twice:
         raise ValueError(f"{min(twice)} is both a tensor and a value")

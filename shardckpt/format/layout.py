@@ -5,12 +5,14 @@ step_1000.<attempt>.tmp/        an attempt under way on a file system (renamed a
 step_1000.<attempt>.old/        a committed step that another attempt of the same step has just replaced
 step_1000/<attempt>/            an attempt's files on an object store
 .../manifest.json               the commit record
+blobs/<digest>/<id>/frozen.pt   a file that several steps refer to (see `shardckpt/engine/writing/BLOBS.md`)
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 MANIFEST = "manifest.json"
@@ -25,8 +27,17 @@ MODEL_KEY = "model_key"
 CONSOLIDATED = "consolidated"
 """In a record, the kind of a `model.pt` that holds the whole model once more, beside the files of the ranks: every
 tensor in one piece, under its name in the tables, and the model's Python values."""
+SET_ASIDE = "damaged_"
+"""How the name of a folder begins that a repair has set aside: neither a step nor an attempt, so it is never offered,
+never swept and never chosen."""
 METADATA = "metadata"
 """In a record, the kind of an archive of the user's own: metadata.<shard>.pt."""
+BLOBS = "blobs"
+"""A folder of the root: files that several steps may refer to. They lie there under a digest of their content."""
+FROZEN = "frozen"
+"""In a record, the kind of a file of tensors that do not change, which data-parallel ranks hold alike. It is a blob."""
+FROZEN_OF_RANK = "frozen_rank"
+"""The same for those that only one rank holds."""
 
 LAST_STEP = 10**18 - 1
 """The highest number of a step."""
@@ -34,6 +45,9 @@ LAST_STEP = 10**18 - 1
 _STEP = re.compile(r"step_(0|[1-9][0-9]{0,17})")
 _ASIDE = re.compile(r"step_(0|[1-9][0-9]{0,17})\.([0-9a-z]{8,64})\.(tmp|old)")
 _ATTEMPT = re.compile(r"[0-9a-z]{8,64}")
+_BLOB = re.compile(
+    r"blobs/([0-9a-f]{64})/([0-9a-z]{8,64})/(frozen(?:\.(?:0|[1-9][0-9]{0,8}))?\.pt|frozen_rank_(?:0|[1-9][0-9]{0,8})\.pt)"
+)
 _BAD_IN_NAME = re.compile(r'[\x00-\x1f\x7f\ud800-\udfff\\:*?"<>|]')
 
 
@@ -95,6 +109,41 @@ def metadata_file(shard: int, shards: int) -> str:
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank}.pt"
+
+
+def frozen_file(shard: int, shards: int) -> str:
+    return f"frozen.{shard}.pt" if shards > 1 else "frozen.pt"
+
+
+def frozen_rank_file(rank: int) -> str:
+    return f"frozen_rank_{rank}.pt"
+
+
+def blob_folder(digest: str, number: str) -> str:
+    """Where a blob of that content lies, alone. There may be several, with ids like those of attempts."""
+    return f"{BLOBS}/{digest}/{number}"
+
+
+def doomed_file(number: str) -> str:
+    """Beside a blob, says that somebody is about to delete it: whoever saves must not refer to it any more."""
+    return f"{number}.{new_attempt()}.doomed"
+
+
+def doomed_blobs(names: Iterable[str]) -> set[str]:
+    """The ids of the blobs that are about to be deleted, from the names below their digest."""
+    return {name.partition(".")[0] for name in names if name.endswith(".doomed")}
+
+
+def wanted_file(name: str) -> str:
+    """On object stores, what an attempt puts into its folder before it looks for a blob for the file of that name."""
+    return f"{name}.wanted"
+
+
+def check_blob_key(key: str) -> str:
+    """The key of a blob from a record, given back if it is just that; else `ValueError`."""
+    if not isinstance(key, str) or _BLOB.fullmatch(key) is None:
+        raise ValueError(f"{key if isinstance(key, str) else type(key).__name__!r:.200} is not the key of a blob")
+    return key
 
 
 def check_file_name(name: str) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from shardckpt.format.checksum import from_hex, to_hex
 from shardckpt.format.consistency import check_manifest
 from shardckpt.format.index import (
     MAX_NUMBERS,
@@ -31,32 +30,25 @@ from shardckpt.format.index import (
     runs_of,
     shown,
 )
-from shardckpt.format.layout import check_file_name
 from shardckpt.format.placement import Piece
+from shardckpt.format.record.files import Extent as Extent
+from shardckpt.format.record.files import FileEntry as FileEntry
+from shardckpt.format.record.files import decode_file, encode_file
 
 FORMAT = 1
+"""Of a record whose files all lie in the step's folder."""
+FORMAT_WITH_BLOBS = 2
+"""Of a record that refers to blobs: a version that knows of none must not take the step for whole, or for damaged."""
 
-Home = Literal["model", "replicated", "rank"]
-"""In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt or rank_<rank>.pt."""
+Home = Literal["model", "replicated", "rank", "frozen", "frozen_rank"]
+"""In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt, rank_<rank>.pt; or, of tensors that do not
+change from step to step, frozen.<shard>.pt or frozen_rank_<rank>.pt."""
 
-HOMES: tuple[Home, ...] = ("model", "replicated", "rank")
-
-Extent = tuple[int, int, int]
-"""A checked range of a file: byte offset, bytes, CRC-32."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """A file of the checkpoint; `name` is relative to the step's folder."""
-
-    name: str
-    nbytes: int
-    crc: int
-    kind: str
-    """A `Home`, or a kind of which no table speaks: `CONSOLIDATED`, `METADATA`, `CARBON_COPY` (see `layout`)."""
-    writer: int
-    index: Extent | None = None
-    tree: Extent | None = None
+HOMES: tuple[Home, ...] = ("model", "replicated", "rank", "frozen", "frozen_rank")
+VALUE_HOMES: tuple[Home, ...] = HOMES[:3]
+"""Where Python values may lie."""
+OF_RANK: frozenset[Home] = frozenset({"rank", "frozen_rank"})
+"""Of these each rank has a file of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +131,16 @@ class Manifest:
         return sum(file.nbytes for file in self.files)
 
     @property
+    def shared_nbytes(self) -> int:
+        """Of these, the bytes in blobs, which other steps may refer to as well."""
+        return sum(file.nbytes for file in self.files if file.blob)
+
+    @property
+    def format(self) -> int:
+        """The format of its record."""
+        return FORMAT_WITH_BLOBS if any(file.blob for file in self.files) else FORMAT
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The top-level keys that are present: "model", "optimizer", "rng", ..."""
         keys = {key.split(".", 1)[0] for table in self.tables for key in (*table.tensors, *table.values)}
@@ -153,7 +155,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """The record as it is stored. `ValueError` for one that could not be read again."""
     check_manifest(manifest)
     content = {
-        "format": FORMAT,
+        "format": manifest.format,
         "step": manifest.step,
         "attempt": manifest.attempt,
         "created": manifest.created,
@@ -193,24 +195,6 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ValueError(f"not a well-formed record: {type(error).__name__}: {error}") from error
 
 
-def encode_file(file: FileEntry) -> dict[str, Any]:
-    """A file entry as JSON, as it stands in the record and travels in a receipt."""
-    entry: dict[str, Any] = {"name": file.name, "nbytes": file.nbytes, "crc32": to_hex(file.crc)}
-    entry |= {"kind": file.kind, "writer": file.writer}
-    for part, extent in (("index", file.index), ("tree", file.tree)):
-        if extent is not None:
-            entry[part] = [extent[0], extent[1], to_hex(extent[2])]
-    return entry
-
-
-def decode_file(entry: Mapping[str, Any]) -> FileEntry:
-    """A file entry from JSON; `ValueError` for names that leave the checkpoint and ranges that leave the file."""
-    nbytes = as_size(entry["nbytes"])
-    extents = [_extent(entry.get(part), nbytes) for part in ("index", "tree")]
-    name, kind = check_file_name(entry["name"]), as_text(entry["kind"])
-    return FileEntry(name, nbytes, from_hex(entry["crc32"]), kind, as_size(entry["writer"]), *extents)
-
-
 def encode_table(table: Table) -> dict[str, Any]:
     """A table as JSON, as it stands in the record and travels from a rank to rank 0."""
     entries = list(table.tensors.values())
@@ -223,7 +207,7 @@ def encode_table(table: Table) -> dict[str, Any]:
             "layout": [e.layout for e in entries],
             "replica": [e.replica for e in entries],
         },
-        "values": {home: [key for key, at in table.values.items() if at == home] for home in HOMES},
+        "values": {home: [key for key, at in table.values.items() if at == home] for home in VALUE_HOMES},
     }
 
 
@@ -244,25 +228,17 @@ def decode_table(content: Mapping[str, Any]) -> Table:
     rows = zip(columns["dtype"], columns["shape"], columns["layout"], columns["replica"], strict=True)
     entries = [TensorEntry(as_dtype(d), as_shape(s), as_size(at), as_size(copy)) for d, s, at, copy in rows]
     names = as_texts(columns["name"])
-    values = [(key, home) for home in HOMES for key in as_texts(content["values"][home])]
+    values = [(key, home) for home in VALUE_HOMES for key in as_texts(content["values"][home])]
     keys = {*names, *(key for key, _ in values)}
     if len(keys) != len(names) + len(values):
         raise ValueError("a key of a table is given twice")
     return Table(as_numbers(content["ranks"]), dict(zip(names, entries, strict=True)), dict(values))
 
 
-def _extent(value: Any, file_nbytes: int) -> Extent | None:
-    if value is None:
-        return None
-    at, nbytes, crc = value
-    if as_size(at) + as_size(nbytes) > file_nbytes:
-        raise ValueError(f"bytes {at} to {at + nbytes} of a file of {file_nbytes}")
-    return at, nbytes, from_hex(crc)
-
-
 def _decode(content: Mapping[str, Any]) -> Manifest:
-    if content["format"] != FORMAT:
-        raise ValueError(f"its format is {shown(content['format'])}, but this version reads format {FORMAT}")
+    if content["format"] not in (FORMAT, FORMAT_WITH_BLOBS):
+        known = f"formats {FORMAT} and {FORMAT_WITH_BLOBS}"
+        raise ValueError(f"its format is {shown(content['format'])}, but this version reads {known}")
     lists = [content["shard_of"], *(part["ranks"] for key in ("meshes", "tables") for part in content[key])]
     if sum(count_numbers(runs) for runs in lists) > MAX_NUMBERS:
         raise ValueError("it names more ranks than any job has")
@@ -283,6 +259,8 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
         model_only=as_truth(content.get("model_only", False)),
     )
     check_manifest(manifest)
+    if content["format"] != manifest.format:
+        raise ValueError(f"a record of format {content['format']} with what only format {manifest.format} has")
     if content["world_size"] != manifest.world_size or content["parts"] != list(manifest.parts):
         raise ValueError("its world size or its parts are not those of its tables")
     return manifest

@@ -136,6 +136,7 @@ class CheckpointManager(TransactionalFace, ResumingFace, KeepingFace, Scheduling
         state: Mapping[str, Any],
         *,
         replicated: Collection[str] = (),
+        frozen: Collection[str] = (),
         metadata: Mapping[str, Any] | None = None,
         model_key: str = "model",
         deadline: timedelta | None = None,
@@ -151,12 +152,15 @@ class CheckpointManager(TransactionalFace, ResumingFace, KeepingFace, Scheduling
             state: modules, optimizers, anything with `state_dict`/`load_state_dict`, tensors and plain values, in
                 nested dicts. `RngState()` stands for all random streams.
             replicated: top-level keys (or "*") that all data-parallel ranks hold alike: stored once.
+            frozen: names of what does not change from step to step (`model.base`: the parameters below it; "*": all
+                that require no gradient): stored once per run, and never copied. It must not change during the save;
+                what has changed by the next one is stored anew.
             metadata: JSON of yours, kept in the record.
             model_key: the key of the model, whose state goes to `model.<r>.pt`.
             deadline: if it is not committed this long after the call, it fails; the same on all ranks.
         """
         self._none_open("save")
-        options = SaveOptions(model_key, replicated, metadata or {}, self._saving.staging)
+        options = SaveOptions(model_key, replicated, frozen, metadata or {}, self._saving.staging)
         options = replace(options, verify=self._saving.verify_copies, deadline=self._in_budget(deadline))
         return self._begin(partial(self._saver.start, step, options=options), partial(self._reader.take_apart, state))
 

@@ -140,7 +140,8 @@ def _remove_objects(storage: Storage, entry: Entry, manifest: Manifest | None) -
     attempt_folder = entry.attempt_folder
     if manifest is not None:
         attempt_folder = f"{entry.folder}/{manifest.attempt}"
-        storage.delete([*(f"{entry.folder}/{file.name}" for file in manifest.files), score_key(entry)])
+        own = (f"{entry.folder}/{file.name}" for file in manifest.files if not file.blob)
+        storage.delete([*own, score_key(entry)])
     if attempt_folder == entry.folder:
         _log.warning("step %d: which files in %s/%s were its own is not known", entry.step, storage.url, entry.folder)
     else:
@@ -181,7 +182,8 @@ def _replace_record(storage: Storage, entry: Entry, reduced: Reduced) -> None:
     """Put the record of the model in force; then delete what it does not name."""
     try:
         storage.replace(entry.record_key, encode_manifest(reduced.manifest))
-        _delete_beside(storage, entry, reduced.manifest, [f"{entry.folder}/{file.name}" for file in reduced.doomed])
+        doomed = [f"{entry.folder}/{file.name}" for file in reduced.doomed if not file.blob]
+        _delete_beside(storage, entry, reduced.manifest, doomed)
     except OSError as error:
         raise _not_preserved(storage, entry, str(error)) from error
 
@@ -218,7 +220,8 @@ def _not_preserved(storage: Storage, entry: Entry, reason: str) -> CheckpointDel
 
 
 def _log_preserved(storage: Storage, reduced: Reduced) -> None:
-    step, freed, kept = reduced.manifest.step, sum(file.nbytes for file in reduced.doomed), reduced.manifest.nbytes
+    step, kept = reduced.manifest.step, reduced.manifest.nbytes
+    freed = sum(file.nbytes for file in reduced.doomed if not file.blob)
     _log.info("step %d in %s: kept the model, %d bytes, and deleted %d bytes", step, storage.url, kept, freed)
     if reduced.mixed:
         _log.warning(

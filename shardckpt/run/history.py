@@ -17,6 +17,7 @@ from shardckpt.run.prune import Deleted, Fate, fates, plan_retention, retain
 from shardckpt.run.registry.one import Journal
 from shardckpt.run.retention import SCORE, Policy, prefers_lower, yardstick
 from shardckpt.run.scores import encode_score, read_scores, write_score
+from shardckpt.run.shared.sweeping import tidy_blobs
 from shardckpt.storage.base import LinkingStorage
 
 _log = logging.getLogger(__name__)
@@ -174,6 +175,11 @@ class History:
                 self._write_metrics(step, metrics)
         except Exception:
             _log.exception("step %d is committed, but its metrics were not written", step)
+
+    def deleted(self, step: int) -> None:
+        """Somebody has deleted this step, or reduced it to its model, by its name."""
+        tidy_blobs(self._catalog.storage)
+        self.on_deleted(step)
 
     def on_deleted(self, step: int) -> None:
         """A step was deleted."""

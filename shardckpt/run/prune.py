@@ -25,6 +25,7 @@ from shardckpt.run.keeping.pins import pinned_steps
 from shardckpt.run.requests import each
 from shardckpt.run.retention import NOTHING, Decision, Policy, StepFacts, decide
 from shardckpt.run.scores import Scores, read_scores
+from shardckpt.run.shared.sweeping import tidy_blobs
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ class Deleted:
     step: int
     reason: str
     nbytes: int
-    """Of the files that went, as its record said."""
+    """Of the files that went, as its record said; blobs, which other steps may refer to, are not counted."""
     model_kept: bool = False
+    blobs: int = 0
+    """How many blobs its record referred to, and no longer does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ def retain(
                 errors[entry.step] = error
         else:
             deleted += done
+    if any(gone.blobs for gone in deleted):
+        tidy_blobs(catalog.storage)
     if errors:
         raise _joined(errors, catalog.storage.url) from next(iter(errors.values()))
     return deleted
@@ -151,8 +156,9 @@ def _sound_record(catalog: Catalog, entry: Entry) -> Manifest | None:
 def _delete(catalog: Catalog, entry: Entry, reason: str) -> list[Deleted]:
     manifest = read_record(catalog.storage, entry)
     delete_step(catalog.storage, entry, manifest=manifest)
-    _log.info("deleted step %d, %d bytes: %s", entry.step, manifest.nbytes, reason)
-    return [Deleted(entry.step, reason, manifest.nbytes)]
+    nbytes = manifest.nbytes - manifest.shared_nbytes
+    _log.info("deleted step %d, %d bytes: %s", entry.step, nbytes, reason)
+    return [Deleted(entry.step, reason, nbytes, blobs=sum(bool(file.blob) for file in manifest.files))]
 
 
 def _reduce(catalog: Catalog, entry: Entry, reason: str) -> list[Deleted]:
@@ -160,7 +166,9 @@ def _reduce(catalog: Catalog, entry: Entry, reason: str) -> list[Deleted]:
     reduced = preserve_model(catalog.storage, entry)
     if reduced is None:
         return []
-    return [Deleted(entry.step, reason, sum(file.nbytes for file in reduced.doomed), model_kept=True)]
+    own = [file for file in reduced.doomed if not file.blob]
+    nbytes, blobs = sum(file.nbytes for file in own), len(reduced.doomed) - len(own)
+    return [Deleted(entry.step, reason, nbytes, model_kept=True, blobs=blobs)]
 
 
 def _joined(errors: Mapping[int, CheckpointError], url: str) -> CheckpointDeleteError:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardckpt.format.layout import MANIFEST, is_attempt, parse_aside, parse_step
+from shardckpt.format.layout import MANIFEST, SET_ASIDE, is_attempt, parse_aside, parse_step
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.tools.place import ARCHIVES
 from shardckpt.tools.report import Standing
-
-SET_ASIDE = "damaged_"
-"""How the name of a folder begins that a repair has set aside: neither a step nor an attempt, so it is never offered,
-never swept and never chosen."""
 
 
 @dataclass(frozen=True, slots=True)

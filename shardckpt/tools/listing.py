@@ -39,6 +39,8 @@ class StepLine:
     score: float | None = None
     kept: str | None = None
     """Why the policy that was given keeps it; None if it does not, or none was given."""
+    shared_nbytes: int = 0
+    """Of its bytes, those in blobs, which other steps may refer to as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def _line(entry: Entry, record: Manifest | str, scores: Scores, kept: str | None
         return StepLine(entry.step, entry.folder, record, score=score, kept=kept)
     state = "model only" if record.model_only else "committed"
     facts = (record.created, record.nbytes, record.world_size, record.parts)
-    return StepLine(entry.step, entry.folder, state, *facts, score, kept)
+    return StepLine(entry.step, entry.folder, state, *facts, score, kept, record.shared_nbytes)
 
 
 def _leftover(found: Found) -> StepLine:

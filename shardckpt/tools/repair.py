@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, InvalidOperationError
-from shardckpt.format.layout import MANIFEST, new_attempt, step_folder
+from shardckpt.format.layout import BLOBS, MANIFEST, SET_ASIDE, new_attempt, step_folder
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.storage.base import RenamingStorage, Storage
-from shardckpt.tools.contents import SET_ASIDE, Found, leftovers
+from shardckpt.tools.contents import Found, leftovers
 from shardckpt.tools.place import Where, opened
 from shardckpt.tools.repairing.mend import mend_record
 from shardckpt.tools.report import StepReport
@@ -179,6 +179,12 @@ def _anew(storage: Storage, found: Found, ranks: int | None, kind: Kind, old: by
     step, attempt, folder = found.step, found.attempt, found.folder
     assert step is not None
     assert attempt is not None
+    if any(name.endswith("/") for name in storage.list(BLOBS)):
+        raise CheckpointDamagedError(
+            f"no record can be made for {folder}: files that steps share lie in {BLOBS}/ of this run, and which of "
+            "them belong to it only its own record could say",
+            step=step,
+        )
     evidence = gather(storage, folder, step=step)
     manifest = rebuild_like_another(storage, evidence, step=step, attempt=attempt)
     lost: tuple[str, ...] = LOST_TO_LIKENESS

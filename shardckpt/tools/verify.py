@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE, parse_step
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE, parse_step, wanted_file
 from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
@@ -66,7 +66,8 @@ def _reports(place: Place, step: int | None, *, quick: bool, told: Told) -> list
     storage, folder = place.storage, place.folder
     entries = committed(storage) if step is None and not folder else _entries(storage, folder, step)
     others = [found for found in leftovers(storage, entries) if _is_meant(found, folder, step)]
-    reports = [verify_step(storage, entry, quick=quick, told=told) for entry in entries]
+    known: dict[str, int | Exception] = {}
+    reports = [verify_step(storage, entry, quick=quick, known=known, told=told) for entry in entries]
     reports += [verify_leftover(storage, found, quick=quick) for found in others]
     if not reports and step is None:
         folders = [folder] if folder else foreign_folders(storage)
@@ -92,9 +93,15 @@ def _is_meant(found: Found, folder: str, step: int | None) -> bool:
 
 
 def verify_step(
-    storage: Storage, entry: Entry, *, quick: bool = False, told: Told = lambda step, nbytes, total: None
+    storage: Storage,
+    entry: Entry,
+    *,
+    quick: bool = False,
+    known: dict[str, int | Exception] | None = None,
+    told: Told = lambda step, nbytes, total: None,
 ) -> StepReport:
-    """Of a committed step."""
+    """Of a committed step. `known`: sums of blobs that other steps have led to already, and where those are added that
+    this one leads to."""
     try:
         folder, manifest = Catalog(storage).record(entry)
     except CheckpointDamagedError as error:
@@ -102,14 +109,19 @@ def verify_step(
     problems, sound = _of_sizes(storage, folder, manifest.files)
     checked = 0
     if not quick:
-        stretches = [Stretch(f"{folder}/{file.name}", 0, file.nbytes) for file in sound]
+        known = {} if known is None else known
+        new = [file for file in sound if file.blob not in known]
+        stretches = [Stretch(file.key_in(folder), 0, file.nbytes) for file in new]
         found = sums(storage, stretches, told=lambda nbytes: told(entry.step, nbytes, manifest.nbytes))
-        for file, crc in zip(sound, found, strict=True):
+        known |= {file.blob: crc for file, crc in zip(new, found, strict=True) if file.blob}
+        own = {file.name: crc for file, crc in zip(new, found, strict=True)}
+        for file in sound:
+            crc = own.get(file.name, known.get(file.blob, 0))
             if isinstance(crc, Exception):
                 problems.append(Problem(file.name, f"cannot be read: {crc}"))
             elif crc != file.crc:
                 problems.append(locate(storage, folder, file))
-            checked += 0 if isinstance(crc, Exception) else file.nbytes
+            checked += 0 if isinstance(crc, Exception) or file.name not in own else file.nbytes
     parts, others = _parts(manifest)
     notes = ("only the model was kept",) if manifest.model_only else ()
     found_problems = tuple(sorted(problems, key=lambda problem: problem.file))
@@ -143,9 +155,9 @@ def _of_sizes(storage: Storage, folder: str, files: Sequence[FileEntry]) -> tupl
 
     def look(file: FileEntry) -> str:
         try:
-            nbytes = storage.size(f"{folder}/{file.name}")
+            nbytes = storage.size(file.key_in(folder))
         except FileNotFoundError:
-            return "is missing"
+            return f"is missing: {file.blob}" if file.blob else "is missing"
         return "" if nbytes == file.nbytes else f"has {nbytes} bytes, but {file.nbytes} were written"
 
     said = each(look, files)
@@ -158,6 +170,7 @@ def _unnamed(storage: Storage, entry: Entry, manifest: Manifest) -> tuple[str, .
     folder = entry.attempt_folder if entry.attempt_folder != entry.folder else entry.folder
     named = {f"{entry.folder}/{file.name}" for file in manifest.files} | {entry.record_key}
     named |= {f"{folder}/{name}" for name in (SCORE, METRICS)}
+    named |= {f"{entry.folder}/{wanted_file(file.name)}" for file in manifest.files if file.blob}
     extra = [name for name in files_below(storage, folder) if f"{folder}/{name}" not in named]
     return (f"the record does not name {', '.join(extra[:5])}{' and others' * (len(extra) > 5)}",) if extra else ()
 

@@ -43,10 +43,12 @@ class Hand:
     watch: Watch
     rank: int
     width: int
+    frozen: tuple[str, ...] = ()
 
     def start(self, step: int, version: int) -> sc.PendingSave:
         self.watch.begun(step, version)
-        return self.manager.save(step, make_state(self.rank, version, width=self.width), replicated=("model",))
+        state = make_state(self.rank, version, width=self.width)
+        return self.manager.save(step, state, replicated=("model",), frozen=self.frozen)
 
     def end(self, pending: sc.PendingSave, version: int) -> None:
         pending.result()
@@ -68,6 +70,8 @@ class Act:
     """Whether others' files lie in the root; if not, the root itself is not there yet."""
     shared: bool = False
     """Whether ranks write one file together, however small it is."""
+    frozen: tuple[str, ...] = ()
+    """What is stored once, and referred to by later steps."""
 
     @property
     def width(self) -> int:
@@ -110,6 +114,15 @@ def in_background(hand: Hand) -> None:
     third = hand.start(2, 3)
     for pending, version in ((first, 1), (second, 2), (third, 3)):
         hand.end(pending, version)
+
+
+def with_blobs(hand: Hand) -> None:
+    """Two steps that share a base, of which the first goes; another base; and the first base again, when the last step
+    that had it has gone: KeepLast(1) deletes a blob, puts a new one of the same content, and deletes the other."""
+    hand.save(1, 1)
+    for step, version in ((2, 1), (3, 2), (4, 1)):
+        hand.watch.begun(step - 1, None)
+        hand.save(step, version)
 
 
 def scored(hand: Hand) -> None:
@@ -168,13 +181,14 @@ ACTS: dict[str, Act] = {
     "prune": Act(pruned, options={"keep": sc.KeepLast(1)}),
     "delete, keep model": Act(deleted, ranks=(1, 2)),
     "async": Act(in_background, options={"saving": sc.SavePolicy(in_flight=2)}),
+    "blobs": Act(with_blobs, ranks=(2,), options={"keep": sc.KeepLast(1)}, frozen=("model",)),
     "score": Act(scored, ranks=(1,)),
     "transaction": Act(partial(transaction, export=False), ranks=(1, 2)),
     "export": Act(partial(transaction, export=True)),
     "repair": Act(partial(repaired, attempt=False), ranks=(1, 2)),
     "repair, an attempt": Act(partial(repaired, attempt=True), ranks=(2,)),
 }
-"""By name. To come, when they are there: blobs."""
+"""By name."""
 
 CASES = [(name, ranks) for name, act in ACTS.items() for ranks in act.ranks]
 
@@ -205,7 +219,7 @@ def work(act: Act, ranks: int, place: Callable[[], Any], watch: Watch) -> None:
     def run(gangs: sc.Gangs) -> None:
         storage = place()
         with sc.CheckpointManager(storage, gangs, timeout=LIMIT, **act.options) as manager:
-            act.run(Hand(manager, storage, watch, gangs.root.rank, act.width))
+            act.run(Hand(manager, storage, watch, gangs.root.rank, act.width, act.frozen))
 
     run_ranks(ranks, run)
 

@@ -20,6 +20,7 @@ from shardckpt.engine.saving import write
 from shardckpt.format import manifest
 from shardckpt.format.layout import MANIFEST
 from shardckpt.run import catalog, deletion
+from shardckpt.run.shared import sweeping
 from shardckpt.storage import local
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.storage.posix import folders
@@ -167,6 +168,13 @@ def replaced_not_synced_away() -> Iterator[None]:
 
 
 @contextmanager
+def nothing_referred_to() -> Iterator[None]:
+    """Blobs are deleted without a look at the records."""
+    with mock.patch.object(sweeping, "references", return_value=frozenset()):
+        yield
+
+
+@contextmanager
 def blind_to_asides() -> Iterator[None]:
     """The catalog does not look for a step that was set aside."""
     with mock.patch.object(catalog, "_replaced", return_value=None):
@@ -279,6 +287,8 @@ MUTATIONS: dict[str, Mutation] = {
         equivalent="what comes back of a replaced step lies beside the newer one, is passed over for it, and goes "
         "before it when the step is deleted (until 2026-11-26 it did not, and was then offered, torn)",
     ),
+    "no fsync of the folders of blobs": Mutation("blobs", syncs=_folder(lambda path: "/blobs" in path)),
+    "blobs go although steps refer to them": Mutation("blobs", context=nothing_referred_to),
     "no rename of the attempt": Mutation("save", ORDERED, context=in_place),
     "no rename in `replace`": Mutation("delete, keep model", ORDERED, context=replaced_in_place),
     "the old step is removed before the new one is renamed": Mutation(
@@ -367,5 +377,6 @@ def objects_before_record() -> Iterator[None]:
 OBJECT_MUTATIONS: dict[str, Mutation] = {
     "no barrier: receipts before bytes": Mutation("save", context=claimed_puts),
     "a deletion that takes files before the record": Mutation("prune", context=objects_before_record),
+    "blobs go although steps refer to them": Mutation("blobs", context=nothing_referred_to),
     "no write-once: the record is put over what is there": Mutation("save", context=never_refusing),
 }

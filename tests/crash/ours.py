@@ -10,10 +10,11 @@ import torch
 
 import shardckpt as sc
 from shardckpt.format.checksum import crc32
-from shardckpt.format.layout import parse_aside
+from shardckpt.format.layout import BLOBS, parse_aside
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.deletion import delete_step
 from shardckpt.run.leftovers import DeadAttempts, sweep
+from shardckpt.run.shared.sweeping import sweep_blobs
 from shardckpt.storage.base import Storage
 from shardckpt.testing.crash.judge import Finding, Remembering
 from shardckpt.testing.crash.operations import Allowed
@@ -63,7 +64,7 @@ class OurReader:
     def version(self, storage: Storage, step: int) -> object:
         folder, manifest = Catalog(storage).record(step)
         for file in manifest.files:
-            content = storage.read(f"{folder}/{file.name}")
+            content = storage.read(file.key_in(folder))
             if self._sums and (len(content), crc32(content)) != (file.nbytes, file.crc):
                 raise ValueError(f"{file.name} is not what the record says")
         if manifest.model_only:
@@ -105,9 +106,11 @@ def load_on_ranks(storage: Storage, step: int, ranks: int, *, width: int) -> lis
 
 
 def reader_of(ranks: int, *, width: int = 600, sums: bool = True) -> Remembering:
-    """That reader, which reads a step again only if anything in its folder differs."""
+    """That reader, which reads a step again only if anything in its folder, or among the blobs, differs."""
     return Remembering(
-        OurReader(ranks, width=width, sums=sums), lambda storage, step: Catalog(storage).entry(step).folder
+        OurReader(ranks, width=width, sums=sums),
+        lambda storage, step: Catalog(storage).entry(step).folder,
+        beside=BLOBS,
     )
 
 
@@ -143,13 +146,17 @@ def recover(
         manager.save(following, make_state(0, NEXT), replicated=("model",)).result()
         if newest:
             manager.save(newest, make_state(0, NEXT), replicated=("model",)).result()
+        again = _refer_again(manager, storage, following + 1)
     tidy(storage)
-    after = {**{step: frozenset({version}) for step, version in before.items()}, following: frozenset({NEXT})}
+    after = {
+        **{step: frozenset({version}) for step, version in before.items()},
+        following: frozenset({NEXT}),
+    } | again
     if newest:
         after[newest] = frozenset({NEXT})
     one = OurReader(1)
     for step, versions in after.items():
-        own = NEXT in versions
+        own = NEXT in versions or step > following
         read = one if own else reader
         if None in allowed.get(step, frozenset()) and not own:
             continue  # a deletion of it was under way, and may come to its end
@@ -181,6 +188,16 @@ def tidy(storage: Storage) -> None:
     for _ in range(2):
         dead.tidy()
     sweep(Catalog(storage), own_attempts={})
+    sweep_blobs(storage)
+
+
+def _refer_again(manager: sc.CheckpointManager, storage: Storage, step: int) -> dict[int, frozenset[object]]:
+    """Save what the job that died had saved with blobs, one after the other: what it left is referred to again, if it
+    is whole. Gives what is to be found then."""
+    versions = (1, 2) if storage.list(BLOBS) else ()
+    for number, version in enumerate(versions):
+        manager.save(step + number, make_state(0, version), replicated=("model",), frozen=("model",)).result()
+    return {step + number: frozenset({version}) for number, version in enumerate(versions)}
 
 
 def _is_there(storage: Storage, key: str, content: bytes | None = None) -> bool:

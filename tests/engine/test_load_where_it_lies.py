@@ -29,11 +29,13 @@ from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredBox, StoredRecord
 from shardckpt.format.manifest import decode_manifest
 from shardckpt.format.placement import Box
+from shardckpt.format.record.files import keys_in
 from shardckpt.storage import LocalStorage, MemoryObjects, Read
 from shardckpt.storage.posix.map import MappedFile
 from shardckpt.testing.gangs import run_ranks
 from tests.engine.states import assert_same, snapshot, train, training
 
+HERE = keys_in("step_1", ())
 PATIENT = timedelta(seconds=30)
 MIB = 1 << 20
 
@@ -59,15 +61,15 @@ def need(file: str, record: StoredRecord, region: Region | None = None) -> Need:
 
 
 def borrowed(root: Path, files: dict[str, list[StoredRecord]]) -> tuple[Borrowed, list[Fetched]]:
-    fetch = Borrowed(LocalStorage(root), "step_1")
+    fetch = Borrowed(LocalStorage(root), HERE)
     return fetch, [fetch.add(need(name, record), record) for name, records in files.items() for record in records]
 
 
 def test_each_kind_of_storage_has_its_way(tmp_path: Path) -> None:
     write(tmp_path / "step_1", "a.pt", [torch.ones(3)])
-    local = fetch_from(LocalStorage(tmp_path), "step_1", ["a.pt"])
+    local = fetch_from(LocalStorage(tmp_path), HERE, ["a.pt"])
     assert isinstance(local, Borrowed)
-    assert isinstance(fetch_from(MemoryObjects(), "step_1", ["a.pt"]), Arena)
+    assert isinstance(fetch_from(MemoryObjects(), HERE, ["a.pt"]), Arena)
 
 
 class NothingToMap(LocalStorage):
@@ -83,7 +85,7 @@ def test_a_file_system_that_maps_nothing_is_read(tmp_path: Path) -> None:
     train(other, 1)
     with sc.CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, state).result()
-    assert isinstance(fetch_from(NothingToMap(tmp_path), "step_1", ["model.pt"]), Arena)
+    assert isinstance(fetch_from(NothingToMap(tmp_path), HERE, ["model.pt"]), Arena)
     with sc.CheckpointManager(NothingToMap(tmp_path)) as checkpoints:
         checkpoints.load(1, other)
     assert_same(snapshot(state), snapshot(other))
@@ -114,7 +116,7 @@ def test_any_region_to_any_place(tmp_path_factory: pytest.TempPathFactory, wante
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(borrow, "_PIECE", 64)
         patch.setattr(borrow, "_CLOSE", rng.choice([0, 100, 1 << 16]))
-        for fetch in (Arena(storage, "step_1"), Borrowed(storage, "step_1")):
+        for fetch in (Arena(storage, HERE), Borrowed(storage, HERE)):
             items = [
                 fetch.add(need("a.pt", record, region), record)
                 for record, (_, region) in zip(records, wanted, strict=True)
@@ -133,7 +135,7 @@ def test_any_region_to_any_place(tmp_path_factory: pytest.TempPathFactory, wante
             fetch.release()
         patch.setattr(straight, "_PIECE", rng.choice([64, 1 << 20]))
         patch.setattr(straight, "_SHORT", rng.choice([0, 50]))
-        read_straight(Straight(storage, "step_1"), [*zip(tensors, records, wanted, strict=True)], rng)
+        read_straight(Straight(storage, HERE), [*zip(tensors, records, wanted, strict=True)], rng)
 
 
 def read_straight(fetch: Straight, wanted: list[Any], rng: random.Random) -> None:
@@ -278,7 +280,7 @@ class HangingStorage(LocalStorage):
 def test_a_copy_that_hangs_ends_in_time_and_late_bytes_reach_nothing(tmp_path: Path, kind: type[Borrowed]) -> None:
     tensors = [torch.randn(MIB) for _ in range(4)]
     records, storage = write(tmp_path / "step_1", "a.pt", tensors), HangingStorage(tmp_path)
-    fetch, places = kind(storage, "step_1"), [torch.zeros(MIB) for _ in records]
+    fetch, places = kind(storage, HERE), [torch.zeros(MIB) for _ in records]
     items = []
     for record, place in zip(records, places, strict=True):
         if not (isinstance(fetch, Straight) and fetch.take(need("a.pt", record), record, place)):

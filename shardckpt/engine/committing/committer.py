@@ -24,6 +24,7 @@ from shardckpt.engine.saving.plan import plan_save
 from shardckpt.engine.saving.stage import Staging
 from shardckpt.engine.saving.work import Work, as_save_error
 from shardckpt.engine.saving.write import OwnFiles, Receipt, Sealed, write_files
+from shardckpt.engine.writing.blobs import Blobs
 from shardckpt.format.layout import step_folder
 from shardckpt.gang.base import Gang
 from shardckpt.storage.base import Storage
@@ -52,6 +53,7 @@ class Committer:
         self._manners = manners
         self._pacer = None if manners.rate is None else Pacer(manners.rate)
         self._book = TableBook()
+        self._blobs = Blobs(storage)
 
     def attempt(self, work: Work) -> Transaction:
         """A new attempt to commit it."""
@@ -166,7 +168,9 @@ class Committer:
         report.nbytes = sum(file.end - file.start for file in sealed)
         with report.phase("put"):
             pace: dict[str, Any] = {} if self._pacer is None else {"pace": self._pacer.pace}
-            own = write_files(self._storage, prefix, sealed, work.pending.progress, uploads=work.uploads, **pace)
+            pace |= {"uploads": work.uploads, "blobs": self._blobs}
+            own = write_files(self._storage, prefix, sealed, work.pending.progress, **pace)
+            report.nbytes -= own.reused_nbytes
             if self._at.rank == 0:
                 for name, content in work.loose.items():
                     self._storage.put(f"{prefix}/{name}", [content])

@@ -17,6 +17,7 @@ from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, Sealed, SealedFile
 from shardckpt.format.index import as_pieces
 from shardckpt.format.manifest import (
+    OF_RANK,
     FileEntry,
     LayoutEntry,
     Manifest,
@@ -200,7 +201,7 @@ def explain(held: Sequence[Any], receipts: Sequence[Receipt]) -> str:
 
 
 def _has_siblings(kind: str, at: Coordinates) -> bool:
-    return at.world_size > 1 if kind == "rank" else at.shards > 1
+    return at.world_size > 1 if kind in OF_RANK else at.shards > 1
 
 
 def _value_digests(plan: SavePlan, kind: str) -> dict[str, str]:

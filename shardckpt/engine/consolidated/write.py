@@ -24,7 +24,7 @@ from shardckpt.engine.patience import within
 from shardckpt.errors import CheckpointDamagedError, CheckpointSaveError
 from shardckpt.format.checksum import all_from_hex, crc32, to_hex
 from shardckpt.format.layout import model_file
-from shardckpt.format.manifest import Extent, FileEntry, decode_file, encode_file
+from shardckpt.format.record.files import Extent, FileEntry, decode_file, encode_file
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather

@@ -51,7 +51,7 @@ class OwnOrigin:
         trees = {name for item in values for name in self._sources.trees_of(self._rank_of(item.storage_index.fqn))}
         self._contents.check_sizes(sorted(indexed | trees))
         self._contents.open(indexed, trees)
-        return fetch_from(self._storage, self._folder, indexed)
+        return fetch_from(self._storage, self._contents.key_of, indexed)
 
     def find(self, item: ReadItem, position: int) -> Found:
         name, (file, box) = item.storage_index.fqn, self._chunk(item)

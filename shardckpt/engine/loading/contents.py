@@ -12,6 +12,7 @@ from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import ArchiveIndex, StoredBox, StoredRecord, decode_index
 from shardckpt.format.manifest import FileEntry, Manifest
+from shardckpt.format.record.files import keys_in
 from shardckpt.format.tree import decode_tree, map_leaves
 from shardckpt.state import Path, join_path
 from shardckpt.storage.base import Read, Storage
@@ -25,8 +26,9 @@ class Contents:
 
     def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
         self._storage = storage
-        self._folder = folder
         self._step = manifest.step
+        self.key_of = keys_in(folder, manifest.files)
+        """From the name of a file in the record to its key in the storage."""
         self._files: dict[str, FileEntry] = {file.name: file for file in manifest.files}
         self._indexes: dict[str, ArchiveIndex] = {}
         self._by_name: dict[str, Mapping[str, list[StoredBox]]] = {}
@@ -46,7 +48,7 @@ class Contents:
         for name in names:
             expected = self._entry(name).nbytes
             try:
-                nbytes = self._storage.size(f"{self._folder}/{name}")
+                nbytes = self._storage.size(self.key_of(name))
             except FileNotFoundError as error:
                 raise self._damaged(name, "is missing") from error
             if nbytes != expected:
@@ -65,7 +67,7 @@ class Contents:
             if extent is not None:
                 at, nbytes, crc = extent
                 buffers[name, what] = (bytearray(nbytes), crc)
-                reads.append(Read(f"{self._folder}/{name}", at, memoryview(buffers[name, what][0])))
+                reads.append(Read(self.key_of(name), at, memoryview(buffers[name, what][0])))
         self._storage.read_into(reads)
         for (name, what), (content, crc) in buffers.items():
             self._parse(name, what, bytes(content), crc)
@@ -92,7 +94,7 @@ class Contents:
                 gaps.append((position, bytearray(start - position)))
                 position = end
             self._frames[name] = gaps
-            reads += [Read(f"{self._folder}/{name}", at, memoryview(gap)) for at, gap in gaps if gap]
+            reads += [Read(self.key_of(name), at, memoryview(gap)) for at, gap in gaps if gap]
         return reads
 
     def damaged_frames(self, names: Iterable[str]) -> list[str]:
@@ -153,7 +155,7 @@ class Contents:
 
     def _damaged(self, name: str, problem: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(
-            f"step {self._step} at {self._storage.url} is damaged: {self._folder}/{name} {problem}", step=self._step
+            f"step {self._step} at {self._storage.url} is damaged: {self.key_of(name)} {problem}", step=self._step
         )
 
 

@@ -16,7 +16,7 @@ from shardckpt.engine.loading.sources import BelongsToRankError, Sources
 from shardckpt.engine.saving.draft import prune
 from shardckpt.engine.sharding import Sharding, as_dtensor, local_shape, mesh_coordinate
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.manifest import LayoutEntry, Manifest, TensorEntry
+from shardckpt.format.manifest import OF_RANK, LayoutEntry, Manifest, TensorEntry
 from shardckpt.format.placement import Box
 from shardckpt.format.placement import local_shape as local_shape_of
 from shardckpt.format.tree import map_leaves
@@ -95,7 +95,7 @@ def holdings(manifest: Manifest, sources: Sources, at: Coordinates) -> Holdings:
             _want(found, name, entry, sharding, manifest, at.rank if same else None)
             writer = _writer(manifest, entry, sharding)
             if writer not in (None, rank):
-                found.elsewhere[sources.files_of(writer, "rank")] = None
+                found.elsewhere[sources.files_of(writer, manifest.layouts[entry.layout].home)] = None
     found.ranks = tuple(ranks)
     found.fit.trees[""] = found.ranks
     return found
@@ -145,7 +145,7 @@ def _own_pieces(layout: LayoutEntry, manifest: Manifest, rank: int | None) -> tu
 def _writer(manifest: Manifest, entry: TensorEntry, sharding: Sharding | None) -> int | None:
     """The rank that stored this rank's shard, in its own file; None if it lies in a file that ranks hold alike."""
     layout = manifest.layouts[entry.layout]
-    if layout.mesh is None or layout.home != "rank":
+    if layout.mesh is None or layout.home not in OF_RANK:
         return None
     if sharding is None:  # the same everywhere
         mesh = manifest.meshes[layout.mesh]

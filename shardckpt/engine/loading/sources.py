@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.saving.plan import home_file
 from shardckpt.engine.sharding import mesh_coordinate, replica_number
-from shardckpt.format.manifest import HOMES, Home, LayoutEntry, Manifest, Table, TensorEntry
+from shardckpt.format.manifest import HOMES, OF_RANK, Home, LayoutEntry, Manifest, Table, TensorEntry
 from shardckpt.format.placement import Box, shard_boxes
+from shardckpt.format.record.homes import home_file
 from shardckpt.state import NewWorld
 
 Chunk = tuple[str, Box]
@@ -109,7 +109,7 @@ class Sources:
         having = self._having(keys) if alike else ()
         for key in keys:
             _, home = self._locate(key)
-            differs = key in self._differ or (alike and home == "rank" and self._having([key]) != having)
+            differs = key in self._differ or (alike and home in OF_RANK and self._having([key]) != having)
             if differs and not self._same_position(home):
                 return self._by_rule(keys, rule, key)
         return self._near(self._locate(keys[0])[0])
@@ -213,7 +213,7 @@ class Sources:
         return table.ranks[self.at.rank % len(table.ranks)]
 
     def _same_position(self, home: Home) -> bool:
-        return self._same_ranks and self._same_shards if home == "rank" else self._same_shards
+        return self._same_ranks and self._same_shards if home in OF_RANK else self._same_shards
 
     def _by_rule(self, keys: Sequence[str], rule: Whose, example: str) -> int | None:
         """The rank that has these keys, of which `example` is not alike on all that saved."""
@@ -255,7 +255,7 @@ class Sources:
         for position, rank in enumerate(mesh.ranks):
             coordinate = mesh_coordinate(mesh, position)
             replica = replica_number(mesh.shape, found.layout.placements, coordinate)
-            if found.layout.home == "rank" and replica != found.entry.replica:
+            if found.layout.home in OF_RANK and replica != found.entry.replica:
                 continue
             file = self.files_of(rank, found.layout.home)
             near = whole and self._manifest.shard_of[rank] == self.at.shard

@@ -15,8 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.saving.draft import PlannedRecord
-from shardckpt.engine.saving.plan import FilePlan, SavePlan, plan_save, take_value
+from shardckpt.engine.saving.draft import PlannedRecord, take_value
+from shardckpt.engine.saving.plan import FilePlan, SavePlan, plan_save
 from shardckpt.format.tree import MAX_LEVELS, SpelledTree, is_branch
 from shardckpt.state import Part, join_path
 
@@ -31,15 +31,22 @@ class Planner:
         self._at = coordinates
         self._known: _Known | None = None
 
-    def plan(self, parts: Sequence[Part], *, model_key: str = "model", replicated: Collection[str] = ()) -> SavePlan:
+    def plan(
+        self,
+        parts: Sequence[Part],
+        *,
+        model_key: str = "model",
+        replicated: Collection[str] = (),
+        frozen: Collection[str] = (),
+    ) -> SavePlan:
         """As `plan_save`, and the same plan."""
-        terms = (model_key, frozenset(replicated))
+        terms = (model_key, frozenset(replicated), frozenset(frozen))
         seen = _look_at(parts)
         known = self._known
         if known is not None and known.terms == terms and known.is_of(seen):
             return known.again(seen)
         self._known = None
-        plan = plan_save(parts, self._at, model_key=model_key, replicated=replicated)
+        plan = plan_save(parts, self._at, model_key=model_key, replicated=replicated, frozen=frozen)
         if seen.is_known:
             self._known = _Known.of(plan, terms, seen)
         return plan

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from shardckpt.errors import InvalidStateError
+from shardckpt.format.checksum import value_digest
 from shardckpt.format.index import ITEMSIZE, StoredBox
+from shardckpt.format.tree import UnsafeValueError, check_value, spell_value
 from shardckpt.state import Path
 
 
@@ -75,3 +78,12 @@ def prune(tree: Any, leaves: Mapping[Path, Any]) -> Any:
 
     pruned = walk(tree, ())
     return {} if pruned is _GONE else pruned
+
+
+def take_value(name: str, value: Any) -> tuple[bytes, str]:
+    """A Python value as it is now, spelled, and its digest. `InvalidStateError` for one that cannot be stored."""
+    try:
+        check_value(value)
+        return spell_value(value), value_digest(value)
+    except UnsafeValueError as error:
+        raise InvalidStateError(f"{name}: {error}") from error

@@ -5,6 +5,9 @@ they hold alike (declared, or the plain state of an optimizer) -> `replicated.<s
 `model.<shard>.pt` is the whole model state of its shard or it is not there: of a model that is sharded between
 data-parallel ranks, what these do hold alike (buffers) lies in `replicated.<shard>.pt`.
 
+What is said to be frozen lies apart from all that, in `frozen.<shard>.pt` or `frozen_rank_<r>.pt`, which are blobs: put
+once, and referred to by later steps. `model.<shard>.pt` is then the whole of what is not frozen.
+
 Files that data-parallel ranks hold alike are planned by all of them, who share the writing. Of a sharded tensor that
 several ranks hold alike (HSDP), one replica writes each shard; the replicas share the work evenly. Nothing is
 communicated: every rank comes to the same decisions from placements, shapes and order.
@@ -21,24 +24,22 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.saving.draft import Draft, PlannedRecord, prune, record_number
+from shardckpt.engine.saving.draft import Draft, PlannedRecord, prune, record_number, take_value
 from shardckpt.engine.sharding import Sharding, check_tensor, describe
 from shardckpt.engine.splits.pieces import Shape, joined
 from shardckpt.errors import InvalidStateError
-from shardckpt.format.checksum import value_digest
 from shardckpt.format.index import ITEMSIZE, StoredBox
-from shardckpt.format.layout import MODEL_KEY, model_file, rank_file, replicated_file
-from shardckpt.format.manifest import Home, LayoutEntry, MeshEntry, Table, TensorEntry
+from shardckpt.format.layout import MODEL_KEY, rank_file
+from shardckpt.format.manifest import OF_RANK, Home, LayoutEntry, MeshEntry, Table, TensorEntry
 from shardckpt.format.placement import Box
+from shardckpt.format.record.homes import home_file
 from shardckpt.format.tree import (
     SpelledTree,
     TensorRef,
     UnsafeValueError,
     ValueRef,
-    check_value,
     map_leaves,
     spell_tree,
-    spell_value,
 )
 from shardckpt.split import Split
 from shardckpt.state import Part, Path, join_path, put_together
@@ -90,9 +91,13 @@ def plan_save(
     *,
     model_key: str = "model",
     replicated: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> SavePlan:
-    """Decide for every tensor and value of the state. `InvalidStateError` names a key that cannot be stored."""
-    planner = _Planner(coordinates, model_key, frozenset(replicated))
+    """Decide for every tensor and value of the state. `InvalidStateError` names a key that cannot be stored.
+
+    `frozen`: the names of the tensors that are put once.
+    """
+    planner = _Planner(coordinates, model_key, (frozenset(replicated), frozenset(frozen)))
     for step in (planner.look_at, planner.add):
         for part in parts:
             try:
@@ -103,17 +108,19 @@ def plan_save(
 
 
 class _Planner:
-    def __init__(self, coordinates: Coordinates, model_key: str, replicated: frozenset[str]) -> None:
+    def __init__(
+        self, coordinates: Coordinates, model_key: str, declared: tuple[frozenset[str], frozenset[str]]
+    ) -> None:
         self._at = coordinates
         self._model_key = model_key
-        self._replicated = replicated
+        self._replicated, self._frozen = declared
         self._meshes: dict[MeshEntry, int] = {}
         self._layouts: dict[LayoutEntry, int] = {}
         self._tensors: dict[str, TensorEntry] = {}
         self._values: dict[str, Home] = {}
         self._value_of: dict[str, str] = {}
         self._drafts: dict[Home, Draft] = {}
-        self._load: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        self._load: dict[tuple[Home, int, tuple[str, ...]], list[int]] = {}
         self._alike: dict[str, list[tuple[str, torch.Tensor]]] = {}
         self._copied: dict[str, list[str]] = {}
         self._model_is_alike = True
@@ -128,8 +135,9 @@ class _Planner:
             return
 
         def look(path: Path, leaf: Any) -> None:
-            if isinstance(leaf, torch.Tensor) and not self._is_alike(part, describe(join_path(path), leaf)):
-                self._model_is_alike = False
+            name = join_path(path)
+            if isinstance(leaf, torch.Tensor) and not self._is_alike(part, describe(name, leaf)):
+                self._model_is_alike &= name in self._frozen
 
         map_leaves(part.tree, look, part.path)
 
@@ -160,11 +168,11 @@ class _Planner:
             return
         sharding = describe(name, tensor)
         alike = rule is None and self._is_alike(part, sharding)
-        home = self._home_of(path, alike)
-        if sharding is None or home != "rank":
+        home = self._frozen_home(alike) if name in self._frozen else self._home_of(path, alike)
+        if sharding is None or home not in OF_RANK:
             replica, mine = 0, True
         else:
-            replica = self._choose_replica(sharding, math.prod(tensor.shape) * ITEMSIZE[dtype])
+            replica = self._choose_replica(home, sharding, math.prod(tensor.shape) * ITEMSIZE[dtype])
             mine = replica == sharding.replica
         layout = self._layout_of(home, sharding)
         self._tensors[name] = TensorEntry(dtype, tuple(tensor.shape), layout, replica)
@@ -174,16 +182,16 @@ class _Planner:
             zeros = (0,) * len(shape)
             boxes = sharding.boxes(shape) if sharding is not None else (Box(zeros, shape, zeros),)
             self._store(home, path, name, (shape, local, dtype), boxes)
-        if home == "rank" and sharding is not None and sharding.assumed and sharding.replicas > 1:
-            group = f"{rank_file(sharding.writer(replica))} {sharding.mesh.dims} {sharding.placements}"
-            self._note_copy(name, local, group, mine=mine)
+        if home in OF_RANK and sharding is not None and sharding.assumed and sharding.replicas > 1:
+            file = self._file_name(home, sharding.writer(replica))
+            self._note_copy(name, local, f"{file} {sharding.mesh.dims} {sharding.placements}", mine=mine)
 
     def _add_piece(self, path: Path, name: str, what: tuple[torch.Tensor, str], split: Split) -> None:
         """A part of a whole because the user says so. Of data-parallel ranks, which hold it alike, one writes it: the
-        one of the same number for all parts."""
+        one of the same number for all parts. Frozen ones go with what is not."""
         tensor, dtype = what
         whole = joined(name, tensor, split, self._at)
-        load = self._load.setdefault((-1, ()), [0] * self._at.dp_size)
+        load = self._load.setdefault(("rank", -1, ()), [0] * self._at.dp_size)
         chosen = load.index(min(load))
         load[chosen] += math.prod(whole.shape) * ITEMSIZE[dtype]
         pieces = whole.pieces(ranks[chosen] for ranks in self._at.stage or (self._at.dp_ranks,))
@@ -231,9 +239,15 @@ class _Planner:
         declared = not self._replicated.isdisjoint((path[0], "*"))
         return "replicated" if declared or self._at.dp_size > 1 else "rank"
 
-    def _choose_replica(self, sharding: Sharding, nbytes: int) -> int:
-        """The least loaded replica: the same choice on every rank, since all see the same tensors in the same order."""
-        load = self._load.setdefault((self._mesh_number(sharding), sharding.placements), [0] * sharding.replicas)
+    def _frozen_home(self, alike: bool) -> Home:
+        return "frozen" if alike else "frozen_rank"
+
+    def _choose_replica(self, home: Home, sharding: Sharding, nbytes: int) -> int:
+        """The least loaded replica: the same choice on every rank, since all see the same tensors in the same order.
+
+        Of what is frozen it is the same in every save, too, whatever else there is in the state by then."""
+        kind = (home, self._mesh_number(sharding), sharding.placements)
+        load = self._load.setdefault(kind, [0] * sharding.replicas)
         chosen = load.index(min(load))
         load[chosen] += nbytes
         return chosen
@@ -265,31 +279,16 @@ class _Planner:
     def _draft(self, home: Home) -> Draft:
         return self._drafts.setdefault(home, Draft())
 
-    def _file_name(self, home: Home) -> str:
-        return home_file(home, self._at.rank, self._at.shard, self._at.shards)
+    def _file_name(self, home: Home, rank: int) -> str:
+        return home_file(home, rank, self._at.shard, self._at.shards)
 
     def _finish_file(self, home: Home, draft: Draft, tree: Any) -> FilePlan:
         content = prune(tree, draft.leaves)
-        if self._model_key in content and (home == "model" or (home == "rank" and not self._model_is_alike)):
+        of_model = home not in ("rank", "replicated") or (home == "rank" and not self._model_is_alike)
+        if self._model_key in content and of_model:
             content[MODEL_KEY] = self._model_key  # as fairseq2 does: whoever opens the file finds the model by it
-        name, sharers, place = self._file_name(home), 1, 0
-        if home != "rank":
+        name, sharers, place = self._file_name(home, self._at.rank), 1, 0
+        if home not in OF_RANK:
             sharers, place = self._at.dp_size, self._at.dp_ranks.index(self._at.rank)
         records, boxes, spelled = tuple(draft.records), tuple(draft.boxes), spell_tree(content, draft.spelled)
         return FilePlan(name, home, records, boxes, spelled, tuple(draft.values), sharers, place)
-
-
-def take_value(name: str, value: Any) -> tuple[bytes, str]:
-    """A Python value as it is now, spelled, and its digest. `InvalidStateError` for one that cannot be stored."""
-    try:
-        check_value(value)
-        return spell_value(value), value_digest(value)
-    except UnsafeValueError as error:
-        raise InvalidStateError(f"{name}: {error}") from error
-
-
-def home_file(home: Home, rank: int, shard: int, shards: int) -> str:
-    """The name of the file of that kind that belongs to a rank of that shard."""
-    if home == "rank":
-        return rank_file(rank)
-    return model_file(shard, shards) if home == "model" else replicated_file(shard, shards)

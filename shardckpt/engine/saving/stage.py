@@ -14,13 +14,15 @@ import torch
 from shardckpt.engine.saving.devices.cuda import Cuda
 from shardckpt.engine.saving.devices.seam import Devices, Place
 from shardckpt.engine.saving.image import Image
-from shardckpt.engine.saving.plan import SavePlan
+from shardckpt.engine.saving.plan import FilePlan, SavePlan
 from shardckpt.engine.saving.staging.alike import Alike
 from shardckpt.engine.saving.staging.file import StagedFile, changed_error, crc_of, digest_of
+from shardckpt.engine.saving.staging.frozen import FrozenFile
 from shardckpt.engine.saving.staging.imaged import ImagedFile
 from shardckpt.engine.saving.staging.lane import Lane
 from shardckpt.engine.saving.staging.windowed import WindowedFile
 from shardckpt.engine.saving.write import Sealed
+from shardckpt.format.layout import FROZEN, FROZEN_OF_RANK
 from shardckpt.format.manifest import Home
 from shardckpt.storage.transfer.several import for_each
 
@@ -43,6 +45,7 @@ class Stager:
         whether another process writes. `devices`: those of CUDA, if not given."""
         self._shared = shared
         self._slots: dict[Home, ImagedFile] = {}
+        self._frozen: dict[Home, FrozenFile] = {}
         self._alike = Alike()
         self._least_share = least_share
         self._threads = threads
@@ -68,9 +71,7 @@ class Stager:
         """
         stages: list[StagedFile] = []
         for file in plan.files:
-            stage = WindowedFile() if windowed else self._slots.setdefault(file.home, ImagedFile(shared=self._shared))
-            stage.lay_out(file, least_share=self._least_share)
-            stages.append(stage)
+            stages.append(self._lay_out(file, windowed=windowed))
         lane = Lane(self._devices)
         tensors = [record.tensor for file in plan.files for record in file.records]
         lane.begin(chain(tensors, (tensor for group in plan.alike.values() for _, tensor in group)))
@@ -79,15 +80,24 @@ class Stager:
         self._alike.prepare(plan.alike, self._devices)
         return Staging((stages, self._alike, lane, self._devices), plan, rank=rank, threads=self._threads)
 
+    def _lay_out(self, file: FilePlan, *, windowed: bool) -> StagedFile:
+        if file.home in (FROZEN, FROZEN_OF_RANK):
+            frozen = self._frozen.setdefault(file.home, FrozenFile())
+            frozen.lay_out(file, least_share=None)  # one digest over all of it, so one rank puts it
+            return frozen
+        stage = WindowedFile() if windowed else self._slots.setdefault(file.home, ImagedFile(shared=self._shared))
+        stage.lay_out(file, least_share=self._least_share)
+        return stage
+
     def forsake(self) -> None:
         """Have new images next time: a writer that may still wake up holds on to these."""
-        self._slots, self._alike = {}, Alike()
+        self._slots, self._frozen, self._alike = {}, {}, Alike()
 
     def close(self) -> None:
         """Give the memory back."""
         for image in self._images():
             image.release()
-        self._slots, self._alike = {}, Alike()
+        self._slots, self._frozen, self._alike = {}, {}, Alike()
 
 
 class Staging:

@@ -36,6 +36,8 @@ class SaveOptions:
     model_key: str = "model"
     replicated: Collection[str] = ()
     """Top-level keys that all data-parallel ranks of a shard hold alike ("*": all)."""
+    frozen: Collection[str] = ()
+    """What does not change from step to step; see `frozen_names`."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The user's own JSON, kept in the record; rank 0's is taken."""
     staging: StagingMode = "overlap"

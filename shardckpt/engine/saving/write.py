@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from shardckpt.engine.progress import Phase, Progress
-from shardckpt.format.manifest import FileEntry, decode_file, encode_file
+from shardckpt.engine.writing.blobs import Blobs
+from shardckpt.format.record.files import FileEntry, decode_file, encode_file
 from shardckpt.storage.base import PutPart, RenamingStorage, SharedPuts, Storage, UploadId
 from shardckpt.storage.transfer.several import for_each
 
@@ -26,6 +27,8 @@ class SealedFile:
     """Whether this rank writes all of it; else several ranks write ranges of it."""
     numbers: range = range(0)
     """Of the parts, where it is put as an upload that several ranks share."""
+    digest: str = ""
+    """Of the content of a file that is put only if no blob has that content."""
 
     @property
     def name(self) -> str:
@@ -144,6 +147,8 @@ class OwnFiles:
     """Those that it completes."""
     parts: Mapping[str, Sequence[PutPart]] = field(default_factory=dict)
     """Of uploads: see `Receipt.parts`."""
+    reused_nbytes: int = 0
+    """Of its files, the bytes that were there already, in blobs."""
 
 
 def write_files(
@@ -153,6 +158,7 @@ def write_files(
     progress: Progress,
     *,
     uploads: Mapping[str, UploadId],
+    blobs: Blobs,
     pace: Pace = _at_once,
 ) -> OwnFiles:
     """Put what is this rank's of its files below `prefix`, durable when it returns, or when their upload is finished.
@@ -160,11 +166,14 @@ def write_files(
     Called on the save thread of every rank. `uploads`: those that are under way, by file that ranks put together.
     """
     parts: dict[str, Sequence[PutPart]] = {}
+    shared: dict[str, tuple[FileEntry, bool]] = {}
 
     def write(file: Sealed) -> None:
         progress.check()
         key, content = f"{prefix}/{file.name}", _watched(pace(file.parts), progress)
-        if isinstance(file, SealedFile) and file.whole:
+        if isinstance(file, SealedFile) and file.digest:
+            shared[file.name] = blobs.have(prefix, file.entry, file.digest, content, check=progress.check)
+        elif isinstance(file, SealedFile) and file.whole:
             storage.put(key, content)
         elif isinstance(storage, RenamingStorage):
             storage.put_range(key, file.start, content)
@@ -176,4 +185,6 @@ def write_files(
 
     # A disk is busy with one file; an object store would idle at the end of each.
     for_each(sealed, write, threads=1 if isinstance(storage, RenamingStorage) else _FILES)
-    return OwnFiles(tuple(file.entry for file in sealed if isinstance(file, SealedFile)), parts)
+    entries = [file.entry for file in sealed if isinstance(file, SealedFile)]
+    reused = sum(entry.nbytes for entry, was_put in shared.values() if not was_put)
+    return OwnFiles(tuple(shared.get(entry.name, (entry, True))[0] for entry in entries), parts, reused)

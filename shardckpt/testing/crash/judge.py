@@ -99,12 +99,13 @@ def walk(storage: Storage, prefix: str = "") -> Mapping[str, bytes]:
 class Remembering:
     """A reader that reads a step once for each content that its folder has: most states hold the same ones.
 
-    Sound for readers that look, for a step, at nothing but the folder that `folder_of` gives.
+    Sound for readers that look, for a step, at nothing but the folder that `folder_of` gives and the one `beside`.
     """
 
-    def __init__(self, reader: Reader, folder_of: Callable[[Storage, int], str]) -> None:
+    def __init__(self, reader: Reader, folder_of: Callable[[Storage, int], str], *, beside: str = "") -> None:
         self._reader = reader
         self._folder_of = folder_of
+        self._beside = beside
         self._known: dict[object, object] = {}
 
     def steps(self, storage: Storage) -> list[int]:
@@ -113,7 +114,9 @@ class Remembering:
     def version(self, storage: Storage, step: int) -> object:
         folder = self._folder_of(storage, step)
         below = walk(storage, folder)
-        key = (step, frozenset((path.removeprefix(folder), content) for path, content in below.items()))
+        beside = walk(storage, self._beside) if self._beside else {}
+        own = ((path.removeprefix(folder), content) for path, content in below.items())
+        key = (step, frozenset(own), frozenset(beside.items()))
         if key not in self._known:
             try:
                 self._known[key] = self._reader.version(storage, step)

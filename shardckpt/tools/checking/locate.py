@@ -13,7 +13,7 @@ from shardckpt.tools.report import Problem
 
 def locate(storage: Storage, folder: str, file: FileEntry) -> Problem:
     """What is to be said of a file of the right size whose bytes are not those that its record has the digest of."""
-    key = f"{folder}/{file.name}"
+    key = file.key_in(folder)
     if file.index is None:
         return Problem(file.name, "its bytes are not those that were written")
     try:

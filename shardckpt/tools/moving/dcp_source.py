@@ -160,7 +160,7 @@ class DcpSource:
     def _read(self, windows: Sequence[Window]) -> None:
         parts = [part for window in windows for part in self._parts(window)]
         located = self._located(parts)
-        arena = Arena(self._storage, self._folder.folder)
+        arena = Arena(self._storage, self._folder.key)
         try:
             places = [_add(arena, part, located[part.chunk.payload]) for part in parts]
             with self._folder.told():

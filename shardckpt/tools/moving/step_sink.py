@@ -25,7 +25,7 @@ from shardckpt.engine.consolidated.assembling.reading import Parts
 from shardckpt.engine.consolidated.assembling.whole import Source, WholeTensor
 from shardckpt.engine.consolidated.blocks import whole
 from shardckpt.engine.consolidated.fragments import WINDOW
-from shardckpt.engine.saving.plan import home_file, take_value
+from shardckpt.engine.saving.draft import take_value
 from shardckpt.engine.saving.write import Receipt
 from shardckpt.errors import (
     CheckpointDamagedError,
@@ -40,6 +40,7 @@ from shardckpt.format.index import StoredBox
 from shardckpt.format.layout import MODEL_KEY, new_attempt, step_folder
 from shardckpt.format.manifest import FileEntry, Home, LayoutEntry, Table, TensorEntry
 from shardckpt.format.placement import Box
+from shardckpt.format.record.homes import home_file
 from shardckpt.format.tree import TensorRef
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Read, Storage

@@ -9,8 +9,26 @@ from typing import Any
 from hypothesis import strategies as st
 
 from shardckpt.format.index import ITEMSIZE
-from shardckpt.format.layout import LAST_STEP, model_file, rank_file, replicated_file
-from shardckpt.format.manifest import HOMES, FileEntry, Home, LayoutEntry, Manifest, MeshEntry, Table, TensorEntry
+from shardckpt.format.layout import (
+    LAST_STEP,
+    blob_folder,
+    frozen_file,
+    frozen_rank_file,
+    model_file,
+    rank_file,
+    replicated_file,
+)
+from shardckpt.format.manifest import (
+    HOMES,
+    VALUE_HOMES,
+    FileEntry,
+    Home,
+    LayoutEntry,
+    Manifest,
+    MeshEntry,
+    Table,
+    TensorEntry,
+)
 from shardckpt.format.placement import Piece
 from tests.format.record.records import JSON, KEYS
 
@@ -31,8 +49,16 @@ def files(draw: st.DrawFn, world: int) -> tuple[FileEntry, ...]:
             extents = [(at, draw(st.integers(0, nbytes - at)), draw(CRCS)) for _ in range(2)]
         kind, writer = draw(st.text(max_size=5)), draw(st.integers(0, world - 1))
         made.append(FileEntry(f"f/{name}", nbytes, draw(CRCS), kind, writer, *extents))
+    if draw(st.booleans()):
+        made.append(blob("frozen_rank_1.pt", "frozen_rank", draw(CRCS), writer=draw(st.integers(0, world - 1))))
     folders = {entry.name.rpartition("/")[0] for entry in made}
     return tuple(entry for entry in made if entry.name not in folders)
+
+
+def blob(name: str, kind: str, crc: int, *, writer: int = 0) -> FileEntry:
+    """A file that other steps may refer to."""
+    key = f"{blob_folder(f'{crc:064x}', 'abcdefgh')}/{name}"
+    return FileEntry(name, 40, crc, kind, writer, (0, 20, 1), (20, 20, 2), key)
 
 
 @st.composite
@@ -121,6 +147,8 @@ def _files_of(draw: st.DrawFn, manifest: Manifest, homes: tuple[Home, ...]) -> l
     for shard in range(shards):
         named += [(model_file(shard, shards), "model")] if "model" in homes else []
         named += [(replicated_file(shard, shards), "replicated")] if "replicated" in homes else []
+    frozen = [(frozen_rank_file(rank), "frozen_rank") for rank in range(manifest.world_size) if "frozen_rank" in homes]
+    frozen += [(frozen_file(shard, shards), "frozen") for shard in range(shards) if "frozen" in homes]
     others = [
         ("metadata.pt", "metadata"),
         ("vocab.json", "cc"),
@@ -128,7 +156,8 @@ def _files_of(draw: st.DrawFn, manifest: Manifest, homes: tuple[Home, ...]) -> l
         ("notes", "of tomorrow"),
     ]
     named += draw(st.lists(st.sampled_from(others), unique=True))
-    return [FileEntry(name, draw(st.integers(0, 99)), draw(CRCS), kind, 0) for name, kind in named]
+    files = [FileEntry(name, draw(st.integers(0, 99)), draw(CRCS), kind, 0) for name, kind in named]
+    return files + [blob(name, kind, draw(CRCS)) for name, kind in frozen]
 
 
 @st.composite
@@ -162,5 +191,5 @@ def tables_of(draw: st.DrawFn, ranks: tuple[int, ...], meshes: tuple, layouts: t
         replicas = math.prod(n for n, p in zip(sizes, layout.placements, strict=True) if p == "R")
         dtype = draw(st.sampled_from(sorted(set(ITEMSIZE) - {"complex128"})))
         tensors[name] = TensorEntry(dtype, shape[:2], number, draw(st.integers(0, replicas - 1)))
-    values = {name: draw(st.sampled_from(HOMES)) for name in names if name not in tensors}
+    values = {name: draw(st.sampled_from(VALUE_HOMES)) for name in names if name not in tensors}
     return Table(ranks, tensors, values)

@@ -80,7 +80,7 @@ LIES = [
         for key in ("files", "meshes", "layouts", "tables", "differ")
         for lie in put_each(key, values=(3, "x", [3], [[]]))
     ),
-    *put_each("format", values=(0, 2, "1", [])),
+    *put_each("format", values=(0, 2, 3, "1", [])),
     *put_each("step", values=(*NO_SIZES, LAST_STEP + 1)),
     *put_each("attempt", values=("", "short", "../../../x", "ABCDEFGHIJ", "0" * 65, 12345678, [])),
     *(put(key, value=3) for key in ("created", "mesh", "versions", "metadata")),

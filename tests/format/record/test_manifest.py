@@ -15,14 +15,13 @@ from shardckpt.format.manifest import (
     MeshEntry,
     Table,
     TensorEntry,
-    decode_file,
     decode_manifest,
     decode_table,
-    encode_file,
     encode_manifest,
     encode_table,
 )
 from shardckpt.format.placement import Piece
+from shardckpt.format.record.files import decode_file, encode_file
 from tests.format.record.drawing import manifests, only_model
 from tests.format.record.records import DATA, RECORD
 

@@ -63,7 +63,7 @@ class ForeignOrigin:
         if wrong:
             raise CheckpointLoadError(f"{self.url}: {wrong[0]} is a tensor in the checkpoint, and none in the state")
         self._values = dict(self._folder.live_values(dict.fromkeys(names)))
-        return Arena(self._storage, self._folder.folder)
+        return Arena(self._storage, self._folder.key)
 
     def find(self, item: ReadItem, position: int) -> Found:
         name, chunk = item.storage_index.fqn, self._chunk(item)

@@ -23,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, Summed, judge
+from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
@@ -100,17 +100,17 @@ class Unit(Generic[_P]):
         return joined
 
 
-def fetch_from(storage: Storage, folder: str, files: Iterable[str]) -> Fetch:
+def fetch_from(storage: Storage, key_of: KeyOf, files: Iterable[str]) -> Fetch:
     """The way to fetch regions of these files that suits the storage."""
     if isinstance(storage, LendingStorage):
         try:
             for file in files:
-                storage.lend(f"{folder}/{file}").close()
-                return Borrowed(storage, folder)
+                storage.lend(key_of(file)).close()
+                return Borrowed(storage, key_of)
         except OSError as error:
             if error.errno != errno.ENODEV:  # a file system that maps nothing
                 raise
-    return Arena(storage, folder)
+    return Arena(storage, key_of)
 
 
 class Borrowed:
@@ -120,9 +120,9 @@ class Borrowed:
     latest after the copy; its error says that the state is not to be used.
     """
 
-    def __init__(self, storage: LendingStorage, folder: str) -> None:
+    def __init__(self, storage: LendingStorage, key_of: KeyOf) -> None:
         self._storage = storage
-        self._folder = folder
+        self._key_of = key_of
         self._items: dict[str, list[Fetched]] = {}
         self._kept: dict[str, Lent] = {}
         self._states: dict[str, tuple[int, ...]] = {}
@@ -130,19 +130,19 @@ class Borrowed:
 
     def add(self, need: Need, record: StoredRecord) -> Fetched:
         item = Fetched(need, record, runs_of(record, need.region))
-        self._items.setdefault(need.file, []).append(item)
+        self._items.setdefault(self._key_of(need.file), []).append(item)
         return item
 
     def read(self, others: Sequence[Read]) -> tuple[list[str], list[PartialSum]]:
         around: dict[str, list[_Look]] = {}
         for read in others:
             look = _Look(read.offset, len(read.into), into=read.into)
-            around.setdefault(read.key.removeprefix(f"{self._folder}/"), []).append(look)
+            around.setdefault(read.key, []).append(look)
         looked: list[tuple[Fetched, list[_Look]]] = []
-        for file in sorted({*self._items, *around}):
-            items = [(item, _looks(item)) for item in self._items.get(file, ())]
-            looks = [*around.get(file, ()), *(look for _, those in items for look in those)]
-            with self._borrowed(file) as lent:
+        for key in sorted({*self._items, *around}):
+            items = [(item, _looks(item)) for item in self._items.get(key, ())]
+            looks = [*around.get(key, ()), *(look for _, those in items for look in those)]
+            with self._borrowed(key) as lent:
                 for_each(units(sorted(looks, key=lambda look: look.start)), partial(_look_at, lent), threads=THREADS)
             looked += items
         return judge((item, _summed(looks)) for item, looks in looked)
@@ -160,33 +160,33 @@ class Borrowed:
             self._kept.popitem()[1].close()
 
     def _fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, inference: bool) -> None:
-        by_file: dict[str, list[tuple[Fetched, torch.Tensor]]] = {}
+        by_key: dict[str, list[tuple[Fetched, torch.Tensor]]] = {}
         for item, place in sorted(places, key=lambda pair: pair[0].record.at):
             if place.numel():
-                by_file.setdefault(item.need.file, []).append((item, place))
-        for file, those in sorted(by_file.items()):
-            with self._borrowed(file) as lent, torch.inference_mode(inference):
+                by_key.setdefault(self._key_of(item.need.file), []).append((item, place))
+        for key, those in sorted(by_key.items()):
+            with self._borrowed(key) as lent, torch.inference_mode(inference):
                 copies = (copy for item, place in those for copy in _copies(lent, item, place))
                 for_each(units(copies), partial(_copy, lent, self._gate, inference), threads=THREADS)
 
     @contextmanager
-    def _borrowed(self, file: str) -> Iterator[Lent]:
+    def _borrowed(self, key: str) -> Iterator[Lent]:
         """The file, found to be the same before and after as it was at first."""
-        lent = self._kept.get(file) or self._storage.lend(f"{self._folder}/{file}")
+        lent = self._kept.get(key) or self._storage.lend(key)
         if len(self._kept) < _KEPT:
-            self._kept[file] = lent
+            self._kept[key] = lent
         try:
-            self._compare(file, lent)
+            self._compare(key, lent)
             yield lent
-            self._compare(file, lent)
+            self._compare(key, lent)
         finally:
-            if file not in self._kept:
+            if key not in self._kept:
                 lent.close()
 
-    def _compare(self, file: str, lent: Lent) -> None:
+    def _compare(self, key: str, lent: Lent) -> None:
         now = lent.state()
-        if now != self._states.setdefault(file, now):
-            raise OSError(errno.ESTALE, f"{file} in {self._storage.url} was written to, or replaced, during the load")
+        if now != self._states.setdefault(key, now):
+            raise OSError(errno.ESTALE, f"{key} in {self._storage.url} was written to, or replaced, during the load")
 
 
 def _looks(item: Fetched) -> list[_Look]:

@@ -9,7 +9,7 @@ object store, or stay where they lie (`Borrowed`, in `borrow`), as on a file sys
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeAlias
@@ -34,6 +34,9 @@ WASTE = 512 << 10
 
 NO_SUM = -1
 """The CRC of a record of which nobody has noted one: it is not checked."""
+
+KeyOf: TypeAlias = Callable[[str], str]
+"""From the name of a file in the record to its key in the storage."""
 
 Summed: TypeAlias = tuple[int, int, int]
 """A piece of a record: its offset in the record, its bytes, their CRC."""
@@ -100,9 +103,9 @@ class Fetch(Protocol):
 class Arena:
     """All regions laid out in one buffer, which they are read into once: what is fetched from afar is kept."""
 
-    def __init__(self, storage: Storage, folder: str) -> None:
+    def __init__(self, storage: Storage, key_of: KeyOf) -> None:
         self._storage = storage
-        self._folder = folder
+        self._key_of = key_of
         self._fetched: list[Fetched] = []
         self._image = Image()
         self._nbytes = 0
@@ -145,7 +148,7 @@ class Arena:
         self._image.reserve(max(self._nbytes, 1))
         view = self._image.view
         for item in self._fetched:
-            key, at = f"{self._folder}/{item.need.file}".lstrip("/"), item.record.at  # folder "" is the root
+            key, at = self._key_of(item.need.file), item.record.at
             if item.spans:
                 yield Read(key, at + item.runs.offsets[0], view[item.offset : item.offset + item.nbytes])
                 continue

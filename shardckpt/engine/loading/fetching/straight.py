@@ -28,7 +28,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from shardckpt.engine.loading.fetching.borrow import THREADS, Borrowed, Unit, fetch_from, present, units
-from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, Need, Summed, judge
+from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
@@ -72,8 +72,8 @@ class _Piece:
 class Straight(Borrowed):
     """As `Borrowed`, but for the regions whose place could be told before they are read."""
 
-    def __init__(self, storage: LendingStorage, folder: str) -> None:
-        super().__init__(storage, folder)
+    def __init__(self, storage: LendingStorage, key_of: KeyOf) -> None:
+        super().__init__(storage, key_of)
         self._straight: dict[str, list[tuple[Fetched, list[_Piece]]]] = {}
         self._places: list[torch.Tensor] = []
         self._taken: list[tuple[int, int]] = []  # stretches of memory, in order
@@ -87,7 +87,7 @@ class Straight(Borrowed):
             return False
         insort(self._taken, (place.data_ptr(), place.data_ptr() + len(flat)))
         self._places.append(place)
-        self._straight.setdefault(need.file, []).append((item, list(_pieces(item, flat))))
+        self._straight.setdefault(self._key_of(need.file), []).append((item, list(_pieces(item, flat))))
         return True
 
     def _is_shared(self, place: torch.Tensor) -> bool:
@@ -113,16 +113,16 @@ class Straight(Borrowed):
         return judge((item, _summed(pieces)) for item, pieces in items)
 
     def _stream(self) -> None:
-        for file, those in sorted(self._straight.items()):
+        for key, those in sorted(self._straight.items()):
             pieces = sorted((piece for _, pieces in those for piece in pieces), key=lambda piece: piece.start)
-            with self._borrowed(file) as lent:
+            with self._borrowed(key) as lent:
                 for_each(units(pieces), partial(_take, lent, self._gate), threads=THREADS)
 
 
-def fetch_straight_from(storage: Storage, folder: str, files: Iterable[str]) -> Fetch:
+def fetch_straight_from(storage: Storage, key_of: KeyOf, files: Iterable[str]) -> Fetch:
     """As `fetch_from`; straight into the state where the storage lends its files, else by way of memory of our own."""
-    found = fetch_from(storage, folder, files)
-    return Straight(storage, folder) if isinstance(found, Borrowed) and isinstance(storage, LendingStorage) else found
+    found = fetch_from(storage, key_of, files)
+    return Straight(storage, key_of) if isinstance(found, Borrowed) and isinstance(storage, LendingStorage) else found
 
 
 def _take(lent: Lent, gate: Gate, unit: Unit[_Piece]) -> None:

@@ -1,0 +1,1 @@
+"""The parts of a commit record that also travel by themselves."""
