@@ -51,7 +51,7 @@ KINDS = sorted(
     if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and kind is not optim.Optimizer
 )
 ROWS: dict[str, Make] = {name: plainly(getattr(optim, name)) for name in KINDS}
-ROWS |= {
+FLAGS: dict[str, Make] = {
     f"{kind.__name__} {flag}": plainly(kind, lr=0.01, **{flag: True}, **more)
     for kind, more in ((optim.AdamW, {}), (optim.SGD, {"momentum": 0.9}), (optim.Adagrad, {}))
     for flag in ("foreach", "fused", "amsgrad", "nesterov", "maximize")
@@ -88,14 +88,17 @@ def step(model: nn.Module, optimizer: optim.Optimizer, number: int) -> None:
     optimizer.step(loss) if isinstance(optimizer, optim.LBFGS) else (loss(), optimizer.step())
 
 
-@pytest.mark.parametrize(("before", "since"), [(0, 0), (3, 0), (3, 2)], ids=str)
-@pytest.mark.parametrize("name", ROWS)
+CASES = [(name, *steps) for name in ROWS for steps in ((0, 0), (3, 0), (3, 2))] + [(name, 3, 0) for name in FLAGS]
+
+
+@pytest.mark.parametrize(("name", "before", "since"), CASES)
 def test_it_goes_on_as_if_nothing_had_happened(tmp_path: Path, name: str, before: int, since: int) -> None:
     """Saved before the first step or after some; loaded into a new one, or one that has gone on."""
-    model, optimizer = (made := net(0)), ROWS[name](made)
+    make = (ROWS | FLAGS)[name]
+    model, optimizer = (made := net(0)), make(made)
     for number in range(before):
         step(model, optimizer, number)
-    other, twin = (made := net(1)), ROWS[name](made)
+    other, twin = (made := net(1)), make(made)
     for number in range(10, 10 + since):
         step(other, twin, number)
     other.zero_grad()
