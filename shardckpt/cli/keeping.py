@@ -87,6 +87,7 @@ def prune(
     """
     with explaining():
         from shardckpt.run.catalog import Catalog
+        from shardckpt.run.keeping.links import sweep_links
         from shardckpt.run.prune import Deleted, fates, plan_retention, retain
         from shardckpt.storage.open import open_storage
 
@@ -96,6 +97,8 @@ def prune(
             catalog = Catalog(storage)
             told = fates(plan_retention(catalog, policy), policy)
             deleted: list[Deleted] = retain(catalog, policy) if apply else []
+            if deleted:
+                sweep_links(catalog)
         finally:
             storage.close()
     gone = {one.step: one.nbytes for one in deleted}

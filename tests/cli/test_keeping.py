@@ -99,3 +99,14 @@ def test_a_table_of_runs(tmp_path: Path) -> None:
     assert [(one["folder"], one["steps"], one["info"] and one["info"]["name"]) for one in found] == [
         ("run_001", [7], "first"), ("run_002", [], "second"), ("run_003", [], None),
     ]  # fmt: skip
+
+
+def test_a_link_to_a_step_that_is_deleted_goes_with_it(tmp_path: Path) -> None:
+    with sc.CheckpointManager(tmp_path, sc.Gangs.local()) as checkpoints:
+        checkpoints.keep_links()
+        for step in (1, 2):
+            checkpoints.save(step, {"model": torch.ones(2)})
+            checkpoints.save_score(-step, step=step)
+    assert (tmp_path / "best").resolve().name == "step_1"
+    assert run("prune", tmp_path, "--keep-last", 1, "--apply")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_2"]

@@ -38,3 +38,16 @@ def update_links(catalog: Catalog, *, best: int | None) -> None:
                 storage.link(name, folder)
     except OSError as error:
         _log.warning("the links to steps in %s are not up to date: %s", storage.url, error)
+
+
+def sweep_links(catalog: Catalog) -> None:
+    """Remove those of the two that lead to no committed step; for who does not know which step is the best."""
+    storage = catalog.storage
+    if not isinstance(storage, LinkingStorage):
+        return
+    folders = {entry.folder for entry in catalog.entries()}
+    try:
+        targets = {name: storage.read_link(name) for name in (LATEST, BEST)}
+        storage.delete(name for name, target in targets.items() if target is not None and target not in folders)
+    except OSError as error:
+        _log.warning("the links to steps in %s are not up to date: %s", storage.url, error)
