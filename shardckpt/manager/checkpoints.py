@@ -17,7 +17,7 @@ from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.kinds import Deleted
 from shardckpt.engine.events.stream import EventStream, Subscriber
-from shardckpt.engine.loading.fit import LoadPolicy
+from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import Saver
@@ -27,6 +27,7 @@ from shardckpt.errors import CheckpointError, GangError
 from shardckpt.format.manifest import Manifest
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder, ModelOnlyError, check_asks_for_model_only
+from shardckpt.manager.planning import PlanningFace
 from shardckpt.manager.stopping import StoppingFace
 from shardckpt.manager.talk import Talk
 from shardckpt.manager.tally import Tally
@@ -44,7 +45,7 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace, StoppingFace):
+class CheckpointManager(TransactionalFace, PlanningFace, StoppingFace):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -223,19 +224,19 @@ class CheckpointManager(TransactionalFace, StoppingFace):
         return cast(CheckpointInfo, info)
 
     def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
-        """Load that step into the state: all of it on all ranks, or nothing on any."""
+        """Load that step into the state: all that the policy says on all ranks, or nothing on any."""
         self._saver.drain()
         self._talk.enter(f"load/{step}", step=step)
         folder, manifest = self._finder.record(step)
         with self._finder.loading(folder, manifest) as loader:
             loader.load(self._take_apart(state, manifest, policy or LoadPolicy()), policy or LoadPolicy())
-        return self._finder.info(folder, manifest)
+        return replace(self._finder.info(folder, manifest), left=dict(loader.left))
 
     def _take_apart(self, state: MutableMapping[str, Any], manifest: Manifest, policy: LoadPolicy) -> list[Part]:
         def take_apart() -> list[Part]:
             parts = self._reader.take_apart(state, for_loading=True)
             if manifest.model_only and policy.missing == "error":
-                check_asks_for_model_only(parts, manifest)
+                check_asks_for_model_only(parts, manifest, policy.selection)
             return parts
 
         try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import bisect
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from shardckpt.engine.loading.claims import by_part, claim, unclaimed
+from shardckpt.engine.loading.selecting.policy import LoadPolicy
+from shardckpt.engine.loading.selecting.selection import NOT_SELECTED, Selection, View
+from shardckpt.engine.loading.selecting.whole import is_below, take_whole
 from shardckpt.engine.loading.sources import BelongsToRankError, Sources
 from shardckpt.engine.sharding import check_tensor, describe
 from shardckpt.errors import CheckpointMismatchError
@@ -18,33 +21,7 @@ from shardckpt.format.placement import Box
 from shardckpt.format.tree import map_leaves
 from shardckpt.state import NewWorld, Part, Path, join_path
 
-
-@dataclass(frozen=True, slots=True)
-class LoadPolicy:
-    """What to do where checkpoint and state differ. By default every difference is an error, and all are reported."""
-
-    missing: Literal["error", "keep"] = "error"
-    """A key of the state that the checkpoint lacks: keep what the state has now."""
-    unexpected: Literal["error", "ignore"] = "error"
-    """A key of the checkpoint, below a part that is loaded, that the state lacks."""
-    shape: Literal["error", "keep"] = "error"
-    """A tensor of another shape: keep what the state has now."""
-    dtype: Literal["error", "keep", "cast"] = "error"
-    """A tensor of another dtype: keep what the state has now, or convert to the state's dtype."""
-    new_world: Mapping[str, NewWorld] = field(default_factory=dict)
-    """By top-level key: what a rank gets of values that differ between ranks, in a job of another size."""
-    in_place: bool = False
-    """Read straight into the state's tensors and check the bytes as they come, rather than check all of them before
-    the first is copied: up to twice as fast for files in the page cache. But if one of them is damaged, part of the
-    state has changed by then, and the error says so (`state_changed`): the state must not be used before another step
-    is loaded, as `resume` does. From a local or mounted file system; elsewhere bytes come by way of memory anyway."""
-
-    def __post_init__(self) -> None:
-        if self.in_place and "keep" in (self.missing, self.shape, self.dtype):
-            raise ValueError(
-                "LoadPolicy(in_place=True) cannot go with 'keep': after a damaged step there is nothing left of the "
-                "state that could be kept; leave out one of them"
-            )
+OF_OTHERS = "of other ranks in the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,28 +68,45 @@ class Fit:
     """By part: which of its saved keys this rank has a place for (see `claims`)."""
     names: list[str] = field(default_factory=list)
     """All keys of this rank's state."""
+    taken: set[str] = field(default_factory=set)
+    """The parts of which anything is taken."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Keys of the state, or of whole parts of it, that stay as they are -> why."""
+    selection: Selection = field(default_factory=Selection)
 
 
-def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy) -> Fit:
-    """Compare the state of this rank with the record."""
-    fit = Fit()
+def fit_state(parts: Sequence[Part], sources: Sources, policy: LoadPolicy, view: View) -> Fit:
+    """Compare the state of this rank with the record; `sources` are those of the view."""
+    fit = Fit(selection=view.selection)
     for part in parts:
-        _Fitter(part, sources, policy, fit).run()
+        before = len(fit.tensors) + len(fit.values)
+        _Fitter(part, sources, policy, fit).run(view)
+        if fit.trees.get(part.key) or len(fit.tensors) + len(fit.values) > before:
+            fit.taken.add(part.key)
     if policy.unexpected == "error":
         own = {part.key for part in parts}
         for top in dict.fromkeys(str(part.path[0]) for part in parts if len(part.path) > 1):
             saved = sources.under(top)
-            fit.claims[top] = claim(saved, {name for name in saved if _belongs_to_part(name, own)})
+            fit.claims[top] = claim(saved, {name for name in saved if is_below(name, own)})
         fit.names += own
     return fit
 
 
 def unexpected_keys(sources: Sources, fit: Fit, claims: Sequence[Mapping[str, str]]) -> list[str]:
     """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0."""
+    claimed, selection = by_part(claims), fit.selection
+    left = {name: None for part, those in claimed.items() for name in unclaimed(sources.under(part), those)}
+
+    def is_known(name: str) -> bool:
+        """Whether it is loaded, or was left out, by another name."""
+        others = selection.own_names(selection.saved_name(name)) if selection.renames else ()
+        return any(not selection.takes(other) or (other not in left and is_below(other, claimed)) for other in others)
+
+    once = {selection.saved_name(name): name for name in reversed(left)}
     return [
-        f"unexpected: {name} is in the checkpoint but not in the state{_near(name, fit.names)}"
-        for part, those in by_part(claims).items()
-        for name in unclaimed(sources.under(part), those)
+        f"unexpected: {selection.called(name)} is in the checkpoint but not in the state{_near(name, fit.names)}"
+        for name in left
+        if once[selection.saved_name(name)] == name and not is_known(name)
     ]
 
 
@@ -137,19 +131,29 @@ class _Fitter:
         own: NewWorld = getattr(part.owner, "new_world", "fail") if part.kind == "stateful" else "fail"
         self._rule: NewWorld = policy.new_world.get(str(part.path[0]), own)
         self._saved = sources.under(part.key)
+        self._selection = fit.selection
 
-    def run(self) -> None:
+    def run(self, view: View) -> None:
+        leaves: dict[str, tuple[Path, object]] = {}
+        map_leaves(self._part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), self._part.path)
+        chosen = {name: found for name, found in leaves.items() if self._selection.takes(name)}
+        if self._part.kind in ("stateful", "optimizer"):
+            problems, is_taken = take_whole(self._part, [*leaves, *self._saved], view)
+            self._fit.problems += problems
+            if not is_taken:
+                self._fit.left[self._part.key] = NOT_SELECTED
+                return
+        self._fit.left.update(dict.fromkeys(leaves.keys() - chosen.keys(), NOT_SELECTED))
         if not self._saved:
-            self._missing(self._part.key)
+            if chosen:
+                self._missing(self._part.key)
         elif self._part.kind == "stateful":
             self._take_everything()
         else:
-            self._compare()
+            self._compare(chosen)
 
-    def _compare(self) -> None:
+    def _compare(self, leaves: dict[str, tuple[Path, object]]) -> None:
         """Key by key: modules, optimizers and leaves are what says which keys there are."""
-        leaves: dict[str, tuple[Path, object]] = {}
-        map_leaves(self._part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), self._part.path)
         names = set(leaves)
         if self._part.kind == "optimizer":
             leaves, names = self._optimizer_leaves(leaves)
@@ -159,6 +163,8 @@ class _Fitter:
             elif self._sources.value_home(name) is not None:
                 if self._rank_of([name]) is not None:
                     self._fit.values.append(WantedValue(name, path, self._rule))
+                else:
+                    self._fit.left[name] = OF_OTHERS
             else:
                 self._missing(name, "is a tensor" if self._sources.tensor(name) else "")
         if self._policy.unexpected == "error":
@@ -200,6 +206,7 @@ class _Fitter:
         rank = self._rank_of(self._saved)
         if rank is None:
             self._fit.trees[self._part.key] = ()
+            self._fit.left[self._part.key] = OF_OTHERS
             return
         self._fit.trees[self._part.key] = (rank,)
         held = self._sources.held_by(rank)
@@ -224,36 +231,39 @@ class _Fitter:
             self._missing(name, "is a Python value" if self._sources.value_home(name) else "")
             return
         if self._rank_of([name]) is None:
+            self._fit.left[name] = OF_OTHERS
             return
         dtype, shape = check_tensor(name, tensor), tuple(tensor.shape)
         if shape != entry.shape:
-            if self._policy.shape == "error":
-                self._problem(f"shape: {name} is {list(entry.shape)} in the checkpoint, {list(shape)} in the state")
+            self._differs("shape", name, list(entry.shape), list(shape), keep=self._policy.shape == "keep")
             return
         if dtype != entry.dtype and self._policy.dtype != "cast":
-            if self._policy.dtype == "error":
-                self._problem(f"dtype: {name} is {entry.dtype} in the checkpoint, {dtype} in the state")
+            self._differs("dtype", name, entry.dtype, dtype, keep=self._policy.dtype == "keep")
             return
         sharding = describe(name, tensor)
         boxes = sharding.boxes(shape) if sharding else _whole(shape)
         local = getattr(tensor, "_local_tensor", tensor).detach()
         self._fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, self._rule))
 
+    def _differs(self, kind: str, name: str, saved: object, own: object, *, keep: bool) -> None:
+        if keep:
+            self._fit.left[name] = f"of another {kind} in the checkpoint"
+        else:
+            self._problem(f"{kind}: {self._selection.called(name)} is {saved} in the checkpoint, {own} in the state")
+
     def _missing(self, name: str, instead: str = "") -> None:
         if instead:
-            self._problem(f"kind: {name} {instead} in the checkpoint, but not in the state")
-        elif self._policy.missing == "error":
-            near = _near(name, self._sources.names())
-            self._problem(f"missing: {name} is in the state but not in the checkpoint{near}")
+            self._problem(f"kind: {self._selection.called(name)} {instead} in the checkpoint, but not in the state")
+        elif self._policy.missing == "keep":
+            self._fit.left[name] = "not in the checkpoint"
+        else:
+            saved = self._selection.saved_name(name)
+            near = _near(saved, map(self._selection.saved_name, self._sources.names()))
+            other = "" if saved == name else f" (as {saved})"
+            self._problem(f"missing: {name} is in the state but not in the checkpoint{other}{near}")
 
     def _problem(self, text: str) -> None:
         self._fit.problems.append(text)
-
-
-def _belongs_to_part(name: str, parts: Collection[str]) -> bool:
-    """Whether the key is that of a part, or below one."""
-    pieces = name.split(".")
-    return any(".".join(pieces[: i + 1]) in parts for i in range(len(pieces)))
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -50,6 +50,13 @@ def read_saved(trees: Iterable[Any]) -> SavedOptimizer:
     return saved
 
 
+def renamed(saved: SavedOptimizer, names: Mapping[str, str]) -> SavedOptimizer:
+    """By the names that the state has for the parameters; `names` are what the checkpoint calls them."""
+    options = {own: saved.options[name] for own, name in names.items() if name in saved.options}
+    values = {own: saved.values[name] for own, name in names.items() if name in saved.values}
+    return SavedOptimizer(options, saved.at, values)
+
+
 def match_groups(part: Part, saved: SavedOptimizer) -> list[Options]:
     """For every group of the optimizer its saved options; changes nothing.
 
@@ -94,7 +101,7 @@ def restore_optimizer(part: Part, saved: SavedOptimizer, stateless: Collection[s
 
 
 def forget_made_up_state(parts: Sequence[Part]) -> None:
-    """After a load that failed: optimizers that had no state, and were given some to load into, have none again."""
+    """Optimizers that had no state, were given some to load into, and were not loaded, have none again."""
     for part in parts:
         if isinstance(part.owner, OptimizerOf) and part.owner.was_empty:
             part.owner.optimizer.state.clear()
