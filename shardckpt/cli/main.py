@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from shardckpt.cli.inspecting import inspect
 from shardckpt.cli.looking import ls, verify
+from shardckpt.cli.planning import plan
 from shardckpt.cli.repairing import repair
 
 app = typer.Typer(
@@ -44,6 +46,8 @@ def options(
 
 
 app.command()(ls)
+app.command()(inspect)
+app.command()(plan)
 app.command()(verify)
 app.command()(repair)
 
