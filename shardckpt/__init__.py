@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from shardckpt.engine.events.kinds import Written as Written
     from shardckpt.engine.events.savelog import SaveLog as SaveLog
     from shardckpt.engine.events.trace import Trace as Trace
-    from shardckpt.engine.loading.fit import LoadPolicy as LoadPolicy
+    from shardckpt.engine.loading.selecting.policy import LoadPolicy as LoadPolicy
+    from shardckpt.engine.loading.selecting.report import LoadPlan as LoadPlan
     from shardckpt.engine.pending import CheckpointInfo as CheckpointInfo
     from shardckpt.engine.pending import PendingSave as PendingSave
     from shardckpt.engine.progress import OtherRank as OtherRank
@@ -102,7 +103,8 @@ _HOME = {
     "KeepBest": "run.retention",
     "KeepEvery": "run.retention",
     "KeepLast": "run.retention",
-    "LoadPolicy": "engine.loading.fit",
+    "LoadPlan": "engine.loading.selecting.report",
+    "LoadPolicy": "engine.loading.selecting.policy",
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
     "OtherRank": "engine.progress",

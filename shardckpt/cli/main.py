@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from shardckpt.cli.converting import convert
-from shardckpt.cli.copying import cp
-from shardckpt.cli.examining import bench, doctor, report
-from shardckpt.cli.keeping import pin, prune, runs, unpin
-from shardckpt.cli.looking import ls, verify
-from shardckpt.cli.repairing import repair
+from shardckpt.cli.doing.converting import convert
+from shardckpt.cli.doing.copying import cp
+from shardckpt.cli.doing.keeping import pin, prune, runs, unpin
+from shardckpt.cli.doing.repairing import repair
+from shardckpt.cli.looking.examining import bench, doctor, report
+from shardckpt.cli.looking.inspecting import inspect
+from shardckpt.cli.looking.listing import ls, verify
+from shardckpt.cli.looking.planning import plan
 
 app = typer.Typer(
     name="shardckpt",
@@ -51,6 +53,8 @@ def options(
 
 
 app.command()(ls)
+app.command()(inspect)
+app.command()(plan)
 app.command()(verify)
 app.command()(repair)
 app.command()(convert)

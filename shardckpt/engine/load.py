@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -16,35 +17,30 @@ import torch
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
-from shardckpt.engine.loading.claims import mismatch_error, unexpected_keys
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetching.borrow import fetch_from
 from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, check_region, find_stored
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
-from shardckpt.engine.loading.fit import Fit, LoadPolicy, WantedTensor, fit_state
+from shardckpt.engine.loading.fit import Fit, WantedTensor
+from shardckpt.engine.loading.fitting.claims import mismatch_error
 from shardckpt.engine.loading.holdings import Holdings, holdings
 from shardckpt.engine.loading.integrity import PartialSum, damage_error, join_sums
-from shardckpt.engine.loading.merging import merged
-from shardckpt.engine.loading.needs import loaded_values, needs_of, place_of, region_in, tree_ranks_of
+from shardckpt.engine.loading.needs import needs_of, place_of, region_in, tree_ranks_of
 from shardckpt.engine.loading.once.exchange import is_worth_while, read_once
-from shardckpt.engine.loading.optimizers import (
-    SavedOptimizer,
-    forget_made_up_state,
-    match_groups,
-    read_saved,
-    restore_optimizer,
-)
+from shardckpt.engine.loading.optimizers import forget_made_up_state
+from shardckpt.engine.loading.restoring import Restorer
+from shardckpt.engine.loading.selecting.comparing import Comparing
+from shardckpt.engine.loading.selecting.policy import LoadPolicy
+from shardckpt.engine.loading.selecting.report import LoadPlan
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.engine.patience import within
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, GangError
 from shardckpt.format.manifest import Manifest
-from shardckpt.format.tree import map_leaves
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
-from shardckpt.state import Part, join_path, restore
+from shardckpt.state import Part
 from shardckpt.storage.base import Read, Storage
-from shardckpt.streams import RngState
 
 _log = logging.getLogger(__name__)
 
@@ -122,23 +118,28 @@ class Loader:
         others = [self._contents.subtree([file], ()) for file in self._holdings.elsewhere]
         return self._holdings.nested(own, others, step=self._manifest.step)
 
+    @property
+    def left(self) -> Mapping[str, str]:
+        """What of this rank's state the load left as it was -> why."""
+        return self._fit.left
+
+    def plan(self, parts: Sequence[Part], policy: LoadPolicy) -> LoadPlan:
+        """What `load` would do; see `LoadPlan`. Nothing changes. `CheckpointLoadError` if a rank cannot tell."""
+        try:
+            return self._comparing().plan(parts, policy, f"{self._storage.url.rstrip('/')}/{self._folder}")
+        except GangError as error:
+            raise self._as_load_error(error) from error
+        finally:
+            forget_made_up_state(parts)
+
     def _compare(self, parts: Sequence[Part], policy: LoadPolicy) -> None:
         """Every difference of every rank, in one error on all ranks."""
-
-        def compare() -> list[Any]:
-            self._fit = fit_state(parts, self._sources, policy)
-            return [self._fit.problems, self._fit.claims]
-
-        gathered: Any = self._together(compare, "compare")
-
-        def join() -> list[str]:
-            problems = [problem for own, _ in gathered for problem in own]
-            problems += unexpected_keys(self._sources, self._fit.names, [claims for _, claims in gathered])
-            return problems[:1000]
-
-        told = self._announce(join, "compare")
+        self._fit, self._sources, told = self._comparing().compare(parts, policy)
         if told:
             raise mismatch_error(told, self._manifest.step)
+
+    def _comparing(self) -> Comparing:
+        return Comparing(self._gang, self._at, self._manifest, self._timeout)
 
     def _read_together(self, parts: Sequence[Part]) -> Any:
         """All bytes that the ranks need; of an object store each only once, as far as they need the same."""
@@ -160,6 +161,8 @@ class Loader:
         """Open the files that have what this rank needs, and find where it lies; gives what is to be fetched."""
         needs = needs_of(self._fit, self._sources)
         frames = self._contents.assigned(self._at.rank, self._at.world_size)
+        if self._fit.selection.is_partial:  # files of which nobody needs anything may be lost or damaged
+            frames = sorted(self._sources.files().intersection(frames))
         own = (file for rank in tree_ranks_of(self._fit, self._sources) for file in self._sources.trees_of(rank))
         trees = [*own, *self._holdings.elsewhere]
         self._contents.check_sizes(frames)
@@ -168,7 +171,10 @@ class Loader:
         self._fetch = fetch(self._storage, self._contents.key_of, files)
         for position, file, chunk_box, region, target in needs:
             wanted = self._fit.tensors[position]
-            stored = find_stored(self._contents.boxes(file), wanted.name, chunk_box, file)
+            saved_name = self._fit.selection.saved_name(wanted.name)
+            stored = find_stored(self._contents.boxes(file), saved_name, chunk_box, file)
+            if saved_name != wanted.name:
+                stored = replace(stored, name=wanted.name)  # as which it is summed up
             record = self._contents.record(file, stored)
             region = region_in(stored, chunk_box, region)
             check_region(record, region, self._sources.tensor(wanted.name, wanted.rule), file=file, name=wanted.name)
@@ -188,9 +194,7 @@ class Loader:
         damaged, partial = self._fetch.read(self._contents.frame_reads(frames))
         damaged += self._contents.damaged_frames(frames)
         self._refuse(damaged)
-        for part in parts:
-            if part.kind == "optimizer" and self._fit.trees.get(part.key):
-                match_groups(part, self._saved_optimizer(part))  # what does not fit must be known before the changes
+        self._restorer().match_groups(parts)  # what does not fit must be known before the changes
         return [item.encode() for item in partial]
 
     def _stream(self, parts: Sequence[Part]) -> list[Any]:
@@ -216,15 +220,16 @@ class Loader:
     def _apply(self, parts: Sequence[Part]) -> None:
         """The state changes here and nowhere else; random streams last."""
         self._fill()
-        values = loaded_values(self._fit, self._sources, self._contents)
-        for part in sorted(parts, key=lambda part: isinstance(part.owner, RngState)):
-            self._restore(part, values)
+        self._restorer().restore(parts, self._made, self._merged)
+
+    def _restorer(self) -> Restorer:
+        return Restorer(self._fit, self._sources, self._contents)
 
     def _merge(self, parts: Sequence[Part]) -> None:
         """What functions make of the values of all ranks, before anything of the state changes."""
         if self._fit.merges:
             self._fill(lambda wanted: wanted.rank is not None)
-            self._merged = merged(parts, self._fit, self._contents, self._sources, self._made)
+            self._merged = self._restorer().merged(parts, self._made)
 
     def _fill(self, which: Callable[[WantedTensor], bool] = lambda wanted: wanted.rank is None) -> None:
         """Put what was fetched into the wanted tensors."""
@@ -241,41 +246,6 @@ class Loader:
         if wanted.key not in self._made:
             self._made[wanted.key] = torch.empty(wanted.shape, dtype=getattr(torch, wanted.dtype))
         return self._made[wanted.key]
-
-    def _restore(self, part: Part, values: Mapping[str, Any]) -> None:
-        if part.key in self._merged:
-            restore(part, self._merged[part.key])
-            return
-        ranks = self._fit.trees.get(part.key)
-        if part.kind in ("module", "leaf"):
-            loaded = map_leaves(part.tree, lambda path, leaf: values.get(join_path(path), leaf), part.path)
-            for rank in ranks or () if part.kind == "module" else ():
-                tree = self._contents.subtree(self._sources.trees_of(rank), part.path)
-                loaded |= {key: self._fit.with_new(own, (*part.path, key)) for key, own in tree.items()}
-            restore(part, loaded)
-            return
-        if ranks is None:  # the checkpoint has no such part, and the policy is to keep it
-            return
-        if not ranks:
-            what = (part.key, self._manifest.world_size, self._at.rank)
-            _log.warning("%s was saved for each of %d ranks; rank %d keeps what it has", *what)
-            return
-        if part.kind == "optimizer":
-            restore_optimizer(part, self._saved_optimizer(part), self._fit.stateless[part.key])
-            return
-        held = {wanted.name: wanted.local for wanted in self._fit.tensors if wanted.local is not None}
-        tree = self._contents.subtree(self._sources.trees_of(ranks[0]), part.path)
-        restore(part, map_leaves(tree, lambda path, leaf: self._leaf(join_path(path), leaf, held), part.path))
-
-    def _saved_optimizer(self, part: Part) -> SavedOptimizer:
-        ranks = self._fit.trees[part.key]
-        trees = (self._contents.subtree(self._sources.trees_of(rank), part.path) for rank in ranks)
-        return read_saved((self._fit.with_new(tree, part.path) for tree in trees), lenient=self._fit.lenient)
-
-    def _leaf(self, name: str, leaf: Any, held: Mapping[str, torch.Tensor]) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        return self._made.get((name, None), held.get(name, leaf))
 
     def _together(self, work: Any, phase: str) -> Any:
         return together_gather(self._gang, work, phase=phase, timeout=self._timeout, step=self._manifest.step)

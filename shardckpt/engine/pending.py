@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -33,6 +33,8 @@ class CheckpointInfo:
     """By `resume`: steps that were passed over, and why."""
     reason: str = ""
     """By `resume`: why this step."""
+    left: dict[str, str] = field(default_factory=dict)
+    """By `load` and `resume`: keys of this rank's state that stayed as they were, as the policy says -> why."""
 
 
 Tell: TypeAlias = Callable[..., None]

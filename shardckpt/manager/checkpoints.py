@@ -25,6 +25,7 @@ from shardckpt.engine.writing.process import in_other_process
 from shardckpt.errors import CheckpointError
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder
+from shardckpt.manager.planning import PlanningFace
 from shardckpt.manager.steps.keeping import KeepingFace
 from shardckpt.manager.steps.resuming import ResumingFace
 from shardckpt.manager.steps.scheduling import SchedulingFace
@@ -46,7 +47,7 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace, ResumingFace, KeepingFace, SchedulingFace, StoppingFace):
+class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFace, SchedulingFace, StoppingFace):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the

@@ -12,6 +12,8 @@ from typing import Any
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.kinds import Loaded
 from shardckpt.engine.load import Loader
+from shardckpt.engine.loading.selecting.selection import Selection
+from shardckpt.engine.loading.selecting.whole import keys_of
 from shardckpt.engine.pending import CheckpointInfo, Tell
 from shardckpt.errors import (
     CheckpointDamagedError,
@@ -52,12 +54,16 @@ class Finder:
         folder, record = self.talk.from_rank_0(read, "read the record", step=step)
         return str(folder), decode_manifest(str(record).encode())
 
+    def loader(self, folder: str, manifest: Manifest) -> Loader:
+        """Who loads it, or says what loading it would do."""
+        gang, timeout = self.talk.gang, self.talk.timeout
+        return Loader(self.storage, gang, self.at, folder=folder, manifest=manifest, timeout=timeout)
+
     @contextmanager
     def loading(self, folder: str, manifest: Manifest) -> Iterator[Loader]:
         """Who loads it; when that has succeeded, it is told."""
-        gang, timeout = self.talk.gang, self.talk.timeout
         began = time.perf_counter()
-        yield Loader(self.storage, gang, self.at, folder=folder, manifest=manifest, timeout=timeout)
+        yield self.loader(folder, manifest)
         self.tell(Loaded, manifest.step, seconds=time.perf_counter() - began, nbytes=manifest.nbytes)
 
     def info(self, folder: str, manifest: Manifest) -> CheckpointInfo:
@@ -98,11 +104,12 @@ class Finder:
         return None
 
 
-def check_asks_for_model_only(parts: Sequence[Part], manifest: Manifest) -> None:
-    """`ModelOnlyError` if the state has more than the model, of a step that has only that."""
+def check_asks_for_model_only(parts: Sequence[Part], manifest: Manifest, selection: Selection) -> None:
+    """`ModelOnlyError` if more than the model is to be loaded, of a step that has only that."""
     if not manifest.model_only and set(manifest.parts) != {manifest.model_key}:
         return
-    more = sorted({str(part.path[0]) for part in parts} - {manifest.model_key})
+    asked = [part for part in parts if any(map(selection.takes, keys_of([part])))]
+    more = sorted({str(part.path[0]) for part in asked if not manifest.is_of_model(selection.saved_name(part.key))})
     if more:
         raise ModelOnlyError(
             f"of step {manifest.step} only the model is there ({manifest.model_key!r}), and the state asks for "

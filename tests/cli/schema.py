@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardckpt.tools.convert import ConvertReport
 from shardckpt.tools.copying.steps import CopyReport
 from shardckpt.tools.examining.bench import BenchReport
 from shardckpt.tools.examining.findings import Examination
 from shardckpt.tools.listing import Listing
+from shardckpt.tools.looking.inspect import Inspection
+from shardckpt.tools.looking.reading import ReadingPlan
 from shardckpt.tools.page.facts import RunFacts
 from shardckpt.tools.repair import RepairReport
 from shardckpt.tools.report import RunReport
@@ -25,8 +28,11 @@ BEGIN = "<!-- made by python -m tests.cli.schema -->\n"
 
 REPORTS: Mapping[str, type] = {
     "ls": Listing,
+    "inspect": Inspection,
+    "plan": ReadingPlan,
     "verify": RunReport,
     "repair": RepairReport,
+    "convert": ConvertReport,
     "cp": CopyReport,
     "doctor": Examination,
     "bench": BenchReport,
@@ -34,7 +40,7 @@ REPORTS: Mapping[str, type] = {
 }
 """Command -> what it prints. One that is not here is not described yet."""
 
-_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", object: "any"}
 
 
 def described() -> str:

@@ -12,7 +12,7 @@ import pytest
 from shardckpt.cli import output
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.faults import flip_byte
-from tests.cli.test_looking import run
+from tests.cli.test_listing import run
 from tests.tools.making import assert_loads, save
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from shardckpt.cli.main import app
 from shardckpt.storage.open import open_storage
 from shardckpt.tools.examining import place
-from tests.cli.test_looking import run
+from tests.cli.test_listing import run
 from tests.tools.making import save
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shardckpt as sc
-from tests.cli.test_looking import run
+from tests.cli.test_listing import run
 
 
 @pytest.fixture(params=["local", "memory"])

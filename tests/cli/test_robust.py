@@ -20,7 +20,7 @@ from shardckpt.cli import output
 from shardckpt.cli.output import print_table
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.faults import flip_byte
-from tests.cli.test_looking import run
+from tests.cli.test_listing import run
 from tests.tools.making import save
 
 COMMANDS = {"cp": (), "doctor": ("--mb", "1"), "bench": ("--mb", "1"), "report": ("--to", "-")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardckpt.engine.loading.claims import ALL, by_part, claim, unclaimed
+from shardckpt.engine.loading.fitting.claims import ALL, by_part, claim, unclaimed
 
 keys = st.sets(st.text("ab.", min_size=1, max_size=4), max_size=12)
 

@@ -108,6 +108,11 @@ class Contents:
             map_leaves(self._trees[name], lambda path, leaf: found.setdefault(join_path(path), (path, leaf)))
         return found
 
+    def path_of(self, names: Iterable[str], key: str) -> Path:
+        """The path that has this flat name in the trees of these files; if there is none, one that leads nowhere."""
+        paths = (_find(self._trees[name], key) for name in names)
+        return next((path for path in paths if path is not None), (key,))
+
     def subtree(self, names: Sequence[str], path: Path) -> Any:
         """What the trees of these files together hold below a path."""
         merged: Any = None
@@ -157,6 +162,17 @@ class Contents:
         return CheckpointDamagedError(
             f"step {self._step} at {self._storage.url} is damaged: {self.key_of(name)} {problem}", step=self._step
         )
+
+
+def _find(tree: Any, key: str) -> Path | None:
+    """The keys that lead to what has this flat name; they may have dots themselves."""
+    for own, node in tree.items() if isinstance(tree, dict) else ():
+        if str(own) == key:
+            return (own,)
+        below = _find(node, key[len(str(own)) + 1 :]) if key.startswith(f"{own}.") else None
+        if below is not None:
+            return (own, *below)
+    return None
 
 
 def merge(one: Any, other: Any) -> Any:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from shardckpt.engine.loading.contents import Contents
+from shardckpt.engine.loading.fit import Fit
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.tree import map_leaves
 from shardckpt.state import Part, join_path
-
-if TYPE_CHECKING:
-    from shardckpt.engine.loading.fit import Fit
 
 
 def check_mergeable(part: Part, saved: Sequence[str], sources: Sources) -> str:
@@ -40,17 +37,21 @@ Made = Mapping[tuple[str, int | None], torch.Tensor]
 """By name and rank."""
 
 
-def merged(parts: Sequence[Part], fit: Fit, contents: Contents, sources: Sources, made: Made) -> dict[str, Any]:
-    """What functions make of it for this rank, by part. On the caller's thread."""
+def merged(
+    parts: Sequence[Part], fit: Fit, subtree: Callable[[Part, int], Any], place: tuple[int, int], made: Made
+) -> dict[str, Any]:
+    """What functions make of it for this rank, by part. On the caller's thread.
+
+    `subtree` gives what a rank (of those that saved) had for a part; `place` is that of this rank (`Sources.place`).
+    """
 
     def held(part: Part, rank: int) -> Any:
-        tree = contents.subtree(sources.trees_of(rank), part.path)
-        return map_leaves(tree, lambda path, leaf: made.get((join_path(path), rank), leaf), part.path)
+        return map_leaves(subtree(part, rank), lambda path, leaf: made.get((join_path(path), rank), leaf), part.path)
 
     found: dict[str, Any] = {}
     for part in (part for part in parts if part.key in fit.merges):
         try:
-            found[part.key] = fit.merges[part.key]([held(part, rank) for rank in fit.trees[part.key]], *sources.place)
+            found[part.key] = fit.merges[part.key]([held(part, rank) for rank in fit.trees[part.key]], *place)
         except Exception as error:
             reason = f"its function of new_world failed: {type(error).__name__}: {error}"
             raise InvalidStateError(f"{part.key}: {reason}") from error

@@ -31,7 +31,7 @@ def needs_of(fit: Fit, sources: Sources) -> list[Wanted]:
 
 def tree_ranks_of(fit: Fit, sources: Sources) -> set[int]:
     """The ranks (of those that saved) whose Python values this rank takes."""
-    ranks = {rank for those in fit.trees.values() for rank in those}
+    ranks = {rank for those in fit.trees.values() for rank in those} | set(fit.extra.values())
     for value in fit.values:
         rank = sources.part_rank([value.key], value.rule)
         if rank is not None:
@@ -45,7 +45,7 @@ def loaded_values(fit: Fit, sources: Sources, contents: Contents) -> Mapping[str
     for value in fit.values:
         rank = sources.part_rank([value.key], value.rule)
         if rank is not None:
-            values[value.key] = contents.leaves(sources.trees_of(rank))[value.key][1]
+            values[value.key] = contents.leaves(sources.trees_of(rank))[fit.selection.saved_name(value.key)][1]
     return values
 
 

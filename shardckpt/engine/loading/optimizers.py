@@ -54,6 +54,20 @@ def read_saved(trees: Iterable[Any], *, lenient: bool = False) -> SavedOptimizer
     return saved
 
 
+def by_own_names(tree: Any, names: Mapping[str, str]) -> Any:
+    """The tree of a rank by the names that the state has for the parameters; `names` are what the checkpoint calls
+    them, of which one may be that of several."""
+    own: dict[str, list[str]] = {}
+    for name, saved in names.items():
+        own.setdefault(saved, []).append(name)
+    state = {name: values for saved, values in tree.get("state", {}).items() for name in own.get(saved, ())}
+    groups = [
+        {**group, "params": [name for saved in group["params"] for name in own.get(saved, ())]}
+        for group in tree.get("param_groups", [])
+    ]
+    return {**tree, "state": state, "param_groups": groups}
+
+
 def is_elsewhere(value: Any) -> bool:
     """Whether it only stands for a tensor, as trees have it, which is loaded into the tensor that is there."""
     return isinstance(value, torch.Tensor) and value.is_meta
@@ -153,7 +167,7 @@ def _in_place(now: Any, value: Any) -> Any:
 
 
 def forget_made_up_state(parts: Sequence[Part]) -> None:
-    """After a load that failed: optimizers that had no state, and were given some to load into, have none again."""
+    """Optimizers that had no state, were given some to load into, and were not loaded, have none again."""
     for part in parts:
         if isinstance(part.owner, OptimizerOf) and part.owner.was_empty:
             part.owner.holder.state.clear()

@@ -81,6 +81,17 @@ class Sources:
         tables = [table for table in self._tables if rank in table.ranks]
         return frozenset(key for table in tables for key in (*table.tensors, *table.values))
 
+    def files(self) -> frozenset[str]:
+        """The files that may hold anything of the keys that are here."""
+        found: set[tuple[int, Home]] = set()
+        layouts = self._manifest.layouts
+        for table in self._tables:
+            numbers = {entry.layout for entry in table.tensors.values()}
+            homes = {layouts[number].home for number in numbers} | set(table.values.values())
+            found |= {(rank, home) for rank in table.ranks for home in homes}
+            found |= {(piece.rank, layouts[number].home) for number in numbers for piece in layouts[number].pieces}
+        return frozenset(self.files_of(rank, home) for rank, home in found)
+
     def chunks(self, name: str, rule: Whose, *, whole: bool = True) -> list[Chunk]:
         """Files and boxes that together make up the tensor, each box once.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.stream import EventStream
-from shardckpt.engine.loading.fit import LoadPolicy
+from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.engine.pending import CheckpointInfo
 from shardckpt.engine.save import Saver
 from shardckpt.errors import CheckpointNotFoundError, GangError, InvalidOperationError
@@ -167,7 +167,7 @@ class ResumingFace(ABC):
         return folder
 
     def load(self, step: int, state: MutableMapping[str, Any], *, policy: LoadPolicy | None = None) -> CheckpointInfo:
-        """Load that step into the state: all of it on all ranks, or nothing on any."""
+        """Load that step into the state: all that the policy says on all ranks, or nothing on any."""
         return self._load(step, state=state, policy=policy or LoadPolicy(), finder=self._finder)
 
     def _load(
@@ -178,15 +178,15 @@ class ResumingFace(ABC):
         folder, manifest = finder.record(step)
         with finder.loading(folder, manifest) as loader:
             loader.load(self._take_apart(state, manifest, policy, unasked=unasked), policy)
-        return finder.info(folder, manifest)
+        return replace(finder.info(folder, manifest), left=dict(loader.left))
 
     def _take_apart(
-        self, state: MutableMapping[str, Any], manifest: Manifest, policy: LoadPolicy, *, unasked: bool
+        self, state: MutableMapping[str, Any], manifest: Manifest, policy: LoadPolicy, *, unasked: bool = False
     ) -> list[Part]:
         def take_apart() -> list[Part]:
             parts = self._reader.take_apart(state, for_loading=True)
             if unasked or policy.missing == "error":
-                check_asks_for_model_only(parts, manifest)
+                check_asks_for_model_only(parts, manifest, policy.selection)
             return parts
 
         try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from shardckpt.engine.loading.fit import LoadPolicy
+from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.testing.pool import ProcessPool
 from shardckpt.testing.resumable.marks import alike, first_difference
 from shardckpt.testing.resumable.training import Make, Seen, Shape, load_and_train, train_and_save

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.engine.loading.fit import LoadPolicy
+from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.checkpoints import CheckpointManager
 from shardckpt.testing.resumable.marks import Marks, marks_of

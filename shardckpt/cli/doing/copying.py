@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardckpt.cli.looking import AsJson
+from shardckpt.cli.looking.listing import AsJson
 from shardckpt.cli.output import PROBLEMS, explaining, print_json, progress, say, size_text
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ import bisect
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+from shardckpt.engine.loading.fit import Fit
+from shardckpt.engine.loading.selecting.whole import is_below
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import CheckpointMismatchError
 
@@ -36,14 +38,22 @@ def unclaimed(saved: Sequence[str], claims: Sequence[str]) -> Iterator[str]:
     yield from (name for number, name in enumerate(sorted(saved)) if not joined >> number & 1)
 
 
-def unexpected_keys(sources: Sources, known: Iterable[str], claims: Sequence[Mapping[str, str]]) -> list[str]:
-    """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0, whose state has
-    the `known` keys."""
-    names = list(known)
+def unexpected_keys(sources: Sources, fit: Fit, claims: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the checkpoint has below the parts that are loaded, and no rank has a place for. On rank 0, whose fit it
+    is; `sources` are those of the view."""
+    claimed, selection = by_part(claims), fit.selection
+    left = {name: None for part, those in claimed.items() for name in unclaimed(sources.under(part), those)}
+
+    def is_known(name: str) -> bool:
+        """Whether it is loaded, or was left out, by another name."""
+        others = selection.own_names(selection.saved_name(name)) if selection.renames else ()
+        return any(not selection.takes(other) or (other not in left and is_below(other, claimed)) for other in others)
+
+    once = {selection.saved_name(name): name for name in reversed(left)}
     return [
-        f"unexpected: {name} is in the checkpoint but not in the state{nearest(name, names)}"
-        for part, those in by_part(claims).items()
-        for name in unclaimed(sources.under(part), those)
+        f"unexpected: {selection.called(name)} is in the checkpoint but not in the state{nearest(name, fit.names)}"
+        for name in left
+        if once[selection.saved_name(name)] == name and not is_known(name)
     ]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardckpt.cli.looking import AsJson
+from shardckpt.cli.looking.listing import AsJson
 from shardckpt.cli.output import PROBLEMS, age_text, console, explaining, print_json, say, size_text
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from shardckpt.cli.looking import AsJson, Url
+from shardckpt.cli.looking.listing import AsJson, Url
 from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, print_table, say, size_text
 
 _MARKS = {"good": ("ok", "green"), "note": ("note", "yellow"), "problem": ("problem", "bold red")}

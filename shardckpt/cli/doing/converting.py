@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shardckpt.cli.looking import AsJson
+from shardckpt.cli.looking.listing import AsJson
 from shardckpt.cli.output import explaining, print_json, say, size_text
 
 

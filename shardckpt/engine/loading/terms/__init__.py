@@ -1,1 +1,0 @@
-"""On what terms a step is loaded."""
