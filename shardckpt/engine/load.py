@@ -57,6 +57,7 @@ class Loader:
         self._manifest = manifest
         self._timeout = timeout
         self._sources = Sources(manifest, at)
+        self._folder = folder
         self._contents = Contents(storage, folder, manifest)
         self._fetch: Fetch = Arena(storage, self._contents.key_of)
         self._fit, self._holdings = Fit(), Holdings()

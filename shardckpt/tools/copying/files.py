@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
+from shardckpt.engine.writing.blobs import Blobs
 from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.manifest import FileEntry
@@ -33,6 +34,18 @@ class Way:
     target_folder: str
     told: Callable[[int], None]
     """Called with the number of bytes whenever some have been copied; by any thread."""
+
+
+def copy_blob(way: Way, pair: tuple[FileEntry, FileEntry]) -> FileEntry:
+    """The entry of a file that steps share, with its blob at the target, which may be there already."""
+    source, target = pair
+    digest = source.blob.split("/")[1]
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="shardckpt-copy-read") as readers:
+        parts = _windows(way, source, readers, threading.Event())
+        entry, is_new = Blobs(way.target).have(way.target_folder, replace(target, blob=""), digest, parts)
+    if not is_new:
+        way.told(source.nbytes)
+    return entry
 
 
 def copy_files(way: Way, files: Sequence[tuple[FileEntry, FileEntry]]) -> None:
@@ -66,7 +79,7 @@ def _copy(way: Way, pair: tuple[FileEntry, FileEntry], readers: ThreadPoolExecut
 
 def _windows(way: Way, file: FileEntry, readers: ThreadPoolExecutor, stop: threading.Event) -> Iterator[memoryview]:
     """The file's bytes; raises at the end, which undoes the put, if they are not those of the record."""
-    key = f"{way.source_folder}/{file.name}"
+    key = file.key_in(way.source_folder)
 
     def read(start: int) -> memoryview:
         window = memoryview(bytearray(min(_WINDOW, file.nbytes - start)))

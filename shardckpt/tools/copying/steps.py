@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 
 from shardckpt.engine.committing.commit import attempt_prefix, commit_attempt
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, CheckpointSaveError, InvalidOperationError
-from shardckpt.format.layout import LAST_STEP, parse_step
+from shardckpt.format.layout import LAST_STEP, blob_folder, parse_step
 from shardckpt.format.manifest import FileEntry, Manifest, encode_manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.scores import read_scores, write_score
@@ -30,7 +30,7 @@ from shardckpt.storage.open import open_storage
 from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import files_below
 from shardckpt.tools.copying.alone import LOCK, alone
-from shardckpt.tools.copying.files import Way, copy_files
+from shardckpt.tools.copying.files import Way, copy_blob, copy_files
 from shardckpt.tools.place import Place, Where, opened
 
 Outcome = Literal["copied", "already there", "another is there", "damaged"]
@@ -160,10 +160,18 @@ def _copy_step(source: Storage, target: Storage, entry: Entry, told: Callable[[i
 
 
 def _plain(record: Manifest) -> Manifest:
-    """The record as it would be in any place: no attempt, and the names of files as in a folder of their own."""
+    """The record as it would be in any place: no attempt, the names of files as in a folder of their own, and of blobs
+    only what is in them."""
     begin = f"{record.attempt}/"
-    files = tuple(replace(file, name=file.name.removeprefix(begin)) for file in record.files)
+    files = tuple(replace(file, name=file.name.removeprefix(begin), blob=_anywhere(file.blob)) for file in record.files)
     return replace(record, attempt="0" * 20, files=files)
+
+
+def _anywhere(blob: str) -> str:
+    if not blob:
+        return ""
+    _, digest, _, name = blob.split("/")
+    return f"{blob_folder(digest, '0' * 20)}/{name}"
 
 
 def _already_there(target: Storage, plain: Manifest) -> CopiedStep | None:
@@ -195,13 +203,16 @@ def _bring(
         if committed is not None:  # by another copy, between the first look and the lock
             target.delete_tree(prefix)
             return committed
-        sound = _sound_files(target, prefix, plain.files)
+        sound = _sound_files(target, prefix, [file for file in plain.files if not file.blob])
         found_nbytes = sum(file.nbytes for file in sound)
         told(found_nbytes, plain.nbytes)
         missing = [pair for pair in zip(record.files, plain.files, strict=True) if pair[1] not in sound]
-        copy_files(Way(source, folder, target, prefix, lambda nbytes: told(nbytes, plain.nbytes)), missing)
+        way = Way(source, folder, target, prefix, lambda nbytes: told(nbytes, plain.nbytes))
+        copy_files(way, [pair for pair in missing if not pair[0].blob])
+        blobs = {pair[1].name: copy_blob(way, pair) for pair in missing if pair[0].blob}
         target.delete([f"{prefix}/{LOCK}"] if isinstance(target, RenamingStorage) else [])
-        commit_attempt(target, prefix, replace(plain, attempt=attempt))
+        files = tuple(blobs.get(file.name, file) for file in plain.files)
+        commit_attempt(target, prefix, replace(plain, attempt=attempt, files=files))
     _drop_uploads(target, prefix)
     facts = (len(plain.files), plain.nbytes, plain.nbytes - found_nbytes, found_nbytes)
     return CopiedStep(plain.step, "copied", "", *facts)

@@ -125,7 +125,7 @@ def inspect(
     """
     with opened(where, storage_options) as place:
         folder, manifest = step_meant(place, step)
-        looked = each(lambda file: _index(place.storage, f"{folder}/{file.name}", file), manifest.files)
+        looked = each(lambda file: _index(place.storage, file.key_in(folder), file), manifest.files)
         url = f"{place.storage.url.rstrip('/')}/{folder}"
     indexes = {file.name: found for file, found in zip(manifest.files, looked, strict=True)}
     patterns = Patterns(only)

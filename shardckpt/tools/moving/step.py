@@ -70,7 +70,7 @@ class StepSource:
         self._sources = Sources(manifest, self._at)
         self._contents = Contents(storage, folder, manifest)
         self._owned = ExitStack()
-        self._filler = Filler(storage, folder, budget_nbytes=budget_nbytes)
+        self._filler = Filler(storage, self._contents.key_of, budget_nbytes=budget_nbytes)
         self._owned.callback(self._filler.close)
         self._elsewhere: list[str] = []
         with told_as_load_errors(self.url, manifest.step), uncollected():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardckpt.engine.consolidated.blocks import is_one_run, position
+from shardckpt.engine.loading.fetching.fetch import KeyOf
 from shardckpt.engine.loading.integrity import sum_among_zeros
 from shardckpt.format.checksum import crc32
 from shardckpt.storage.base import Read, RenamingStorage, Storage
@@ -59,9 +60,9 @@ class _Part:
 class Filler:
     """Reads for a source. Any thread may call `fill`, several at once; each call holds at most the budget."""
 
-    def __init__(self, storage: Storage, folder: str, *, budget_nbytes: int) -> None:
+    def __init__(self, storage: Storage, key_of: KeyOf, *, budget_nbytes: int) -> None:
         self._storage = storage
-        self._folder = folder
+        self._key_of = key_of
         self._budget = budget_nbytes
         self._at_once = min(_NEAR, budget_nbytes) if isinstance(storage, RenamingStorage) else budget_nbytes
         self._coverage = Coverage()
@@ -112,7 +113,7 @@ class Filler:
 
     def _reads(self, part: _Part) -> Iterator[Read]:
         for need, place in zip(part.needs, part.places, strict=True):
-            yield Read(f"{self._folder}/{need.piece.file}", need.start, place)
+            yield Read(self._key_of(need.piece.file), need.start, place)
 
     def _read(self, reads: Sequence[Read]) -> None:
         others = []
