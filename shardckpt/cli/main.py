@@ -11,6 +11,7 @@ from shardckpt.cli.doing.converting import convert
 from shardckpt.cli.doing.copying import cp
 from shardckpt.cli.doing.keeping import pin, prune, runs, unpin
 from shardckpt.cli.doing.repairing import repair
+from shardckpt.cli.looking.comparing import diff
 from shardckpt.cli.looking.examining import bench, doctor, report
 from shardckpt.cli.looking.inspecting import inspect
 from shardckpt.cli.looking.listing import ls, verify
@@ -55,6 +56,7 @@ def options(
 app.command()(ls)
 app.command()(inspect)
 app.command()(plan)
+app.command()(diff)
 app.command()(verify)
 app.command()(repair)
 app.command()(convert)

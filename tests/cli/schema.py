@@ -19,6 +19,7 @@ from shardckpt.tools.examining.findings import Examination
 from shardckpt.tools.listing import Listing
 from shardckpt.tools.looking.inspect import Inspection
 from shardckpt.tools.looking.reading import ReadingPlan
+from shardckpt.tools.looking.two import StepsDiff
 from shardckpt.tools.page.facts import RunFacts
 from shardckpt.tools.repair import RepairReport
 from shardckpt.tools.report import RunReport
@@ -30,6 +31,7 @@ REPORTS: Mapping[str, type] = {
     "ls": Listing,
     "inspect": Inspection,
     "plan": ReadingPlan,
+    "diff": StepsDiff,
     "verify": RunReport,
     "repair": RepairReport,
     "convert": ConvertReport,
