@@ -61,7 +61,7 @@ class RankLine:
 
     rank: int
     shard: int
-    """Its model shard: the number in model.<shard>.pt."""
+    """Its model shard: the number in `model.<shard>.pt`."""
     files: int
     nbytes: int
 

@@ -15,7 +15,7 @@ from shardckpt.engine.loading.fitting.fitter import fit_state
 from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.engine.loading.selecting.reads import reads_of
 from shardckpt.engine.loading.selecting.report import FileReads, LoadPlan, RankReads
-from shardckpt.engine.loading.selecting.whole import keys_of
+from shardckpt.engine.loading.selecting.whole import keys_of, parameters_of
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.format.manifest import Manifest
 from shardckpt.gang.announce import announce
@@ -45,7 +45,8 @@ class Comparing:
             view = fit.selection.view(self.manifest)
             sources = Sources(view.manifest, self.at)
             fit = fit_state(parts, sources, policy, view)
-            return [fit.problems, fit.claims, fit.selection.say(partial(keys_of, parts), self.manifest)]
+            said = fit.selection.say(partial(keys_of, parts), self.manifest, partial(parameters_of, parts))
+            return [fit.problems, fit.claims, said]
 
         gathered: Any = self._gather(compare, "compare")
 

@@ -88,21 +88,25 @@ class Selection:
         differ = tuple(name for saved in manifest.differ for name in own(saved))
         return View(replace(manifest, tables=tables, differ=differ), self, frozenset(passed_over))
 
-    def say(self, keys: Callable[[], Collection[str]], manifest: Manifest) -> Said:
+    def say(
+        self, keys: Callable[[], Collection[str]], manifest: Manifest, above: Callable[[], Collection[str]] = tuple
+    ) -> Said:
         """What this rank has to tell: what its patterns and rules are, and which of them match a key of its state.
 
-        `keys` gives those; it is not called if all are taken.
+        `keys` gives those, `above` further names that rules may be for, below which there may be no key: parameters of
+        optimizers that have no state. Neither is called if all is taken by its own name.
         """
         texts = [self._include.texts, self._exclude.texts, sorted((rule.own, rule.saved) for rule in self._rules)]
         said: dict[str, Any] = {"digest": value_digest(texts)}
         if not self.is_partial and not self.renames:
             return said
         names = keys()
+        known = (*names, *above()) if self.renames else names
         saved = {key for table in manifest.tables for key in (*table.tensors, *table.values)}
         outside = [name for key in saved for name in self.own_names(key)]
         said["include"] = _matched(self._include, names)
         said["exclude"] = _matched(self._exclude, [*names, *outside])
-        said["rename"] = sorted({n for n, rule in enumerate(self._rules) if any(map(rule.forwards, names))})
+        said["rename"] = sorted({n for n, rule in enumerate(self._rules) if any(map(rule.forwards, known))})
         applied = [(name, n) for name in names if self.takes(name) and (n := self._applied(name)) is not None]
         said["applied"] = sorted({n for _, n in applied})
         said["found"] = sorted({n for name, n in applied if self.saved_name(name) in saved})

@@ -38,6 +38,12 @@ def keys_of(parts: Sequence[Part]) -> list[str]:
     return names
 
 
+def parameters_of(parts: Sequence[Part]) -> list[str]:
+    """The names below which optimizers have, or may have, the state of their parameters."""
+    optimizers = [part for part in parts if part.kind == "optimizer"]
+    return [f"{part.key}.state.{name}" for part in optimizers for name in part.owner.names.values()]
+
+
 def is_below(name: str, parts: Container[str]) -> bool:
     """Whether the key is that of a part, or below one."""
     pieces = name.split(".")
