@@ -30,6 +30,7 @@ LASTING_FILES = (
     "/dev/",  # null, urandom, nvidia*
     "/proc/",
     "/sys/",
+    "/var/lib/libuuid/",  # where there is such a folder, libuuid keeps the clock of `uuid.uuid1` open for good
 )
 LOOP_FILES = ("socket:", "anon_inode:[eventpoll]")
 """Belong to fsspec's event loop while that runs: its wake-up sockets, and connections kept for the next request."""
