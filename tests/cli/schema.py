@@ -15,6 +15,7 @@ from typing import Any
 from shardckpt.tools.copying.steps import CopyReport
 from shardckpt.tools.examining.bench import BenchReport
 from shardckpt.tools.examining.findings import Examination
+from shardckpt.tools.export import ExportReport
 from shardckpt.tools.listing import Listing
 from shardckpt.tools.page.facts import RunFacts
 from shardckpt.tools.repair import RepairReport
@@ -27,6 +28,7 @@ REPORTS: Mapping[str, type] = {
     "ls": Listing,
     "verify": RunReport,
     "repair": RepairReport,
+    "export": ExportReport,
     "cp": CopyReport,
     "doctor": Examination,
     "bench": BenchReport,

@@ -14,8 +14,6 @@ from shardckpt.tools.moving.writing.outlet import Outlet, outlet
 from shardckpt.tools.moving.writing.stream import LEAST_BUDGET
 from shardckpt.tools.place import Where
 
-ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-
 
 class ArchiveSink:
     """A `TensorSink` that makes one archive. A model alone is written as its own state dict, without its key in front;
@@ -24,6 +22,9 @@ class ArchiveSink:
     A name that ends in ".pt", ".pth", ".bin" or ".ckpt" is that file; in a folder it is called `pytorch_model.bin`,
     which is where Hugging Face looks, or `checkpoint.pt` if it holds more than a model.
     """
+
+    ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+    """How the name of a file ends."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class ArchiveSink:
         file = ArchiveFile()
         tree = source.tree["model"] if is_model else source.tree
         file.tree = walk(tree, TensorName, partial(file.take, facts=source.tensors, ties=source.ties))
-        with outlet(self._where, endings=ENDINGS, storage_options=self._options) as out:
+        with outlet(self._where, endings=self.ENDINGS, storage_options=self._options) as out:
             for name, content in {} if out.file else self._beside.items():
                 out.put(name, [content])
             name = out.file or ("pytorch_model.bin" if is_model else "checkpoint.pt")

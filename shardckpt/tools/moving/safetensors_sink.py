@@ -45,6 +45,9 @@ class SafetensorsSink:
     others count, which is the index or the only file, comes last.
     """
 
+    ENDINGS = (_ENDING,)
+    """How the name of a file ends."""
+
     def __init__(
         self,
         where: Where,
@@ -66,7 +69,7 @@ class SafetensorsSink:
         the form cannot hold, what the source raises for what it cannot read. Then nothing of it is there."""
         part = only_tensors(source)
         files = _planned(source, part, self._most)
-        with outlet(self._where, endings=(_ENDING,), storage_options=self._options) as out:
+        with outlet(self._where, endings=self.ENDINGS, storage_options=self._options) as out:
             stem = out.file.removesuffix(_ENDING) or "model"
             for name, content in {} if out.file else self._beside.items():
                 out.put(name, [content])

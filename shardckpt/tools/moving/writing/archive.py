@@ -107,7 +107,7 @@ class _Reading(StorageWrapper):
 
 def _sums(source: TensorSource, tensors: Mapping[str, TensorFacts], budget: int) -> Iterable[int]:
     """The CRC of each tensor, in order; some megabytes of them are read at once."""
-    memory = memoryview(bytearray(min(budget // 2, _SUMMED_AT_ONCE)))
+    memory = memoryview(bytearray(min(budget // 2, _SUMMED_AT_ONCE) // _ALIGNED * _ALIGNED))
     crcs = dict.fromkeys(tensors, 0)
     for batch in _batches(tensors, memory):
         source.read(batch)
@@ -117,6 +117,8 @@ def _sums(source: TensorSource, tensors: Mapping[str, TensorFacts], budget: int)
 
 
 _SUMMED_AT_ONCE = 32 << 20
+_ALIGNED = 16
+"""Bytes of the widest element: windows begin at such places, so that none cuts an element."""
 
 
 def _batches(tensors: Mapping[str, TensorFacts], memory: memoryview) -> Iterator[list[Window]]:
@@ -132,5 +134,9 @@ def _batches(tensors: Mapping[str, TensorFacts], memory: memoryview) -> Iterator
             if used == len(memory):
                 yield batch
                 batch, used = [], 0
+        used += -used % _ALIGNED
+        if used == len(memory):
+            yield batch
+            batch, used = [], 0
     if batch:
         yield batch

@@ -78,6 +78,11 @@ def outlet(
             raise
 
 
+def names_file(where: Where, endings: tuple[str, ...]) -> bool:
+    """Whether a place is meant as a file, by how its name ends."""
+    return isinstance(where, (str, os.PathLike)) and os.fspath(where).rstrip("/").endswith(endings)
+
+
 def _found(
     stack: ExitStack, where: Where, endings: tuple[str, ...], options: Mapping[str, object] | None
 ) -> tuple[Outlet, Callable[[Outlet], None]]:
@@ -91,7 +96,7 @@ def _found(
         return storage
 
     above, name = split_place(text.rstrip("/"))
-    is_file = name.endswith(endings)
+    is_file = names_file(where, endings)
     if not above or not name:
         if is_file or not name:
             raise ValueError(f"{text!r} has no folder above it: name one in which it is to be made")
