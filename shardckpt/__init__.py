@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from shardckpt.streams import RngState as RngState
     from shardckpt.tools.convert import ConvertReport as ConvertReport
     from shardckpt.tools.convert import convert as convert
+    from shardckpt.tools.export import ExportReport as ExportReport
+    from shardckpt.tools.export import export as export
+    from shardckpt.tools.moving.writing.told import Means as Means
     from shardckpt.tools.repair import RepairReport as RepairReport
     from shardckpt.tools.repair import repair as repair
     from shardckpt.tools.report import RunReport as RunReport
@@ -93,6 +96,7 @@ _HOME = {
     "Deleted": "engine.events.kinds",
     "Difference": "run.registry.config",
     "Event": "engine.events.kinds",
+    "ExportReport": "tools.export",
     "Failure": "errors",
     "Fate": "run.prune",
     "GangError": "errors",
@@ -107,6 +111,7 @@ _HOME = {
     "LoadPolicy": "engine.loading.selecting.policy",
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
+    "Means": "tools.moving.writing.told",
     "OtherRank": "engine.progress",
     "Parts": "run.choosing.parts",
     "PendingSave": "engine.pending",
@@ -134,6 +139,7 @@ _HOME = {
     "TrainingProgress": "run.choosing.progress",
     "Written": "engine.events.kinds",
     "convert": "tools.convert",
+    "export": "tools.export",
     "repair": "tools.repair",
     "verify": "tools.verify",
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from shardckpt.errors import CheckpointLoadError, CheckpointSaveError
+from shardckpt.errors import CheckpointLoadError
 from shardckpt.tools.moving.folders import find
 from shardckpt.tools.moving.seam import TensorSink
 from shardckpt.tools.place import Where
@@ -57,8 +57,8 @@ def convert(
 ) -> ConvertReport:
     """Read whatever checkpoint lies at `source`, and write it at `target` in the form `to`, by bounded pieces.
 
-    Names, order, dtypes and ties stay as they are. Nothing in the source is run, nothing outside of it is read. What
-    is written is there whole, or not at all.
+    Names, order, dtypes and ties stay as they are; in a file of one model, names stand without "model." in front.
+    Nothing in the source is run, nothing outside of it is read. What is written is there whole, or not at all.
 
     `CheckpointNotFoundError` if there is nothing, `CheckpointDamagedError` for content that is not sound or would run
     code, `CheckpointLoadError` for what cannot be read or is of no known form, `InvalidStateError` for a state that the
@@ -75,7 +75,7 @@ def convert(
         budget_nbytes: of tensors in memory at once; beside it, up to 64 MiB for those that do not lie row by row.
         storage_options: for fsspec, at both places; never logged.
     """
-    make = _sink(to)
+    make = sink_of(to)
     found = find(source, parts=parts, step=from_step, storage_options=storage_options)
     try:
         number = step if step is not None else found.step or 0
@@ -91,13 +91,9 @@ def convert(
         found.source.close()
 
 
-def _sink(to: str) -> Any:
+def sink_of(to: str) -> Any:
+    """The class that writes a form; `ValueError` for one that is not known."""
     if to not in SINKS:
         raise ValueError(f"{to!r} is no form that is written: name one of {', '.join(SINKS)}")
     module, name = SINKS[to]
-    try:
-        return getattr(import_module(f"shardckpt.tools.moving.{module}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != f"shardckpt.tools.moving.{module}":
-            raise
-        raise CheckpointSaveError(f"the form {to!r} cannot be written yet") from error
+    return getattr(import_module(f"shardckpt.tools.moving.{module}"), name)

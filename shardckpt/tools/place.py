@@ -54,7 +54,7 @@ def opened(where: Where, options: Mapping[str, object] | None = None) -> Iterato
 
 def _place(text: str, storages: list[Storage], options: Mapping[str, object] | None) -> Place:
     names = storages[0].list()
-    above, name = _split(text)
+    above, name = split_place(text)
     if above and (parse_step(name) is not None or parse_aside(name) is not None or MANIFEST in names or not names):
         storages.append(open_storage(above, storage_options=options))
         if names and not _is_file(storages[1], name):
@@ -66,7 +66,7 @@ def _place(text: str, storages: list[Storage], options: Mapping[str, object] | N
     return Place(storages[0])
 
 
-def _split(text: str) -> tuple[str, str]:
+def split_place(text: str) -> tuple[str, str]:
     """The place above and the last name; nothing above for what is a root by itself."""
     if "://" in text:
         protocol, _, rest = text.partition("://")

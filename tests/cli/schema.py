@@ -16,6 +16,7 @@ from shardckpt.tools.convert import ConvertReport
 from shardckpt.tools.copying.steps import CopyReport
 from shardckpt.tools.examining.bench import BenchReport
 from shardckpt.tools.examining.findings import Examination
+from shardckpt.tools.export import ExportReport
 from shardckpt.tools.listing import Listing
 from shardckpt.tools.looking.inspect import Inspection
 from shardckpt.tools.looking.reading import ReadingPlan
@@ -35,6 +36,7 @@ REPORTS: Mapping[str, type] = {
     "verify": RunReport,
     "repair": RepairReport,
     "convert": ConvertReport,
+    "export": ExportReport,
     "cp": CopyReport,
     "doctor": Examination,
     "bench": BenchReport,

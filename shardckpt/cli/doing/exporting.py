@@ -1,0 +1,61 @@
+"""`shardckpt export`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, cast
+
+import typer
+
+from shardckpt.cli.looking.listing import AsJson
+from shardckpt.cli.output import explaining, print_json, progress, say, size_text
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def export(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A run, or one step of it (.../step_100).")],
+    to: Annotated[str, typer.Argument(metavar="TO", help="The folder or file to write; it must not be there yet.")],
+    *,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="This step; else the newest.")] = None,
+    form: Annotated[str, typer.Option("--form", help="safetensors or pt.")] = "safetensors",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Round to this, as bfloat16; else as it is.")] = None,
+    max_file_size: Annotated[str | None, typer.Option("--max-file-size", help="Of safetensors, as 5GB.")] = None,
+    part: Annotated[str, typer.Option("--part", help="The part of the state.")] = "model",
+    as_json: AsJson = False,
+) -> None:
+    """Export the model of a committed step, of any mesh, as consolidated safetensors or one .pt file.
+
+    A folder gets model.safetensors, or several files with an index, and config.json and the tokenizer's files if the
+    step has them from cc/. It is there whole, or not at all; what is there already is never replaced.
+
+    Ends with 0 if it was exported, 1 if there is no such step or it is damaged, 2 if it cannot be read or written.
+
+    Example: shardckpt export s3://lab/runs/a llama-7b-a --dtype bfloat16
+    """
+    with explaining(), progress("step") as bar:
+        from shardckpt.tools.export import Form
+        from shardckpt.tools.export import export as write
+        from shardckpt.tools.moving.writing.told import Means
+
+        most = None if max_file_size is None else size_of(max_file_size)
+        choices: dict[str, Any] = {"step": step, "dtype": dtype, "max_file_nbytes": most, "part": part}
+        report = write(url, to, form=cast(Form, form), means=Means(told=bar), **choices)
+    if as_json:
+        print_json(report)
+    else:
+        beside = f", with {', '.join(report.copied)}" if report.copied else ""
+        what = f"{report.tensors} tensor{'s' * (report.tensors != 1)}, {size_text(report.nbytes)}"
+        typer.echo(f"step {report.step}: {what}, written as {report.form}{beside}")
+    for note in report.notes:
+        say(note)
+
+
+def size_of(text: str) -> int:
+    """Bytes, from "800MB", "5 GiB" or a number. `ValueError` for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write it as 800MB, 5GB or 5GiB")
+    unit = (match[2] or "").lower()
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** _UNITS[unit[:1]])

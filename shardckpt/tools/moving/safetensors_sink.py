@@ -1,0 +1,128 @@
+"""Write safetensors as Hugging Face shards them, by ourselves: no tensor, and no file, is ever in memory whole.
+
+A file is 8 bytes (the length of the header, little-endian), a header in JSON, padded with spaces to 8 bytes, and the
+tensors without gaps. Sources: the README of `safetensors`; `serialize` in its `tensor.rs`, which lays wide elements
+before narrow ones, so that each tensor is aligned; `split_torch_state_dict_into_shards` of `huggingface_hub`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from shardckpt.errors import InvalidStateError
+from shardckpt.format.index import ITEMSIZE
+from shardckpt.tools.moving.foreign.safetensors_source import DTYPES, INDEX_ENDING, MOST_HEADER
+from shardckpt.tools.moving.seam import TensorFacts, TensorSource
+from shardckpt.tools.moving.writing.outlet import outlet
+from shardckpt.tools.moving.writing.part import OnePart, only_tensors
+from shardckpt.tools.moving.writing.stream import LEAST_BUDGET, streamed
+from shardckpt.tools.place import Where
+
+MAX_FILE_NBYTES = 5_000_000_000
+"""Bytes of tensors in a file, as `save_pretrained` counts."""
+_ENDING = ".safetensors"
+_NAMES = {ours: name for name, ours in DTYPES.items()}
+_METADATA = "__metadata__"
+
+
+@dataclass(slots=True)
+class _File:
+    """The tensors of a file, (name, its name in the source, what it is)."""
+
+    tensors: list[tuple[str, str, TensorFacts]] = field(default_factory=list)
+    nbytes: int = 0
+
+
+class SafetensorsSink:
+    """A `TensorSink` for one part of a state, most often the model; its key is taken off the names.
+
+    A folder gets `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`; a name
+    that ends in ".safetensors" is that file, or gives its name to several. Tied tensors are written once, under the
+    first of their names, and the others are noted as `safetensors.torch.save_model` does it. The file that makes the
+    others count, which is the index or the only file, comes last.
+    """
+
+    ENDINGS = (_ENDING,)
+    """How the name of a file ends."""
+
+    def __init__(
+        self,
+        where: Where,
+        *,
+        max_file_nbytes: int = MAX_FILE_NBYTES,
+        beside: Mapping[str, bytes] | None = None,
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        """`where`: the folder or file; a path, URL or empty `Storage`. `beside`: small files that go into a folder with
+        it. A tensor that is larger than `max_file_nbytes` has a file of its own."""
+        if max_file_nbytes < 1:
+            raise ValueError(f"a file of at most {max_file_nbytes} bytes holds nothing")
+        self._where, self._options = where, storage_options
+        self._most = max_file_nbytes
+        self._beside = dict(beside or {})
+
+    def write(self, source: TensorSource, *, budget_nbytes: int) -> None:
+        """Write it. `CheckpointSaveError` if it is there already or cannot be written, `InvalidStateError` for what
+        the form cannot hold, what the source raises for what it cannot read. Then nothing of it is there."""
+        part = only_tensors(source)
+        files = _planned(source, part, self._most)
+        with outlet(self._where, endings=self.ENDINGS, storage_options=self._options) as out:
+            stem = out.file.removesuffix(_ENDING) or "model"
+            for name, content in {} if out.file else self._beside.items():
+                out.put(name, [content])
+            names = [f"{stem}-{n:05}-of-{len(files):05}{_ENDING}" for n in range(1, len(files) + 1)]
+            names = names if len(files) > 1 else [f"{stem}{_ENDING}"]
+            for name, file in zip(names, files, strict=True):
+                tensors = [(own, facts.nbytes) for _, own, facts in file.tensors]
+                head = _header(file, part.ties)
+                with closing(streamed(source, head, tensors, budget_nbytes=max(budget_nbytes, LEAST_BUDGET))) as parts:
+                    out.put(name, parts)
+            if len(files) > 1:
+                out.put(f"{stem}{INDEX_ENDING}", [_index(names, files)])
+
+
+def _planned(source: TensorSource, part: OnePart, most_nbytes: int) -> list[_File]:
+    """Which file has which tensors, in the source's order; within a file, wide elements come first."""
+    known, files = source.tensors, [_File()]
+    unknown = sorted({known[own].dtype for own in part.tensors.values()} - _NAMES.keys())
+    if unknown:
+        raise InvalidStateError(f"safetensors has no name for tensors of {', '.join(unknown)}: write a .pt file")
+    if _METADATA in part.tensors:
+        raise InvalidStateError(f"no tensor in safetensors can be called {_METADATA!r}")
+    for name, own in part.tensors.items():
+        facts = known[own]
+        if files[-1].tensors and files[-1].nbytes + facts.nbytes > most_nbytes:
+            files.append(_File())
+        files[-1].tensors.append((name, own, facts))
+        files[-1].nbytes += facts.nbytes
+    for file in files:
+        file.tensors.sort(key=lambda item: -ITEMSIZE[item[2].dtype])
+    return files
+
+
+def _header(file: _File, ties: Mapping[str, str]) -> bytes:
+    here = {name for name, _, _ in file.tensors}
+    metadata = {"format": "pt"} | {name: kept for name, kept in ties.items() if kept in here and name != "format"}
+    text = json.dumps({_METADATA: metadata, **dict(_entries(file))}, separators=(",", ":"), ensure_ascii=False)
+    content = text.encode()
+    content += b" " * (-len(content) % 8)
+    if len(content) > MOST_HEADER:
+        raise InvalidStateError(f"{len(here)} tensors need a header of {len(content)} bytes: make smaller files")
+    return len(content).to_bytes(8, "little") + content
+
+
+def _entries(file: _File) -> Iterator[tuple[str, object]]:
+    at = 0
+    for name, _, facts in file.tensors:
+        end = at + facts.nbytes
+        yield name, {"dtype": _NAMES[facts.dtype], "shape": list(facts.shape), "data_offsets": [at, end]}
+        at = end
+
+
+def _index(names: Sequence[str], files: Sequence[_File]) -> bytes:
+    weight_map = {name: key for key, file in zip(names, files, strict=True) for name, _, _ in file.tensors}
+    content = {"metadata": {"total_size": sum(file.nbytes for file in files)}, "weight_map": weight_map}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

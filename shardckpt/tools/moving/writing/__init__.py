@@ -1,0 +1,1 @@
+"""What the sinks share: how bytes are streamed, and how files are made known."""

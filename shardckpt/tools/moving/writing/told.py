@@ -1,0 +1,53 @@
+"""With what means a checkpoint is moved, and a source that tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from shardckpt.tools.moving.seam import TensorFacts, TensorSource, Window
+
+Told: TypeAlias = Callable[[int, int, int], None]
+"""Hears, on any thread, of the step's number, the bytes that have just been read, and those that will be."""
+
+
+def _unheard(step: int, nbytes: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What `export` and `average` may use, and who hears of their progress."""
+
+    budget_nbytes: int = 256 << 20
+    """Bytes of tensors in memory at once, more or less; beside it, up to 64 MiB for each source."""
+    storage_options: Mapping[str, object] | None = field(default=None, repr=False)
+    """For fsspec, at all places; never logged."""
+    told: Told = _unheard
+    """Called as (step, bytes that have just been read, bytes that will be read in all)."""
+
+
+class ToldSource:
+    """As `source`; each read is told."""
+
+    def __init__(self, source: TensorSource, told: Callable[[int], None]) -> None:
+        self._source, self._told = source, told
+
+    @property
+    def tensors(self) -> Mapping[str, TensorFacts]:
+        return self._source.tensors
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        return self._source.ties
+
+    @property
+    def tree(self) -> Any:
+        return self._source.tree
+
+    def read(self, windows: Sequence[Window]) -> None:
+        self._source.read(windows)
+        self._told(sum(len(window.into) for window in windows))
+
+    def close(self) -> None:
+        self._source.close()

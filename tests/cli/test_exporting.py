@@ -1,0 +1,45 @@
+"""`export`: what it prints and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shardckpt.cli.doing.exporting import size_of
+from tests.cli.test_listing import run
+from tests.tools.making import save
+
+
+def test_a_model_goes_out(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1, 7)
+    (tmp_path / "run/cc").mkdir()
+    assert run("export", tmp_path / "run", tmp_path / "a") == (0, "step 7: 2 tensors, 72 B, written as safetensors", "")
+    told = run("export", tmp_path / "run", tmp_path / "b", "--step", 1, "--max-file-size", "50B")
+    assert told == (0, "step 1: 2 tensors, 72 B, written as safetensors", "")
+    assert len(list((tmp_path / "b").iterdir())) == 3
+    assert load_file(tmp_path / "b/model-00001-of-00002.safetensors")["weight"].tolist() == [[1] * 3] * 2
+    arguments = ("--form", "pt", "--part", "optimizer", "--dtype", "bfloat16", "--json")
+    status, told, _ = run("export", tmp_path / "run", tmp_path / "c.pt", *arguments)
+    report = json.loads(told)
+    assert (status, report["tensors"], report["nbytes"], report["form"], report["copied"]) == (0, 1, 12, "pt", [])
+    assert torch.load(tmp_path / "c.pt")["optimizer"]["momentum"].dtype == torch.bfloat16
+
+
+def test_how_it_ends(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1)
+    assert run("export", tmp_path / "none", tmp_path / "a")[0] == 1
+    assert run("export", tmp_path / "run", tmp_path / "a", "--step", 9)[0] == 1
+    assert run("export", tmp_path / "run", tmp_path / "a", "--form", "stone")[0] == 2
+    assert run("export", tmp_path / "run", tmp_path / "a", "--max-file-size", "many")[0] == 2
+    status, told, said = run("export", tmp_path / "run", tmp_path / "run")
+    assert (status, told, "is there already" in said) == (2, "", True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("12", 12), ("5GB", 5 * 10**9), ("1.5 kib", 1536), ("2m", 2 * 10**6)])
+def test_sizes(text: str, nbytes: int) -> None:
+    assert size_of(text) == nbytes
