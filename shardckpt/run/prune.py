@@ -52,6 +52,16 @@ class Fate:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What becomes of the steps of a run."""
+
+    steps: tuple[Fate, ...]
+    deleted: tuple[Deleted, ...]
+    applied: bool
+    """Whether anything was to be deleted, or only told."""
+
+
 def fates(decision: Decision, policy: Policy) -> list[Fate]:
     """Of every step that a decision speaks of, ascending."""
     stay = [Fate(step, True, reason) for step, reason in decision.kept.items()]

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardckpt.run.prune import PruneReport
+from shardckpt.run.registry.runs import RunsFound
 from shardckpt.tools.convert import ConvertReport
 from shardckpt.tools.copying.steps import CopyReport
 from shardckpt.tools.examining.bench import BenchReport
@@ -41,10 +43,20 @@ REPORTS: Mapping[str, type] = {
     "doctor": Examination,
     "bench": BenchReport,
     "report": RunFacts,
+    "runs": RunsFound,
+    "prune": PruneReport,
 }
 """Command -> what it prints. One that is not here is not described yet."""
 
-_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", object: "any"}
+_NAMES = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    object: "any",
+    Any: "any",
+}
 
 
 def described() -> str:

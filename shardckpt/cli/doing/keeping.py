@@ -29,14 +29,12 @@ def runs(
     """
     with explaining():
         from shardckpt.gang.gangs import Gangs
-        from shardckpt.run.registry.runs import Runs
+        from shardckpt.run.registry.runs import Runs, RunsFound
 
         with Runs(url, Gangs.local()) as place:
             found = place.list()
     if as_json:
-        from dataclasses import asdict
-
-        print_json({"runs": [asdict(run) for run in found]})
+        print_json(RunsFound(tuple(found)))
     elif found:
         _print_runs(found)
     if not found:
@@ -88,7 +86,7 @@ def prune(
     with explaining():
         from shardckpt.run.catalog import Catalog
         from shardckpt.run.keeping.links import sweep_links
-        from shardckpt.run.prune import Deleted, fates, plan_retention, retain
+        from shardckpt.run.prune import Deleted, PruneReport, fates, plan_retention, retain
         from shardckpt.storage.open import open_storage
 
         policy = _policy(keep_last, keep_best, keep_every, metric=metric, lower_better=lower_better)
@@ -104,11 +102,7 @@ def prune(
     gone = {one.step: one.nbytes for one in deleted}
     left = [fate.step for fate in told if not fate.kept and fate.step not in gone]
     if as_json:
-        from dataclasses import asdict
-
-        print_json(
-            {"steps": [asdict(fate) for fate in told], "deleted": [asdict(one) for one in deleted]}, applied=apply
-        )
+        print_json(PruneReport(tuple(told), tuple(deleted), apply))
     else:
         for fate in told:
             word = "keep" if fate.kept else "deleted" if fate.step in gone else "delete"

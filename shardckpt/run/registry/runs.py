@@ -54,6 +54,13 @@ class RunSummary:
     """Why there is no `info`."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunsFound:
+    """The runs below a root."""
+
+    runs: tuple[RunSummary, ...]
+
+
 class Runs:
     """Runs below a root: `run_001`, `run_002`, ...
 
