@@ -10,7 +10,7 @@ import typer
 from shardckpt.cli.converting import convert
 from shardckpt.cli.copying import cp
 from shardckpt.cli.examining import bench, doctor, report
-from shardckpt.cli.exporting import export
+from shardckpt.cli.exporting import average, export
 from shardckpt.cli.keeping import pin, prune, runs, unpin
 from shardckpt.cli.looking import ls, verify
 from shardckpt.cli.repairing import repair
@@ -56,6 +56,7 @@ app.command()(verify)
 app.command()(repair)
 app.command()(convert)
 app.command()(export)
+app.command()(average)
 app.command()(cp)
 app.command()(doctor)
 app.command()(bench)

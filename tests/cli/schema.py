@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shardckpt.tools.average import AverageReport
 from shardckpt.tools.copying.steps import CopyReport
 from shardckpt.tools.examining.bench import BenchReport
 from shardckpt.tools.examining.findings import Examination
@@ -29,6 +30,7 @@ REPORTS: Mapping[str, type] = {
     "verify": RunReport,
     "repair": RepairReport,
     "export": ExportReport,
+    "average": AverageReport,
     "cp": CopyReport,
     "doctor": Examination,
     "bench": BenchReport,
