@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import shardckpt as sc
 from benchmarks.cells import Spread
@@ -84,7 +84,7 @@ def _prepare(folder: Path, nbytes: int) -> int:
             manager.save(1, {"model": sc.TensorSplit(model, rules)}).result()
 
     run_ranks(_RANKS, save, tp=_RANKS)
-    dcp.save({f"w{n}": tensor for n, tensor in enumerate(wholes)}, checkpoint_id=folder / "dcp", no_dist=True)
+    dcp_save({f"w{n}": tensor for n, tensor in enumerate(wholes)}, checkpoint_id=folder / "dcp", no_dist=True)
     return sum(tensor.nbytes for tensor in wholes)
 
 
