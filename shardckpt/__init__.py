@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from shardckpt.split import Split as Split
     from shardckpt.split import TensorSplit as TensorSplit
     from shardckpt.streams import RngState as RngState
+    from shardckpt.tools.average import AverageReport as AverageReport
+    from shardckpt.tools.average import average as average
     from shardckpt.tools.convert import ConvertReport as ConvertReport
     from shardckpt.tools.convert import convert as convert
     from shardckpt.tools.export import ExportReport as ExportReport
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOME = {
+    "AverageReport": "tools.average",
     "CheckpointDamagedError": "errors",
     "CheckpointDeleteError": "errors",
     "CheckpointError": "errors",
@@ -138,6 +141,7 @@ _HOME = {
     "Trace": "engine.events.trace",
     "TrainingProgress": "run.choosing.progress",
     "Written": "engine.events.kinds",
+    "average": "tools.average",
     "convert": "tools.convert",
     "export": "tools.export",
     "repair": "tools.repair",

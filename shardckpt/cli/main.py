@@ -9,7 +9,7 @@ import typer
 
 from shardckpt.cli.doing.converting import convert
 from shardckpt.cli.doing.copying import cp
-from shardckpt.cli.doing.exporting import export
+from shardckpt.cli.doing.exporting import average, export
 from shardckpt.cli.doing.keeping import pin, prune, runs, unpin
 from shardckpt.cli.doing.repairing import repair
 from shardckpt.cli.looking.comparing import diff
@@ -62,6 +62,7 @@ app.command()(verify)
 app.command()(repair)
 app.command()(convert)
 app.command()(export)
+app.command()(average)
 app.command()(cp)
 app.command()(doctor)
 app.command()(bench)

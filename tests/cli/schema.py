@@ -14,6 +14,7 @@ from typing import Any
 
 from shardckpt.run.prune import PruneReport
 from shardckpt.run.registry.runs import RunsFound
+from shardckpt.tools.average import AverageReport
 from shardckpt.tools.convert import ConvertReport
 from shardckpt.tools.copying.steps import CopyReport
 from shardckpt.tools.examining.bench import BenchReport
@@ -39,6 +40,7 @@ REPORTS: Mapping[str, type] = {
     "repair": RepairReport,
     "convert": ConvertReport,
     "export": ExportReport,
+    "average": AverageReport,
     "cp": CopyReport,
     "doctor": Examination,
     "bench": BenchReport,

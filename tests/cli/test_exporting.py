@@ -1,4 +1,4 @@
-"""`export`: what it prints and how it ends."""
+"""`export` and `average`: what they print and how they end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import shardckpt as sc
 from shardckpt.cli.doing.exporting import size_of
 from tests.cli.test_listing import run
 from tests.tools.making import save
@@ -38,6 +39,24 @@ def test_how_it_ends(tmp_path: Path) -> None:
     status, told, said = run("export", tmp_path / "run", tmp_path / "run")
     assert (status, told, "is there already" in said) == (2, "", True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_average_of_two(tmp_path: Path) -> None:
+    with sc.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            manager.save(step, {"model": {"w": torch.full((3,), float(step))}}).result()
+    steps = [tmp_path / "run/step_1", tmp_path / "run/step_2"]
+    told = f"1 tensor, 12 B, written as shardckpt, step 2\n 25.00%  {steps[0]}\n 75.00%  {steps[1]}"
+    assert run("average", *steps, tmp_path / "new", "--weights", "1,3") == (0, told, "")
+    to = tmp_path / "a.safetensors"
+    status, told, _ = run("average", *steps, to, "--decay", 0.5, "--form", "safetensors", "--json")
+    assert (status, json.loads(told)["weights"]) == (0, [0.5, 0.5])
+    assert load_file(to)["w"].tolist() == [1.5] * 3
+    assert run("average", *steps, tmp_path / "new", "--step", 3)[0] == 0
+    assert run("ls", tmp_path / "new")[0] == 0
+    for wrong in (("--weights", "1,x"), ("--weights", "1"), ("--form", "stone"), ("--step", 2)):
+        assert run("average", *steps, tmp_path / "new", *wrong)[0] == 2
+    assert run("average", *steps, tmp_path / "run/step_7", tmp_path / "new")[0] == 1
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [("12", 12), ("5GB", 5 * 10**9), ("1.5 kib", 1536), ("2m", 2 * 10**6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -129,3 +130,13 @@ def test_space_by_part() -> None:
     model = next(file.nbytes for file in record.files if file.kind == "consolidated")
     assert parts == {"whole model once more": model, "model": 8, "metadata": 4, "copies of files": 2}
     assert space_by_part(record_of(1, "0" * 10, files={"rank_0.pt": b"0" * 40}))[OTHER] == 24
+
+
+def test_of_another_rank_the_writing_is_what_it_was_seen_to_do(tmp_path: Path) -> None:
+    """Rank 0 hears of a rank's phases before that one's writing is over."""
+    phases = [["save", 9.0, 0.1], ["stage", 9.2, 0.3], ["meet", 9.1, 0.5], ["seal", 9.7, 0.1], ["put", 9.8, 0.4]]
+    line = {"event": "committed", "step": 1, "at": 10.0, "ranks": [[1, 9.0, phases]]}
+    (tmp_path / "log").write_text(json.dumps(line))
+    ((rank,),) = (line.ranks for line in read_saves(tmp_path / "log"))
+    assert [span.name for span in rank.spans] == ["meet", "save", "stage", "seal", "put", "write"]
+    assert (rank.spans[-1].began, rank.spans[-1].seconds) == pytest.approx((9.7, 0.5))

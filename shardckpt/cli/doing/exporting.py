@@ -1,4 +1,4 @@
-"""`shardckpt export`."""
+"""`shardckpt export` and `shardckpt average`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,44 @@ def export(
         typer.echo(f"step {report.step}: {what}, written as {report.form}{beside}")
     for note in report.notes:
         say(note)
+
+
+def average(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FROM...", help="Steps (.../step_100), or runs: their newest.")
+    ],
+    to: Annotated[str, typer.Argument(metavar="TO", help="The run, folder or file to write.")],
+    *,
+    weights: Annotated[str | None, typer.Option("--weights", help="One for each, as 1,1,2; else all alike.")] = None,
+    decay: Annotated[float | None, typer.Option("--decay", help="A moving average in this order instead.")] = None,
+    integers: Annotated[str, typer.Option("--integers", help="equal: they must be; last: the last one's.")] = "equal",
+    form: Annotated[str, typer.Option("--form", help="shardckpt, safetensors or pt.")] = "shardckpt",
+    step: Annotated[int | None, typer.Option("--step", min=0, help="The number that it gets; else the last's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Average the models of several steps, tensor by tensor, into a new step or into files.
+
+    It is calculated in float32 (float64 for float64), and dtypes stay as they are. The steps may be of any meshes, and
+    lie in any places, but must have the same tensors.
+
+    Ends with 0 if it was written, 1 if a step is not there or is damaged, 2 if they do not fit or it cannot be written.
+
+    Example: shardckpt average runs/a/step_100 runs/a/step_200 averaged --form safetensors
+    """
+    with explaining(), progress("step") as bar:
+        from shardckpt.tools.average import average as write
+        from shardckpt.tools.moving.writing.told import Means
+
+        shares = None if weights is None else [float(text) for text in weights.split(",")]
+        choices: dict[str, Any] = {"integers": integers, "form": form, "step": step, "decay": decay}
+        report = write(sources, to, weights=shares, means=Means(told=bar), **choices)
+    if as_json:
+        print_json(report)
+    else:
+        what = f"{report.tensors} tensor{'s' * (report.tensors != 1)}, {size_text(report.nbytes)}"
+        typer.echo(f"{what}, written as {report.form}, step {report.step}")
+        for source, share in zip(report.sources, report.weights, strict=True):
+            typer.echo(f"{share:7.2%}  {source}")
 
 
 def size_of(text: str) -> int:

@@ -79,7 +79,8 @@ class SaveLog:
 
 
 def _writing(rank: OtherRank) -> float:
-    return sum(phase.seconds for phase in rank.phases if phase.name == "write")
+    """Of other ranks only these phases are known to be over."""
+    return sum(phase.seconds for phase in rank.phases if phase.name in ("seal", "put"))
 
 
 def _outcome(event: SaveOver) -> str:

@@ -85,8 +85,12 @@ def _decoded(text: str) -> Iterator[SaveLine]:
 
 def _rank(content: Any) -> RankSpans:
     rank, began, spans = content
-    told = tuple(Span(str(name), _finite(at), _finite(seconds)) for name, at, seconds in spans)
-    return RankSpans(int(rank), _finite(began), told)
+    told = [Span(str(name), _finite(at), _finite(seconds)) for name, at, seconds in spans]
+    work = [span for span in told if span.name in ("seal", "put")]
+    if work and not any(span.name == "write" for span in told):  # of other ranks rank 0 knows no end of the whole
+        start = min(span.began for span in work)
+        told.append(Span("write", start, max(span.began + span.seconds for span in work) - start))
+    return RankSpans(int(rank), _finite(began), tuple(sorted(told, key=lambda span: span.name != "meet")))
 
 
 def _finite(value: Any) -> float:

@@ -47,7 +47,7 @@ def test_each_save_is_a_line(tmp_path: Path) -> None:
 
 def test_of_many_ranks_the_slowest_are_noted(tmp_path: Path) -> None:
     log = SaveLog(tmp_path / "log", ranks=3)
-    others = tuple(OtherRank(rank, 1.0, (Phase("write", 1.0, rank % 5, "save"),)) for rank in range(1, 10))
+    others = tuple(OtherRank(rank, 1.0, (Phase("put", 1.0, rank % 5, "save"),)) for rank in range(1, 10))
     log(Committed(**over(1), others=others))
     assert [rank for rank, *_ in lines(tmp_path / "log")[0]["ranks"]] == [0, 4, 9]
 

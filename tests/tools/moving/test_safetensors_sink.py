@@ -132,6 +132,19 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, name: str, most: in
     assert not isinstance(where, MemoryObjects) or where.list() == []
 
 
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_who_comes_first_stays(tmp_path: Path, name: str) -> None:
+    class Late(Made):
+        def read(self, windows: Any) -> None:
+            super().read(windows)
+            (tmp_path / name).mkdir(exist_ok=True)
+
+    with pytest.raises(CheckpointSaveError, match=f"{name} is there already"):
+        SafetensorsSink(tmp_path / name).write(Late(a=100), budget_nbytes=MIB)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert list((tmp_path / name).iterdir()) == []
+
+
 class Swallowing(Drain):
     def put(self, key: str, parts: Any) -> int:
         return sum(memoryview(part).nbytes for part in parts)
