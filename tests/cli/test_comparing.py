@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,8 @@ import shardckpt.cli.looking.comparing
 from tests.cli.test_listing import run
 from tests.tools.making import save
 
-TEXT = """A  {root}/step_1
+TEXT = """\
+A  {root}/step_1
 B  {root}/step_2
 tensor        dtype               shape  unequal  max   mean
 model.bias    float32             3 / 4        -    -      -
@@ -24,14 +24,15 @@ model.weight  float32             2x3     1 of 6    1  0.167
 only in A: model.old
 only in B: model.new
 step: 1 in A, 2 in B
-3 tensors in both; 3 of them differ"""
+3 tensors and 1 value in both; 3 tensors and 1 value of these differ"""
 
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The terminal that people have."""
-    terminal = partial(Console, width=80, highlight=False, markup=False)
-    monkeypatch.setattr(shardckpt.cli.looking.comparing, "console", terminal)
+    monkeypatch.setattr(
+        shardckpt.cli.looking.comparing, "console", lambda: Console(width=80, highlight=False, markup=False)
+    )
 
 
 @pytest.fixture
@@ -69,17 +70,18 @@ def test_alike(tmp_path: Path) -> None:
     save(tmp_path / "b", 7)
     status, told, said = run("diff", tmp_path / "a", tmp_path / "b/step_7")
     assert (status, said) == (0, "")
-    assert told == f"A  {tmp_path}/a/step_7\nB  {tmp_path}/b/step_7\n3 tensors in both; they are alike"
-    assert run("diff", tmp_path / "a", tmp_path / "b", "--filter", "model")[1].endswith(
-        "2 tensors in both; they are alike"
-    )
+    assert told == f"A  {tmp_path}/a/step_7\nB  {tmp_path}/b/step_7\n3 tensors and 1 value in both; alike"
+    told = run("diff", tmp_path / "a", tmp_path / "b", "--filter", "model")[1]
+    assert told.endswith("\n2 tensors and 0 values in both; alike")
+    status, _, said = run("diff", tmp_path / "a", tmp_path / "b", "--filter", "modle")
+    assert (status, said) == (1, "nothing in either matches modle")
 
 
 @pytest.mark.parametrize(
     ("second", "arguments", "status", "words"),
     [
         ("none", [], 1, "there is nothing at"),
-        ("run/step_9", [], 1, "step_9"),
+        ("run/step_9", [], 1, "run/step_9"),
         ("run", ["--rank", "3"], 2, "not by 3"),
         ("nonsense://a", [], 2, "nonsense"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from shardckpt.manager.steps.resuming import split_step
 from shardckpt.manager.steps.scheduling import Schedule
 from shardckpt.manager.talk import Talk
 from shardckpt.run.choosing.due import Moment, SaveAny, next_look
-from shardckpt.testing.faults import flip_byte
+from shardckpt.storage.memory import MemoryStorage
+from shardckpt.testing.faults import GatedStorage, flip_byte, on
 from shardckpt.testing.gangs import run_ranks
 
 LIMIT = timedelta(seconds=20)
@@ -31,6 +33,20 @@ def manager(root: Any, gangs: sc.Gangs | None = None, **options: Any) -> sc.Chec
 
 def state_at(step: int) -> dict[str, Any]:
     return {"w": torch.full((3,), float(step)), "step": step}
+
+
+def test_a_save_under_way_is_waited_for() -> None:
+    """It was not there yet, and the training began afresh without a word."""
+    place = GatedStorage(MemoryStorage("slow"), on("put"))
+    with manager(place) as checkpoints:
+        checkpoints.save(1, state_at(1))
+        assert place.reached.wait(LIMIT.total_seconds())
+        opener = threading.Timer(0.2, place.open_gate)
+        opener.start()
+        resumed = checkpoints.resume(state_at(0))
+        opener.join()
+    assert resumed is not None
+    assert resumed.step == 1
 
 
 def make(root: Any, scores: dict[int, float | None]) -> None:

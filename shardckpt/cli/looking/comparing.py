@@ -8,7 +8,7 @@ import typer
 
 from shardckpt.cli.looking.inspecting import Filter, many
 from shardckpt.cli.looking.listing import AsJson
-from shardckpt.cli.output import PROBLEMS, console, explaining, print_json
+from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,10 @@ def diff(
         print_json(found, alike=found.difference.is_none)
     else:
         _print(found, console())
-    if not found.difference.is_none:
+    compared = found.difference.compared + found.difference.compared_values
+    if only and found.difference.is_none and not compared:
+        say(f"nothing in either matches {' or '.join(only)}")
+    if not found.difference.is_none or not compared:
         raise typer.Exit(PROBLEMS)
 
 
@@ -62,9 +65,10 @@ def _print(found: StepsDiff, out: Console) -> None:
     if found.own:
         whose = f"those of rank {found.rank} were compared"
         out.print(Text(f"each rank has its own of {many(len(found.own), 'tensor')} ({_listed(found.own)}); {whose}"))
-    apart = len(difference.tensors)
-    ends = "they are alike" if difference.is_none else f"{apart} of them {'differs' if apart == 1 else 'differ'}"
-    out.print(Text(f"{many(difference.compared, 'tensor')} in both; {ends}"))
+    apart = f"{many(len(difference.tensors), 'tensor')} and {many(len(difference.values), 'value')} of these differ"
+    ends = "alike" if difference.is_none else apart
+    both = f"{many(difference.compared, 'tensor')} and {many(difference.compared_values, 'value')}"
+    out.print(Text(f"{both} in both; {ends}"))
 
 
 def _print_tensors(difference: Difference, out: Console) -> None:

@@ -77,6 +77,7 @@ class ResumingFace(ABC):
                 number the new one takes the place; "set aside": they are moved into a folder of the run, from which
                 they can be loaded (on file systems).
         """
+        self._saver.drain()  # a save under way is a step by the time that steps are looked for
         if which is False:
             self._start_afresh(overwrite)
             return None

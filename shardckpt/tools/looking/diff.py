@@ -63,6 +63,8 @@ class Difference:
     values: tuple[ValueDiff, ...]
     compared: int
     """Tensors that both have; also those that are alike."""
+    compared_values: int
+    """The same of Python values."""
 
     @property
     def is_none(self) -> bool:
@@ -89,6 +91,7 @@ def compare(first: TensorSource, second: TensorSource, *, only: Sequence[str] = 
         tensors=tuple(_TensorComparison(first, second, budget).run(both, *tensors)),
         values=tuple(_value_diffs(*keys)),
         compared=len(both),
+        compared_values=len(keys[0].keys() & keys[1].keys() - tensors[0].keys() - tensors[1].keys()),
     )
 
 
@@ -114,8 +117,8 @@ class _TensorComparison:
             if tally is None:
                 yield TensorDiff(*about)
             elif tally.unequal or first[name].dtype != second[name].dtype:
-                most, mean = (tally.max_abs, tally.mean_abs) if tally.is_measured else (None, None)
-                yield TensorDiff(*about, tally.unequal, tally.elements, most, mean, tally.not_finite)
+                largest, mean = (tally.max_abs, tally.mean_abs) if tally.is_measured else (None, None)
+                yield TensorDiff(*about, tally.unequal, tally.elements, largest, mean, tally.not_finite)
 
     def _bundles(self, lengths: Mapping[Pair, int]) -> Iterator[list[Stretch]]:
         """What is read at once."""
