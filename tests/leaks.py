@@ -37,6 +37,8 @@ LOOP_FILES = ("socket:", "anon_inode:[eventpoll]")
 SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 """Processes that `multiprocessing` keeps for its own use until the end."""
 SHARED_MEMORY = Path("/dev/shm")
+_PROCESSES = range(1, 1 << 22)
+"""Ids that processes can have (PID_MAX_LIMIT of Linux); what else looks like a number in a name is part of a word."""
 TOLD = Path("/proc/thread-self/children").is_file()
 """Whether the kernel tells what a thread has started."""
 
@@ -142,6 +144,6 @@ def _ours(names: Collection[str]) -> Iterable[str]:
         return
     mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
     for name in names:
-        numbers = {int(number) for number in re.findall(r"\d+", name)}
+        numbers = {int(number) for number in re.findall(r"\d+", name) if int(number) in _PROCESSES}
         if numbers & mine or not any(psutil.pid_exists(number) for number in numbers):
             yield name

@@ -92,3 +92,10 @@ def test_the_shared_memory_of_another_program_is_not_ours(undo: ExitStack) -> No
     path.write_bytes(b"x")
     undo.callback(path.unlink)
     assert leaks(before) == []
+
+
+def test_a_number_that_no_process_can_have_is_part_of_a_name(undo: ExitStack) -> None:
+    before, path = held(), Path(f"/dev/shm/shardckpt-{os.getpid()}-204293969474")
+    path.touch()
+    undo.callback(path.unlink)
+    assert leaks(before) == [f"shared memory {path.name}"]

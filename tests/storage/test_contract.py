@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -61,7 +62,7 @@ class TestLocalStorageOnTmpfs(RenamingContract):
         shm = Path("/dev/shm")
         if not shm.is_dir():
             pytest.skip("no /dev/shm here")
-        storage = LocalStorage(shm / f"shardckpt-test-{uuid.uuid4().hex}" / "root")
+        storage = LocalStorage(shm / f"shardckpt-test-{os.getpid()}-{uuid.uuid4().hex}" / "root")
         yield storage
         LocalStorage(shm).delete_tree(Path(storage.url).parent.name)
 
