@@ -12,6 +12,7 @@ from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects
+from shardckpt.testing.faults import FailingStorage, RecordingStorage, on
 from shardckpt.tools.contents import files_below
 from shardckpt.tools.copying.steps import copy_steps
 from shardckpt.tools.looking.inspect import inspect
@@ -78,3 +79,20 @@ def test_it_is_looked_at_and_read_as_whole_tensors(run: Storage) -> None:
     finally:
         source.close()
     assert torch.equal(read, state["model"].layers[0].base.weight)
+
+
+@pytest.mark.parametrize("to", ["files", "objects"])
+def test_a_copy_that_fails_anywhere_is_gone_on_with(run: Storage, tmp_path: Path, to: str) -> None:
+    def place(name: str) -> Storage:
+        return LocalStorage(tmp_path / name) if to == "files" else MemoryObjects(name)
+
+    changes = ("put", "make_folder", "rename_folder", "sync_folder", "delete")
+    reference = RecordingStorage(place("reference"))
+    copy_steps(run, reference)
+    for nth in range(1, sum(operation.name in changes for operation in reference.operations) + 1):
+        target = place(f"copy {nth}")
+        with pytest.raises(sc.CheckpointSaveError, match="the same command goes on"):
+            copy_steps(run, FailingStorage(target, on(*changes), nth=nth))
+        assert not Catalog(target).steps() or sc.verify(target).ok
+        assert copy_steps(run, target).ok
+        assert sc.verify(target).ok
