@@ -55,11 +55,13 @@ run() {
 
 pip_install() { run .venv/bin/python -m pip install --disable-pip-version-check --no-input -c "$constraints" "$@"; }
 
-# The emulator of Azure Blob Storage, for the tests. Without it they say why they are skipped.
+# The emulator of Azure Blob Storage, for the tests. Without it they say why they are skipped. Where npm reaches nothing, it
+# would try for many minutes.
 install_azurite() {
     [[ ,$extras, == *,test,* ]] && command -v npm >/dev/null && command -v node >/dev/null || return 0
     say "installing Azurite"
-    npm install --prefix .venv/azurite --no-audit --no-fund --no-save --ignore-scripts --loglevel=error "$azurite" \
+    timeout 120 npm install --fetch-retries=1 --fetch-timeout=30000 --prefix .venv/azurite \
+        --no-audit --no-fund --no-save --ignore-scripts --loglevel=error "$azurite" \
         >>"$log" 2>&1 || say "Azurite could not be installed; the tests of az:// will be skipped"
 }
 
