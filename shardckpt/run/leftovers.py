@@ -17,6 +17,7 @@ from shardckpt.format.manifest import decode_manifest
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import is_doomed, remove_folder
 from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
+from shardckpt.storage.objects.probe import is_probe
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class DeadAttempts:
     at least `grace` apart by its own monotonic clock, with the same files of the same sizes: a live gang gives up an
     attempt on which nothing happens long before. Modification times, which jump with clocks, decide nothing. A job
     shorter than `grace` sweeps nothing; the next one may. Object stores, where a look takes a request per step, are
-    looked at four times in that time.
+    looked at four times in that time. The small objects by which a storage probes its server go by the same rule.
     """
 
     def __init__(self, catalog: Catalog, *, grace: timedelta, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,6 +43,7 @@ class DeadAttempts:
         self._grace_s = grace.total_seconds()
         self._clock = clock
         self._seen: dict[str, tuple[float, _Content]] = {}
+        self._probes: dict[str, float] = {}
         self._looked = float("-inf")
 
     def tidy(self) -> list[str]:
@@ -50,7 +52,9 @@ class DeadAttempts:
         if now - self._looked < self._grace_s / 4 and not isinstance(self._catalog.storage, RenamingStorage):
             return []
         self._looked = now
-        for attempt in self._attempts():
+        names, uploads = self._catalog.storage.list(), _uploads(self._catalog.storage)
+        self._tidy_probes(names, uploads, now)
+        for attempt in self._attempts(names, uploads):
             content = self._content(attempt)
             since, known = self._seen.get(attempt.folder, (now, content))
             still[attempt.folder] = (since if known == content else now, content)
@@ -62,19 +66,31 @@ class DeadAttempts:
             _log.info("removed %s, left by a save that never committed", folder)
         return swept
 
-    def _attempts(self) -> Iterable[_Attempt]:
-        """All that may be leftovers, as far as names tell."""
+    def _tidy_probes(self, names: Sequence[str], uploads: Mapping[str, str], now: float) -> None:
+        """Delete the probes that have been there for long enough: who made them is dead, or could not delete them."""
+        storage, known = self._catalog.storage, self._probes
+        self._probes = {name: known.get(name, now) for name in (*names, *uploads) if is_probe(name)}
+        for name, since in self._probes.items():
+            if name in known and now - since >= self._grace_s:
+                if name in uploads and isinstance(storage, SharedPuts):
+                    storage.abort_upload(name, uploads[name])
+                try:
+                    storage.delete([name])
+                except OSError as error:
+                    _log.warning("the probe %s/%s could not be removed: %s", storage.url, name, error)
+
+    def _attempts(self, names: Sequence[str], uploads: Mapping[str, str]) -> Iterable[_Attempt]:
+        """All that may be leftovers, as far as names tell: those of the entries of the root, and of the uploads."""
         storage = self._catalog.storage
         if isinstance(storage, RenamingStorage):
-            asides = [parse_aside(name) for name in storage.list() if name.endswith("/")]
+            asides = [parse_aside(name) for name in names if name.endswith("/")]
             return [_Attempt(a.step, a.attempt, a.folder) for a in asides if a is not None and a.kind == "tmp"]
-        uploads = _uploads(storage)
         found = {_Attempt.of(key.split("/")): None for key in uploads}
-        for folder in storage.list():
-            names = storage.list(folder) if folder.endswith("/") and parse_step(folder) is not None else []
-            inside = [name for name in names if name.endswith("/")]
-            if len(inside) > 1 or MANIFEST not in names:  # else it is the one of the record
-                found |= {_Attempt.of([folder.rstrip("/"), name.rstrip("/"), ""]): None for name in inside}
+        for folder in names:
+            inside = storage.list(folder) if folder.endswith("/") and parse_step(folder) is not None else []
+            attempts = [name for name in inside if name.endswith("/")]
+            if len(attempts) > 1 or MANIFEST not in inside:  # else it is the one of the record
+                found |= {_Attempt.of([folder.rstrip("/"), name.rstrip("/"), ""]): None for name in attempts}
         return [attempt for attempt in found if attempt is not None]
 
     def _content(self, attempt: _Attempt) -> _Content:

@@ -13,12 +13,12 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain, islice
 from operator import methodcaller
-from secrets import token_hex
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from shardckpt.storage.base import Buffer, Read, check_folder, check_key
 from shardckpt.storage.objects import upload as uploads
 from shardckpt.storage.objects.backend import delete_objects, new_instance, protocols, publishes_whole, tries_of
+from shardckpt.storage.objects.probe import new_probe
 from shardckpt.storage.objects.secrecy import Redactor, redact
 from shardckpt.storage.objects.translate import absent_if_no_file, service_codes, translate
 from shardckpt.storage.retrying import Retrier, RetryPolicy
@@ -104,7 +104,7 @@ class FsspecStorage:
     def refuses_to_replace(self) -> bool:
         """Whether a put of what is there is refused by the place itself; remote ones are asked once."""
         if self._refuses is None:
-            path = f"{self._root}/.probe-{token_hex(8)}"
+            path = f"{self._root}/{new_probe()}"
             self._refuses = self._call(f"cannot probe {self._url}", lambda fs: uploads.refuses_to_replace(fs, path))
         return self._refuses
 

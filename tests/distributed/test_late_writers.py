@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,6 +20,7 @@ import shardckpt as sc
 from shardckpt.format.layout import MANIFEST
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Buffer, Storage
+from shardckpt.storage.objects.probe import is_probe
 from shardckpt.storage.wrapping import StorageWrapper
 from shardckpt.testing.pool import ProcessPool
 from tests.distributed.test_object_jobs import PART, keys_of, storage_of, sweep
@@ -125,6 +127,10 @@ def test_a_process_that_wakes_up_when_the_step_was_saved_again(
     assert loaded["number"] == 3
     assert torch.equal(*(state["weights"] for state in (loaded, expected)))  # type: ignore[arg-type]
 
+    # A probe that the late one is about to remove is no leftover yet.
+    deadline = time.monotonic() + 20
+    while any(map(is_probe, walk(storage))) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert all(committed not in folder for folder in sweep(storage))
     assert set(walk(storage)) == {*keys_of(storage, STEP), f"step_{STEP}/notes/of a person.txt"}
     assert storage.list_uploads() == [("elsewhere/large", foreign.replace(foreign.partition("/")[0], "", 1))]

@@ -73,3 +73,23 @@ def test_on_an_object_store_objects_and_uploads_of_dead_attempts_go() -> None:
     clock.now = 200
     assert attempts.tidy() == [alive]
     assert [key for key, _ in storage.list_uploads()] == ["foreign/x"]
+
+
+def test_probes_of_jobs_that_died_go_by_the_same_rule() -> None:
+    storage, clock = MemoryObjects(), Clock()
+    probe, foreign = ".probe-0123456789abcdef", ".probe-of-mine"
+    for name in (probe, foreign):
+        storage.put(name, [b"1"])
+    storage.begin_upload(".probe-fedcba9876543210")
+    attempts = DeadAttempts(Catalog(storage), grace=timedelta(seconds=100), clock=clock)
+    for now in (0, 99):
+        clock.now = now
+        attempts.tidy()
+        assert probe in storage.list()
+        assert len(storage.list_uploads()) == 1
+    clock.now = 101
+    attempts.tidy()
+    clock.now = 130
+    attempts.tidy()
+    assert storage.list() == [foreign]
+    assert storage.list_uploads() == []

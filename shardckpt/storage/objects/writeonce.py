@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeAlias, TypeVar
 
+from shardckpt.storage.objects.probe import new_probe
 from shardckpt.storage.objects.requests import (
     UNKNOWN_HEADER,
     delete_objects,
@@ -48,7 +48,7 @@ class WriteOnce:
         return self._of_uploads
 
     def _try(self, call: Call, create: Callable[[Any, str], None]) -> bool:
-        path = f"{self._folder}/.probe-{secrets.token_hex(8)}"
+        path = f"{self._folder}/{new_probe()}"
         try:
             call(lambda fs: put_object(fs, path, b"1", new=False))
             return bool(call(lambda fs: _is_refused(lambda: create(fs, path))))
