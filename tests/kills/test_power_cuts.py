@@ -49,8 +49,8 @@ def mounted(image: Path, place: Path) -> Iterator[Path]:
 
 
 def await_release(image: Path) -> None:
-    """Until nothing holds the file system any more: a process that was given a namespace of its own meanwhile (`ip netns
-    exec` of another test) has a copy of the mount, and who mounts again then gets the one that has lost its power."""
+    """Until nothing holds the file system any more: a process that got a namespace of its own meanwhile (another test's
+    `ip netns exec`) has a copy of the mount, and who mounts again then gets the one that has lost its power."""
     deadline = time.monotonic() + 60
     while subprocess.run(["losetup", "-j", str(image)], capture_output=True, check=True, timeout=60).stdout:
         assert time.monotonic() < deadline, f"something still holds {image}"
