@@ -145,11 +145,17 @@ def _described(mesh: Any, whole: Any, placements: tuple[str, ...], coordinate: t
     given = dict(zip(mesh.mesh_dim_names or names, placements, strict=True))
     kept = [i for i, name in enumerate(names) if name in given or name != "pp"]
     grid = whole.mesh[tuple(slice(None) if i in kept else at for i, at in enumerate(coordinate))]
-    entry = MeshEntry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
+    entry = _entry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
     assumed = any(names[i] not in given and whole.shape[i] > 1 for i in kept)
     own = () if len(given) == len(kept) else tuple(names[i] for i in kept if names[i] in given)
     spread = tuple(given.get(names[i], "R") for i in kept)
     return Sharding(entry, spread, tuple(coordinate[i] for i in kept), assumed, own)
+
+
+@functools.lru_cache(maxsize=64)
+def _entry(dims: tuple[str, ...], shape: tuple[int, ...], ranks: tuple[int, ...]) -> MeshEntry:
+    """One object for one mesh, however tensors lie on it: to compare those of two is a look at all ranks."""
+    return MeshEntry(dims, shape, ranks)
 
 
 def _names(dims: Sequence[object]) -> tuple[str, ...]:
