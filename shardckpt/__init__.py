@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from shardckpt.engine.events.kinds import Deleted as Deleted
     from shardckpt.engine.events.kinds import Event as Event
     from shardckpt.engine.events.kinds import Loaded as Loaded
+    from shardckpt.engine.events.kinds import Measured as Measured
     from shardckpt.engine.events.kinds import SaveFailed as SaveFailed
     from shardckpt.engine.events.kinds import SaveOver as SaveOver
     from shardckpt.engine.events.kinds import SaveSkipped as SaveSkipped
     from shardckpt.engine.events.kinds import SaveStarted as SaveStarted
     from shardckpt.engine.events.kinds import Staged as Staged
     from shardckpt.engine.events.kinds import StopAgreed as StopAgreed
+    from shardckpt.engine.events.kinds import SubscriberFailed as SubscriberFailed
     from shardckpt.engine.events.kinds import Written as Written
     from shardckpt.engine.events.savelog import SaveLog as SaveLog
     from shardckpt.engine.events.trace import Trace as Trace
@@ -115,6 +117,7 @@ _HOME = {
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
     "Means": "tools.moving.writing.told",
+    "Measured": "engine.events.kinds",
     "OtherRank": "engine.progress",
     "Parts": "run.choosing.parts",
     "PendingSave": "engine.pending",
@@ -137,6 +140,7 @@ _HOME = {
     "Staged": "engine.events.kinds",
     "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
+    "SubscriberFailed": "engine.events.kinds",
     "TensorSplit": "split",
     "Trace": "engine.events.trace",
     "TrainingProgress": "run.choosing.progress",
