@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from shardckpt.errors import GangError as GangError
     from shardckpt.errors import InvalidOperationError as InvalidOperationError
     from shardckpt.errors import InvalidStateError as InvalidStateError
+    from shardckpt.errors import RootNotSharedError as RootNotSharedError
     from shardckpt.gang.gangs import Gangs as Gangs
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
     from shardckpt.run.choosing.due import SaveEvery as SaveEvery
@@ -124,6 +125,7 @@ _HOME = {
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
     "RngState": "streams",
+    "RootNotSharedError": "errors",
     "Run": "run.registry.one",
     "RunReport": "tools.report",
     "Runs": "run.registry.runs",

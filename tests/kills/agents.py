@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -36,6 +37,25 @@ class HungError(AssertionError):
     """The job had not ended at its deadline."""
 
 
+def start_agent(program: list[str], *, mark: str, output: int | IO[str]) -> subprocess.Popen[str]:
+    """torchrun with these arguments; it and all that it starts carry the mark."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), _MARK: mark}
+    # The agent's store is handed to restarted workers with what is in it (pytorch#135712); gloo then hangs.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    command = [sys.executable, "-m", "torch.distributed.run", *program]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that still carry the mark."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if f"{_MARK}={mark}".encode() in Path("/proc", name, "environ").read_bytes():
+                found.append(int(name))
+    return found
+
+
 @dataclass
 class Job:
     """Agents with the same options, and everything that their workers have said so far, in that order."""
@@ -51,15 +71,9 @@ class Job:
     ended_by: str = ""
 
     def __enter__(self) -> Job:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), _MARK: self.mark}
-        # The agent's store is handed to restarted workers with what is in it (pytorch#135712); gloo then hangs.
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         for options in self.options:
-            command = [sys.executable, "-m", "torch.distributed.run", *options, str(PROGRAM), self.training.text()]
-            agent = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-            )
-            self.agents.append(agent)
+            program = [*options, str(PROGRAM), self.training.text()]
+            self.agents.append(start_agent(program, mark=self.mark, output=subprocess.PIPE))
         self._watch = threading.Timer(DEADLINE_S, self._hangs, args=())
         self._watch.start()
         return self
@@ -112,13 +126,7 @@ class Job:
                 yield line
 
     def left(self) -> list[int]:
-        """The processes that still carry its mark."""
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
-                if f"{_MARK}={self.mark}".encode() in Path("/proc", name, "environ").read_bytes():
-                    found.append(int(name))
-        return found
+        return marked(self.mark)
 
     def report(self) -> str:
         return "\n".join([*(line.text() for line in self.said), *self.other[-60:]])
