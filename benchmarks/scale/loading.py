@@ -89,7 +89,7 @@ def plan_load(saved: Committed, *, on: Mesh, rank: int) -> LoadCost:
     at, state = one.coordinates, one.state()
     parts = StateReader().take_apart(state, for_loading=True)
     policy = LoadPolicy(unexpected="ignore", new_world={"data": "own"})  # no rank alone can tell what is unexpected
-    needed = _writers_of(saved.manifest, at, parts, policy)
+    needed = _writers_of(decode_manifest(saved.record), at, parts, policy)
     saved = commit(saved.mesh, saved.model, planned=saved.planned, real=needed | saved.planned.keys())
     one.pretend()  # to have been that rank all the time
     gang = LocalGang("root")

@@ -76,25 +76,17 @@ def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
 
 def disagreements(receipts: Sequence[Receipt]) -> list[str]:
     """The files of which two ranks hold different content although it was taken to be the same."""
-    holding: dict[str, list[Receipt]] = {}
-    shards: dict[int, list[Receipt]] = {}
-    for receipt in receipts:
-        shards.setdefault(receipt.shard, []).append(receipt)
-        for group in receipt.alike:
-            holding.setdefault(group, []).append(receipt)
-    must = {group: those if _is_of_others(group) else shards[those[0].shard] for group, those in holding.items()}
-    return sorted(group for group, those in must.items() if len({own.alike.get(group) for own in those}) > 1)
+    holding = {group: _expected(group, receipts) for receipt in receipts for group in receipt.alike}
+    seen = {group: {receipt.alike.get(group) for receipt in those} for group, those in holding.items()}
+    return sorted(group for group, digests in seen.items() if len(digests) > 1)
 
 
 def _expected(group: str, receipts: Sequence[Receipt]) -> list[Receipt]:
     """Of those that must hold a group alike: for a file that ranks share, all of the shard; else those that do."""
     those = [receipt for receipt in receipts if group in receipt.alike]
-    return those if _is_of_others(group) else [receipt for receipt in receipts if receipt.shard == those[0].shard]
-
-
-def _is_of_others(group: str) -> bool:
-    """Whether it is of tensors in another rank's file (see `plan`)."""
-    return " " in group
+    if " " in group:  # tensors in another rank's file (see `plan`)
+        return those
+    return [receipt for receipt in receipts if receipt.shard == those[0].shard]
 
 
 def compose_manifest(

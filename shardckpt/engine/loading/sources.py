@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.finding.shards import Shards
 from shardckpt.format.manifest import HOMES, OF_RANK, Home, LayoutEntry, Manifest, Table, TensorEntry
-from shardckpt.format.placement import Box
+from shardckpt.format.placement import Box, Piece
 from shardckpt.format.record.columns import FilesByName
 from shardckpt.format.record.homes import home_file
 from shardckpt.state import NewWorld
@@ -114,7 +114,9 @@ class Sources:
         key = (found.entry.layout, found.entry.shape, found.entry.replica, whole, parts)
         if key not in self._chunks:
             self._chunks[key] = (
-                self._in_pieces(found.layout) if found.layout.pieces else self._sharded(found, parts, whole=whole)
+                self._in_pieces(found.layout, parts)
+                if found.layout.pieces
+                else self._sharded(found, parts, whole=whole)
             )
         return self._chunks[key]
 
@@ -281,6 +283,14 @@ class Sources:
         ranks = self._shards.of(entry, parts, near=whole, most=_MOST_CHUNKS)
         return [(self.files_of(rank, home), box) for rank, box in ranks]
 
-    def _in_pieces(self, layout: LayoutEntry) -> list[Chunk]:
+    def _in_pieces(self, layout: LayoutEntry, parts: tuple[Box, ...] | None) -> list[Chunk]:
+        pieces = layout.pieces
+        if parts is not None:  # a look at each, once for all tensors that lie and are wanted alike
+            pieces = tuple(piece for piece in pieces if any(_overlap(piece, part) for part in parts))
         zeros = (0,) * len(layout.pieces[0].offsets)
-        return [(self.files_of(p.rank, layout.home), Box(p.offsets, p.lengths, zeros)) for p in layout.pieces]
+        return [(self.files_of(p.rank, layout.home), Box(p.offsets, p.lengths, zeros)) for p in pieces]
+
+
+def _overlap(one: Piece, other: Box) -> bool:
+    rows = zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in rows)
