@@ -131,6 +131,11 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
                 raise
             _log.error("besides, %s", failure)
 
+    @property
+    def storage(self) -> Storage:
+        """Where the run lies; for what goes beside its steps (`cc/`). Its `url` has no credentials."""
+        return self._storage
+
     def save(
         self,
         step: int,

@@ -96,11 +96,11 @@ def export(
         total = nbytes * PASSES[form]
         source = ToldSource(source, lambda count: means.told(number, count, total))
         kind = sink_of(form)
-        beside = {} if names_file(to, kind.ENDINGS) else dict(_beside(own))
-        sink: TensorSink = kind(to, beside=beside, storage_options=means.storage_options, **options)
+        others = {} if names_file(to, kind.ENDINGS) else dict(beside(own))
+        sink: TensorSink = kind(to, beside=others, storage_options=means.storage_options, **options)
         sink.write(source, budget_nbytes=means.budget_nbytes // (1 if dtype is None else 2))
         count = len(own.tensors) + len(own.ties)
-        return ExportReport(own.url, number, form, count, nbytes, tuple(beside), _notes(own))
+        return ExportReport(own.url, number, form, count, nbytes, tuple(others), _notes(own))
 
 
 def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
@@ -113,10 +113,10 @@ def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
     return {"max_file_nbytes": max_file_nbytes}
 
 
-def _beside(source: StepSource) -> Iterator[tuple[str, bytes]]:
-    """The copies of `cc/` that belong to a model, as they are in the record."""
+def beside(source: StepSource, *more: str) -> Iterator[tuple[str, bytes]]:
+    """The copies of `cc/` that belong to a model, and those that match one `more`, as they are in the record."""
     for file in source.manifest.files:
-        if file.kind != CARBON_COPY or not any(fnmatchcase(file.name, pattern) for pattern in BESIDE):
+        if file.kind != CARBON_COPY or not any(fnmatchcase(file.name, pattern) for pattern in (*BESIDE, *more)):
             continue
         if "/" in file.name or file.nbytes > _LARGE:
             continue

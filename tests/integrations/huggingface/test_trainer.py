@@ -1,0 +1,32 @@
+"""`Trainer`: its options keep their meaning; a training that is killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.forks import Forks
+from tests.integrations.huggingface import jobs
+from tests.integrations.huggingface.jobs import Place
+from tests.integrations.huggingface.places import place_in
+from tests.storage.s3server import S3Server
+
+pytestmark = pytest.mark.xdist_group("huggingface")
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "file"), (2, "s3")])
+def test_a_killed_training_goes_on_with_the_same_losses(
+    forks: Forks, tmp_path: Path, moto: S3Server, world_size: int, kind: str
+) -> None:
+    whole = Place(str(tmp_path / "whole"), tmp_path / "whole")
+    (expected, *_) = forks.run(world_size, jobs.train, whole, {"save_strategy": "no"}, preload=jobs.PRELOAD)
+    place = place_in(kind, tmp_path, moto)
+    killed = forks.run_settled(world_size, jobs.killed, place, {}, 4)
+    assert {one.killed for one in killed} == {signal.SIGKILL}
+    seen = forks.run(world_size, jobs.resumed, place, {})
+    assert [one.resumed for one in seen] in ([2] * world_size, [4] * world_size)
+    assert seen[0].losses == expected.losses
+    assert len(expected.losses) == 8
+    assert seen[0].steps == [2, 4, 6, 8]
