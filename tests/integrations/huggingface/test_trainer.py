@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.forks import Forks
-from tests.integrations.huggingface import jobs
+from tests.integrations.huggingface import jobs, options
 from tests.integrations.huggingface.jobs import Place
 from tests.integrations.huggingface.places import place_in
 from tests.storage.s3server import S3Server
@@ -30,3 +30,21 @@ def test_a_killed_training_goes_on_with_the_same_losses(
     assert seen[0].losses == expected.losses
     assert len(expected.losses) == 8
     assert seen[0].steps == [2, 4, 6, 8]
+
+
+def test_each_option_means_what_it_means_there(forks: Forks, tmp_path: Path) -> None:
+    """Which steps stay, which is the best and loaded at the end, what `from_pretrained` finds: as Trainer's own."""
+    (found,) = forks.run(1, options.compare, tmp_path, preload=jobs.PRELOAD)
+    assert found == {name: [] for name in options.CASES}
+
+
+def test_every_way_to_resume(forks: Forks, tmp_path: Path) -> None:
+    (found,) = forks.run(1, options.resume_in_every_way, tmp_path, preload=jobs.PRELOAD)
+    assert "No valid checkpoint found in output directory" in found.pop("nothing there")
+    assert found == {
+        "by the name of the copy": (4, True),
+        "a step of another run": (6, True),
+        "what Trainer wrote": (None, True),
+        "auto, nothing there": (None, True),
+        "past a damaged step": (6, True),
+    }
