@@ -26,7 +26,7 @@ PASSES = {"safetensors": 1, "pt": 2, "shardckpt": 2}
 BESIDE = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*", "chat_template*"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "adapter_config.json"),
 )
 """What `from_pretrained` looks for beside a model."""
 _LARGE = 256 << 20
@@ -113,10 +113,10 @@ def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
     return {"max_file_nbytes": max_file_nbytes}
 
 
-def beside(source: StepSource, *more: str) -> Iterator[tuple[str, bytes]]:
-    """The copies of `cc/` that belong to a model, and those that match one `more`, as they are in the record."""
+def beside(source: StepSource) -> Iterator[tuple[str, bytes]]:
+    """The copies of `cc/` that belong to a model, as they are in the record."""
     for file in source.manifest.files:
-        if file.kind != CARBON_COPY or not any(fnmatchcase(file.name, pattern) for pattern in (*BESIDE, *more)):
+        if file.kind != CARBON_COPY or not any(fnmatchcase(file.name, pattern) for pattern in BESIDE):
             continue
         if "/" in file.name or file.nbytes > _LARGE:
             continue

@@ -34,8 +34,10 @@ class AcceleratorCheckpoints:
     lies is what `checkpoints` says, or else the folder above. `total_limit` keeps the last so many.
 
     `load_state()` loads the newest good step and `load_state(".../checkpoint-500")` step 500; both give its
-    `CheckpointInfo`. One keyword is added, `checkpoints`: a root or `CheckpointOptions`. `end_training` waits for the
-    last commit. All are called on all ranks.
+    `CheckpointInfo`. `load_state("auto")` does as the first, but gives None if there is no step.
+
+    One keyword is added, `checkpoints`: a root or `CheckpointOptions`. `end_training` waits for the last commit. All
+    are called on all ranks.
     """
 
     project_configuration: Any
@@ -99,22 +101,23 @@ class AcceleratorCheckpoints:
 
     def load_state(
         self, input_dir: str | os.PathLike[str] | None = None, load_kwargs: Any = None, *, which: Which = True
-    ) -> CheckpointInfo:
+    ) -> CheckpointInfo | None:
         """As `Accelerator.load_state`; `which` as of `CheckpointManager.resume`. `CheckpointNotFoundError` if there is
-        no step."""
-        place = None if input_dir is None else os.fspath(input_dir)
+        no step, unless "auto" was asked for."""
+        may_be_fresh = input_dir == "auto"
+        place = None if input_dir is None or may_be_fresh else os.fspath(input_dir)
         named = _NUMBER.match(place or "")
         manager = self._manager(place)
-        models = self._left_by(self._load_model_state_pre_hook, place)
-        parts = self._parts(models)
+        parts = self._parts(self._left_by(self._load_model_state_pre_hook, place))
         if named is not None:
             info: CheckpointInfo | None = manager.load(int(named["number"]), parts)
         else:
             info = manager.resume(parts, which)
-        if info is None:
+        if info is not None:
+            self.step = parts["accelerator"].step
+            self.project_configuration.iteration = info.step + 1
+        elif not may_be_fresh:
             raise CheckpointNotFoundError(f"there is no step in {manager.storage.url} to load")
-        self.step = parts["accelerator"].step
-        self.project_configuration.iteration = info.step + 1
         return info
 
     def end_training(self) -> None:

@@ -15,6 +15,7 @@ from shardckpt.tools.moving.seam import TensorFacts, TensorName, TensorSource, W
 from shardckpt.tools.moving.step import StepSource
 from shardckpt.tools.place import Where
 
+ADAPTER_CONFIG = "adapter_config.json"
 _BUDGET = 64 << 20
 
 
@@ -52,7 +53,7 @@ def export_adapter(where: Where, to: Path, *, step: int, names: Mapping[str, str
     """
     with StepSource.open(where, step=step, part=key) as source:
         to.mkdir(parents=True)
-        for name, content in beside(source, "adapter_config.json"):
+        for name, content in beside(source):
             (to / name).write_bytes(content)
         SafetensorsSink(to / "adapter_model.safetensors").write(_Adapter(source, names, key), budget_nbytes=_BUDGET)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from shardckpt.engine.events.kinds import Deleted, Event
 from shardckpt.engine.pending import PendingSave
-from shardckpt.errors import CheckpointError
+from shardckpt.errors import CheckpointError, InvalidStateError
 from shardckpt.format.layout import CARBON_COPY
-from shardckpt.integrations.huggingface.adapters import adapter_names, export_adapter
+from shardckpt.integrations.huggingface.adapters import ADAPTER_CONFIG, adapter_names, export_adapter
 from shardckpt.integrations.huggingface.parts import STATE_FILE
 from shardckpt.manager.checkpoints import CheckpointManager
 from shardckpt.storage.base import Storage
@@ -61,10 +61,16 @@ def from_pretrained(
     """`kind.from_pretrained` of a committed step, wherever it lies: `from_pretrained(AutoModelForCausalLM, "s3://...")`.
 
     One process. `kind` is a class of transformers or one of its `Auto...`; `kwargs` go to its `from_pretrained`. The
-    step is exported into a temporary folder first. Errors as of `shardckpt.export`.
+    step is exported into a temporary folder first. Errors as of `shardckpt.export`; `InvalidStateError` for a step of a
+    model of PEFT.
     """
     with TemporaryDirectory(prefix="shardckpt-pretrained-") as name:
-        export(url, Path(name) / "model", step=step, means=Means(storage_options=storage_options))
+        report = export(url, Path(name) / "model", step=step, means=Means(storage_options=storage_options))
+        if ADAPTER_CONFIG in report.copied:
+            raise InvalidStateError(
+                f"{report.source} is of a model with adapters: load it with adapter_only(model), or open its copy, "
+                "<output_dir>/checkpoint-<step>, with PeftModel.from_pretrained"
+            )
         return kind.from_pretrained(Path(name) / "model", **kwargs)
 
 

@@ -3,9 +3,13 @@ processes that have them."""
 
 from __future__ import annotations
 
+import io
 import os
+import runpy
 import signal
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,10 +194,7 @@ def with_accelerate(
                     os.kill(os.getpid(), signal.SIGKILL)
     accelerator.checkpoints.wait()
     steps = accelerator.checkpoints.steps()
-    if world_size == 1:
-        accelerator.end_training()
-    else:
-        accelerator.checkpoints.close()
+    accelerator.end_training()
     return Seen(dict(enumerate(counter.losses, start=1)), resumed if resume else None, steps, (None, None))
 
 
@@ -215,3 +216,64 @@ class Counter:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.losses = list(state_dict["losses"])
+
+
+def lora(rank: int, world_size: int, folder: Path, place: Place, kill_at: int | None, resume: bool) -> Seen:
+    options: dict[str, Any] = {"learning_rate": 1e-2}
+    return train(rank, world_size, folder, place, options, kill_at=kill_at, resume=resume or None, lora=True)
+
+
+def lora_looked_at(rank: int, world_size: int, folder: Path, place: Place) -> dict[str, Any]:
+    """A small adapter over a base that is larger, and what its steps are good for."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import shardckpt as sc
+    from shardckpt.errors import InvalidStateError
+    from shardckpt.integrations.huggingface import Trainer, adapter_only, from_pretrained
+
+    def base(seed: int) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 256, "n_positions": CONTEXT, "n_embd": 128, "n_layer": 4, "n_head": 2}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model, other = get_peft_model(base(0), config), get_peft_model(base(1), config)
+    options = {"max_steps": 2, "save_steps": 1, "learning_rate": 1e-1}
+    trainer = Trainer(model, arguments(place.folder, **options), train_dataset=rows(16))
+    trainer.train()
+    trained = model.state_dict()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with sc.CheckpointManager(place.root) as manager:
+        plan = manager.plan(2, {"model": other}, policy=adapter_only(other))
+        manager.load(2, {"model": other}, policy=adapter_only(other))
+    after = other.state_dict()
+    is_own = {name: "lora_" in name for name in after}
+    try:
+        adapter_only(GPT2LMHeadModel(GPT2Config(n_embd=4, n_layer=1, n_head=1)))
+    except InvalidStateError as error:
+        refused = str(error)
+    try:
+        from_pretrained(GPT2LMHeadModel, place.root)
+    except InvalidStateError as error:
+        no_base = str(error).partition(": ")[2]
+    again = PeftModel.from_pretrained(base(0), place.folder / "checkpoint-2").state_dict()
+    return {
+        "adapter is that of the step": all(torch.equal(after[n], trained[n]) for n, own in is_own.items() if own),
+        "base stays as it was": all(torch.equal(after[n], before[n]) for n, own in is_own.items() if not own),
+        "no more is read": plan.nbytes == sum(tensor.nbytes for name, tensor in trained.items() if is_own[name]),
+        "PEFT opens the copy": again.keys() == trained.keys() and all(torch.equal(again[n], trained[n]) for n in again),
+        "only the adapter is in it": not (place.folder / "checkpoint-2" / "model.safetensors").exists(),
+        "a model without an adapter": refused,
+        "from_pretrained": no_base,
+    }
+
+
+def program(rank: int, world_size: int, folder: Path, file: Path, argv: list[str]) -> str:
+    """Run it as a script; what it printed. The group that it is to make itself is there already."""
+    os.chdir(folder)
+    sys.argv = [str(file), *argv]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(str(file), run_name="__main__")
+    return printed.getvalue()

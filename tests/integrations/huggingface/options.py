@@ -94,8 +94,9 @@ def compare(rank: int, world_size: int, shared: Path, folder: Path) -> dict[str,
 def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) -> dict[str, Any]:
     """What each way of resuming came to: the step, and whether the losses are those of one life."""
     import transformers
+    from transformers import GPT2LMHeadModel
 
-    from shardckpt.integrations.huggingface import Trainer
+    from shardckpt.integrations.huggingface import Trainer, from_pretrained
 
     theirs, ours = folder / "theirs", folder / "ours"
     life(transformers.Trainer, theirs, {"max_steps": 6})
@@ -108,6 +109,9 @@ def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) 
         own = outcome(trainer, [])["losses"]
         found[name] = (trainer.resumed and trainer.resumed.step, own == expected)
 
+    straight = from_pretrained(GPT2LMHeadModel, ours, step=6).state_dict()
+    copy = GPT2LMHeadModel.from_pretrained(ours / "checkpoint-6").state_dict()
+    found["from_pretrained of a step"] = all(torch.equal(straight[name], copy[name]) for name in copy)
     tell("by the name of the copy", life(Trainer, ours, {}, resume=str(ours / "checkpoint-4")), whole)
     again = life(Trainer, folder / "other", {}, resume=f"{ours}/step_6")
     tell("a step of another run", again, whole)

@@ -47,4 +47,5 @@ def test_every_way_to_resume(forks: Forks, tmp_path: Path) -> None:
         "what Trainer wrote": (None, True),
         "auto, nothing there": (None, True),
         "past a damaged step": (6, True),
+        "from_pretrained of a step": True,
     }
