@@ -137,6 +137,11 @@ class CheckpointManager(
                 raise
             _log.error("besides, %s", failure)
 
+    @property
+    def storage(self) -> Storage:
+        """Where the run lies; for what goes beside its steps (`cc/`). Its `url` has no credentials."""
+        return self._storage
+
     def save(
         self,
         step: int,

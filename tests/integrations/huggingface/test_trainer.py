@@ -1,0 +1,51 @@
+"""`Trainer`: its options keep their meaning; a training that is killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.forks import Forks
+from tests.integrations.huggingface import jobs, options
+from tests.integrations.huggingface.jobs import Place
+from tests.integrations.huggingface.places import place_in
+from tests.storage.s3server import S3Server
+
+pytestmark = pytest.mark.xdist_group("huggingface")
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "file"), (2, "s3")])
+def test_a_killed_training_goes_on_with_the_same_losses(
+    forks: Forks, tmp_path: Path, moto: S3Server, world_size: int, kind: str
+) -> None:
+    whole = Place(str(tmp_path / "whole"), tmp_path / "whole")
+    (expected, *_) = forks.run(world_size, jobs.train, whole, {"save_strategy": "no"}, preload=jobs.PRELOAD)
+    place = place_in(kind, tmp_path, moto)
+    killed = forks.run_settled(world_size, jobs.killed, place, {}, 4)
+    assert {one.killed for one in killed} == {signal.SIGKILL}
+    seen = forks.run(world_size, jobs.resumed, place, {})
+    assert [one.resumed for one in seen] in ([2] * world_size, [4] * world_size)
+    assert seen[0].losses == expected.losses
+    assert len(expected.losses) == 8
+    assert seen[0].steps == [2, 4, 6, 8]
+
+
+def test_each_option_means_what_it_means_there(forks: Forks, tmp_path: Path) -> None:
+    """Which steps stay, which is the best and loaded at the end, what `from_pretrained` finds: as Trainer's own."""
+    (found,) = forks.run(1, options.compare, tmp_path, preload=jobs.PRELOAD)
+    assert found == {name: [] for name in options.CASES}
+
+
+def test_every_way_to_resume(forks: Forks, tmp_path: Path) -> None:
+    (found,) = forks.run(1, options.resume_in_every_way, tmp_path, preload=jobs.PRELOAD)
+    assert "No valid checkpoint found in output directory" in found.pop("nothing there")
+    assert found == {
+        "by the name of the copy": (4, True),
+        "a step of another run": (6, True),
+        "what Trainer wrote": (None, True),
+        "auto, nothing there": (None, True),
+        "past a damaged step": (6, True),
+        "from_pretrained of a step": True,
+    }
