@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.integrations.forks import Forks
-from tests.integrations.lightning.training import EPOCH, Layout, Plan, Result, train
+from tests.integrations.lightning.plans import EPOCH, Layout, Plan, Result, train
 from tests.storage.conftest import place, s3
 from tests.storage.s3server import S3Server
 
