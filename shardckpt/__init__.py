@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from shardckpt.errors import InvalidOperationError as InvalidOperationError
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.gang.gangs import Gangs as Gangs
+    from shardckpt.integrations.data.sampler import ResumableSampler as ResumableSampler
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
     from shardckpt.run.choosing.due import SaveEvery as SaveEvery
     from shardckpt.run.choosing.due import SaveRule as SaveRule
@@ -123,6 +124,7 @@ _HOME = {
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
+    "ResumableSampler": "integrations.data.sampler",
     "RngState": "streams",
     "Run": "run.registry.one",
     "RunReport": "tools.report",

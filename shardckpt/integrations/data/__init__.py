@@ -1,0 +1,1 @@
+"""Where training is in its data: positions that a checkpoint keeps."""
