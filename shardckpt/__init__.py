@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.errors import RootNotSharedError as RootNotSharedError
     from shardckpt.gang.gangs import Gangs as Gangs
+    from shardckpt.integrations.data.sampler import ResumableSampler as ResumableSampler
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
     from shardckpt.run.choosing.due import SaveEvery as SaveEvery
     from shardckpt.run.choosing.due import SaveRule as SaveRule
@@ -124,6 +125,7 @@ _HOME = {
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
+    "ResumableSampler": "integrations.data.sampler",
     "RngState": "streams",
     "RootNotSharedError": "errors",
     "Run": "run.registry.one",
