@@ -75,7 +75,7 @@ class Job:
         """Gives the step that it has saved last."""
         self.cluster.call("scancel", self.number)
         wait_until(lambda: self.state() == "CANCELLED", "cancelled", self.log)
-        wait_until(lambda: not self.processes(), "all its processes gone", self.log)
+        assert not self.processes()
         return committed(self.root)[-1]
 
     def processes(self, name: str = "") -> list[psutil.Process]:

@@ -24,6 +24,7 @@ SLURM = {
     "SLURM_NNODES": "2",
     "RANKS": "2",
 }
+RUNNING = "echo RUNNING\n"
 REQUEUE_ENDS_IT = "[[ $1 != requeue ]] || kill $PPID\n[[ $1 != show ]] || printf 'node-0\\nnode-1\\n'\n"
 
 
@@ -70,7 +71,7 @@ def test_a_starter_that_lacks_something_says_what(tmp_path: Path, name: str) -> 
 
 
 def test_under_slurm_what_ends_well_is_not_started_again(tmp_path: Path) -> None:
-    clone = Clone.make(tmp_path, {"srun": "exit 0\n", "scontrol": REQUEUE_ENDS_IT, "scancel": ""})
+    clone = Clone.make(tmp_path, {"srun": "exit 0\n", "scontrol": REQUEUE_ENDS_IT, "squeue": RUNNING})
     status, output = clone.run("launch/slurm/train.sbatch", "/runs/a", "7", SLURM_SUBMIT_DIR=str(tmp_path), **SLURM)
     assert status == 0, output
     option, *words = clone.noted("srun")
@@ -83,7 +84,7 @@ def test_under_slurm_what_ends_well_is_not_started_again(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("run", "again"), [("0", True), ("19", True), ("20", False)])
 def test_under_slurm_what_fails_goes_back_into_the_queue(tmp_path: Path, run: str, again: bool) -> None:
-    clone = Clone.make(tmp_path, {"srun": "exit 1\n", "scontrol": REQUEUE_ENDS_IT, "scancel": ""})
+    clone = Clone.make(tmp_path, {"srun": "exit 1\n", "scontrol": REQUEUE_ENDS_IT, "squeue": RUNNING})
     status, output = clone.run(
         "launch/slurm/train.sbatch", "/runs/a", "7", SLURM_SUBMIT_DIR=str(tmp_path), SLURM_RESTART_COUNT=run, **SLURM
     )
@@ -92,10 +93,20 @@ def test_under_slurm_what_fails_goes_back_into_the_queue(tmp_path: Path, run: st
     assert again or status == 1
 
 
+def test_under_slurm_what_was_cancelled_stays_so(tmp_path: Path) -> None:
+    programs = {"srun": "exit 143\n", "scontrol": REQUEUE_ENDS_IT, "squeue": "echo COMPLETING\n"}
+    clone = Clone.make(tmp_path, programs)
+    status, _ = clone.run("launch/slurm/train.sbatch", "/runs/a", "7", SLURM_SUBMIT_DIR=str(tmp_path), **SLURM)
+    assert status == 143
+    assert "requeue" not in clone.noted("scontrol")
+
+
 def test_under_slurm_a_signal_goes_to_the_ranks_which_are_waited_for(tmp_path: Path) -> None:
     ends_when_told = 'trap "exit 143" TERM\nmkfifo "$NOTES/told"\necho runs\nread -r _ <"$NOTES/told"\nexit 143\n'
     tells = 'echo >"$NOTES/told"\n'
-    clone = Clone.make(tmp_path, {"srun": ends_when_told, "scontrol": REQUEUE_ENDS_IT, "scancel": tells})
+    clone = Clone.make(
+        tmp_path, {"srun": ends_when_told, "scontrol": REQUEUE_ENDS_IT, "scancel": tells, "squeue": RUNNING}
+    )
     job = clone.start("launch/slurm/train.sbatch", "/runs/a", "7", SLURM_SUBMIT_DIR=str(tmp_path), **SLURM)
     assert job.stdout is not None
     assert "meeting at" in job.stdout.readline()
