@@ -76,7 +76,8 @@ class Job:
     ended_by: str = ""
 
     def __enter__(self) -> Job:
-        for options, at in zip_longest(self.options, self.at, fillvalue=[]):
+        nothing: list[str] = []
+        for options, at in zip_longest(self.options, self.at, fillvalue=nothing):
             program = [*options, str(PROGRAM), self.training.text()]
             self.agents.append(start_agent(program, mark=self.mark, output=subprocess.PIPE, at=at))
         self._watch = threading.Timer(DEADLINE_S, self._hangs, args=())
