@@ -281,7 +281,7 @@ def soak(
     with seaweed.mortal() as server:
         root, options = f"{server.server.url}/run", dict(server.server.options)
         work = Enduring(root, str(place / "notes"), str(place / "until"), options)
-        began, watcher = time.monotonic(), Watcher(root, options, judge, every_s=min(2.0, pause_s[1] / 4))
+        began, watcher = time.monotonic(), Watcher(root, options, judge, every_s=min(2.0, pause_s[1] / 2))
         with nodes_of(work, place, pool) as nodes:
             run = Soak(nodes, server, Notes(place / "notes"), judge, random.Random(seed), pause_s)
             with watcher:
