@@ -6,9 +6,11 @@ import ctypes
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from shardckpt.testing.gangs import run_threads
@@ -20,7 +22,10 @@ _NEW_NETWORK = 0x40000000  # CLONE_NEWNET; Python 3.12 names it
 _NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 _NEW_FOLDER = 0x00000200  # CLONE_FS: a thread may enter mounts only if it shares its current folder with nobody
 _READ_ONLY, _REMOUNT, _BIND, _ALL_BELOW, _PRIVATE = 0x1, 0x20, 0x1000, 0x4000, 0x40000  # mount(2)
-_PROGRAMS = ("ip", "unshare", "nsenter")
+_PROGRAMS = ("ip", "tc", "unshare", "nsenter")
+_KINDS = ("net", "mount", "uts")
+_FILES = {"hosts": "127.0.0.1 localhost\n::1 localhost\n", "nsswitch.conf": "hosts: files\n"}
+"""In /etc, of each node. Without the second a name that is looked up costs ten seconds of waiting for a name server."""
 
 
 class NoNodesError(OSError):
@@ -39,6 +44,21 @@ class Nodes:
 
     def address(self, node: int) -> str:
         return f"2001:db8::{node + 1}" if self.ipv6 else f"192.0.2.{node + 1}"
+
+    def name(self, node: int) -> str:
+        """Of the machine, by which both know its address."""
+        return f"node{node}"
+
+    def at(self, node: int) -> list[str]:
+        """What a command begins with that is to run there."""
+        namespaces = [f"--{kind}" for kind in _KINDS]
+        return ["nsenter", *namespaces, "--target", str(self.pids[node]), "env", f"GLOO_SOCKET_IFNAME={self.link}"]
+
+    def slow_down(self, kbit: int) -> None:
+        """So many thousand bits a second from now on, in both directions."""
+        for pid in self.pids:
+            limit = ["rate", f"{kbit}kbit", "burst", "16k", "latency", "500ms"]
+            _inside(pid, "tc", "qdisc", "replace", "dev", _LINK, "root", "tbf", *limit)
 
     def cut(self) -> None:
         """The second node is off the net from now on: what is sent to it gets no answer, not even a refusal."""
@@ -68,8 +88,11 @@ def two_nodes(*, ipv6: bool = False) -> Iterator[Nodes]:
     if missing:
         raise NoNodesError(f"not installed: {', '.join(missing)} (iproute2, util-linux)")
     with ExitStack() as stack:
-        one, other = (stack.enter_context(_namespace()) for _ in range(2))
+        etc = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardckpt-nodes-")))
+        one, other = (stack.enter_context(_namespace(etc, node)) for node in range(2))
         nodes = Nodes((one, other), ipv6=ipv6)
+        hosts = "".join(f"{nodes.address(node)} {nodes.name(node)}\n" for node in range(2))
+        (etc / "hosts").write_text(_FILES["hosts"] + hosts)
         peer = ["peer", "name", _LINK, "netns", str(other)]
         _inside(one, "ip", "link", "add", _LINK, "type", "veth", *peer)
         for node, pid in enumerate(nodes.pids):
@@ -110,9 +133,13 @@ def _mount(what: str | os.PathLike[str], where: str | os.PathLike[str], kind: st
 
 
 @contextmanager
-def _namespace() -> Iterator[int]:
-    """The process that holds it: it ends when its input does, so with us at the latest."""
-    command = ["unshare", "--net", "sh", "-c", "echo ready; exec cat"]
+def _namespace(etc: Path, node: int) -> Iterator[int]:
+    """The process that holds them: it ends when its input does, so with us at the latest."""
+    for name, content in _FILES.items():
+        (etc / name).write_text(content)
+    mounts = "".join(f"[ -e /etc/{name} ] && mount --bind {etc / name} /etc/{name}; " for name in _FILES)
+    script = f"echo node{node} >/proc/sys/kernel/hostname; {mounts}echo ready; exec cat"
+    command = ["unshare", *(f"--{kind}" for kind in _KINDS), "sh", "-c", script]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as holder:

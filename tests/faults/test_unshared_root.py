@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
 import shardckpt as sc
 from shardckpt.testing.pool import ProcessPool
@@ -23,6 +24,17 @@ def as_two_nodes(rank: int, size: int, folder: Path, root: Path, disks: tuple[An
     """Rank 1 is on another node. The state that it gets, or what is raised."""
     fresh, read_only = disks
     return with_own_mounts(lambda: a_life(rank, root, looks), fresh=fresh if rank else None, read_only=read_only)
+
+
+def by_dcp(rank: int, size: int, folder: Path, root: Path) -> Any:
+    def save() -> str:
+        try:
+            dcp.save({"model": make_state(rank, 1)["model"]}, storage_writer=sc.DcpWriter(root / "step_1"))
+        except BaseException as error:  # DCP's own is not an Exception
+            return str(error)
+        return "saved"
+
+    return with_own_mounts(save, fresh=root if rank else None)
 
 
 def a_life(rank: int, root: Path, looks: bool) -> Any:
@@ -63,3 +75,9 @@ def test_mounts_of_their_own_that_show_the_same_and_then_are_read_only(ranks: Pr
     assert ranks.run(RANKS, as_two_nodes, root, (elsewhere, root), True) == [True] * RANKS
     told = ranks.run(RANKS, as_two_nodes, root, (root, root), True)
     assert [name for name, _ in told] == ["RootNotSharedError"] * RANKS
+
+
+def test_dcp_with_our_writer(ranks: ProcessPool, root: Path) -> None:
+    for text in ranks.run(RANKS, by_dcp, root):
+        assert "rank 1: RootNotSharedError: what rank 0 has made in" in text
+    assert list(root.iterdir()) == []

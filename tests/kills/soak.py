@@ -37,6 +37,7 @@ from shardckpt.testing.pool import ProcessPool
 from shardckpt.testing.servers import seaweed
 from tests.kills import enduring
 from tests.kills.agents import marked, start_agent
+from tests.kills.elastic import Line
 from tests.kills.enduring import Enduring
 from tests.kills.truth import Judge, Notes, Truth, Watcher
 
@@ -49,6 +50,9 @@ _DOING = {"resumed": "load", "loss": "train", "told": "train", "failed": "train"
 
 class Nodes(Protocol):
     """Where the ranks run, one on each node."""
+
+    given_up: int
+    """Agents that have ended by themselves before the training did, and were started again."""
 
     def tend(self) -> None:
         """Start what has ended, or is due to come back."""
@@ -81,7 +85,6 @@ class Torchrun:
         self._agents: list[subprocess.Popen[str] | None] = [None] * NODES
         self._due = [0.0] * NODES
         self.given_up = 0
-        """Agents that ended by themselves before the training did."""
 
     def tend(self) -> None:
         for node, agent in enumerate(self._agents):
@@ -122,6 +125,7 @@ class Pool:
         self._good = False
         self._back_at = 0.0
         self._size = NODES
+        self.given_up = 0
 
     def tend(self) -> None:
         if self._size < NODES and time.monotonic() >= self._back_at and self._life is not None:
@@ -200,7 +204,7 @@ class Soak:
             self.server.start()
             self.kills[what] += 1
             return
-        living = [line for pid, line in self.judge.last.items() if line.word != "ended" and _lives(pid)]
+        living = self._living()
         if not living:
             return
         victim = self.chance.choice(sorted(living, key=lambda line: (line.rank, line.pid)))
@@ -212,11 +216,19 @@ class Soak:
             self.kills[what] += 1
             self.doing[_DOING.get(victim.word, victim.word)] += 1
 
+    def _living(self) -> list[Line]:
+        """What they have said last."""
+        return [line for pid, line in self.judge.last.items() if line.word != "ended" and _lives(pid)]
+
+    def _training(self) -> list[Line]:
+        return [line for line in self._living() if line.step >= self.judge.furthest - 1]
+
     def come_to_an_end(self, until: Path, within_s: float) -> None:
-        """Leave it alone; tell it to end."""
-        until.touch()
+        """Leave it alone; when all nodes train again, tell it to end."""
         end = time.monotonic() + within_s
         while not self.nodes.ended_well():
+            if not until.exists() and len(self._training()) == NODES:
+                until.touch()
             if time.monotonic() > end:
                 self.judge.wrong.append(f"the training had not ended {within_s:g} s after it was told to")
                 return
@@ -244,6 +256,7 @@ class Report:
     steps: int
     watcher: Watcher
     gap_s: float
+    given_up: int
     wrong: list[str]
 
     def __str__(self) -> str:
@@ -254,7 +267,7 @@ class Report:
             f"seed {self.seed}, {self.seconds / 60:.1f} minutes, {self.steps} steps trained",
             f"{self.kills.total()} kills: {listed}; the ranks were at: {doing}",
             f"{words['load']} lives of ranks begun, {words['resumed']} resumed, the longest time without a new step "
-            f"{self.gap_s:.1f} s",
+            f"{self.gap_s:.1f} s, {self.given_up} agents that gave up by themselves",
             f"{words['save']} saves by a rank: {words['told']} told to be committed, {words['failed']} to have failed",
             f"{words['loss']} losses compared; {watcher.looks} looks at the catalog, {watcher.loads} steps loaded and "
             f"compared, {watcher.unanswered} looks into a storage that was down",
@@ -281,16 +294,16 @@ def soak(
     with seaweed.mortal() as server:
         root, options = f"{server.server.url}/run", dict(server.server.options)
         work = Enduring(root, str(place / "notes"), str(place / "until"), options)
-        began, watcher = time.monotonic(), Watcher(root, options, judge, every_s=min(2.0, pause_s[1] / 4))
+        began, watcher = time.monotonic(), Watcher(root, options, judge, every_s=min(2.0, pause_s[1] / 2))
         with nodes_of(work, place, pool) as nodes:
             run = Soak(nodes, server, Notes(place / "notes"), judge, random.Random(seed), pause_s)
             with watcher:
                 run.go_on(seconds)
-                run.come_to_an_end(place / "until", within_s=120)
+                run.come_to_an_end(place / "until", within_s=300)
         judge_the_end(root, options, judge, watcher)
     return Report(
         seed, time.monotonic() - began, run.kills, run.doing, judge.words, judge.furthest, watcher, judge.gap_s,
-        judge.wrong,
+        nodes.given_up, judge.wrong,
     )  # fmt: skip
 
 

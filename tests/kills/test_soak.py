@@ -1,6 +1,6 @@
 """A sample of the soak, on ranks of the pool; and that what goes wrong in it is found.
 
-`--scale 15`: a minute; `--scale full`: twenty. With torchrun: `python -m tests.kills.soak`.
+`--scale 30`: a minute; `--scale full`: twenty. With torchrun: `python -m tests.kills.soak`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def test_nothing_is_wrong_whatever_is_killed(
     ranks: ProcessPool, tmp_path: Path, scale: Scale, scorecard: Scorecard
 ) -> None:
     need_seaweedfs()
-    seconds = scale.runs(sample=4, full=1200)
-    report = soak(tmp_path, seconds=seconds, seed=seconds, pause_s=(0.2, 1.5), pool=ranks)
+    seconds = scale.runs(sample=2, full=1200)
+    report = soak(tmp_path, seconds=seconds, seed=seconds, pause_s=(0.2, 1.0), pool=ranks)
     scorecard.add(
         "soak: a rank, a node, the storage server", runs=report.kills.total(), torn=len(report.wrong),
         notes=f"{report.words['resumed']} lives resumed, {report.words['loss']} losses as undisturbed",

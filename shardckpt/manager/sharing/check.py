@@ -41,8 +41,7 @@ _PHASE = "look whether the root is shared"
 
 def check_shared(gang: Gang, storage: Storage, *, timeout: timedelta) -> None:
     """`RootNotSharedError` on all ranks if it is not. Called by all, in a conversation."""
-    check = _Check(gang, storage, timeout)
-    unshared = check.run()
+    unshared = _Check(gang, storage, timeout).run() if gang.size > 1 else ""
     if unshared:
         raise RootNotSharedError(unshared)
 
