@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import shardckpt as sc
-from shardckpt.cli.main import app
+from shardckpt.cli.commands import app
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing.faults import RecordingStorage, flip_byte
