@@ -17,8 +17,10 @@ from shardckpt.cli.looking.examining import bench, doctor, report
 from shardckpt.cli.looking.inspecting import inspect
 from shardckpt.cli.looking.listing import ls, verify
 from shardckpt.cli.looking.planning import plan
+from shardckpt.cli.values import QuickCommand, QuickGroup
 
 app = typer.Typer(
+    cls=QuickGroup,
     name="shardckpt",
     help=(
         "Sharded checkpoints for PyTorch: look at them, check, repair, copy and measure them, on paths and URLs.\n\n"
@@ -49,23 +51,12 @@ def options(
     """What comes before the command."""
 
 
-app.command()(ls)
-app.command()(inspect)
-app.command()(plan)
-app.command()(diff)
-app.command()(verify)
-app.command()(repair)
-app.command()(convert)
-app.command()(export)
-app.command()(average)
-app.command()(cp)
-app.command()(doctor)
-app.command()(bench)
-app.command()(report)
-app.command()(runs)
-app.command()(prune)
-app.command()(pin)
-app.command()(unpin)
+for command in (
+    *(ls, inspect, plan, diff, verify, repair),
+    *(convert, export, average, cp, doctor, bench),
+    *(report, runs, prune, pin, unpin),
+):
+    app.command(cls=QuickCommand)(command)
 
 
 @app.command(
