@@ -199,5 +199,7 @@ class History:
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:
-            self.on_deleted(gone.step)
+            self._on_deleted(gone.step)
+        if deleted:
+            self.relink()
         return deleted
