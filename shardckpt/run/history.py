@@ -211,5 +211,6 @@ class History:
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:
             self._on_deleted(gone)
+        if deleted:
             self.relink()
         return deleted
