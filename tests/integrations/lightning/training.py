@@ -28,7 +28,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", module="lightning")
 
 
-class Module(pl.LightningModule):
+class Module(pl.LightningModule):  # type: ignore[misc]
     def __init__(self, width: int, kill_at: int = -1) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["kill_at"])
