@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
+from shardckpt.errors import InvalidOperationError
 from shardckpt.integrations.frameworks import need
 from shardckpt.integrations.titan.config import AsyncMode
 from shardckpt.integrations.titan.duties import Checkpointer
@@ -17,6 +20,12 @@ _WHERE = "torchtitan.components.checkpointer"
 def component() -> Any:
     """The class: a `BaseCheckpointManager` and a `Checkpointer`. Its `Config` has the fields of torchtitan's own, and
     their checks, for the trainer's `checkpoint`."""
+    need("torchtitan", extra="torchtitan")
+    if find_spec(_WHERE) is None:
+        raise InvalidOperationError(
+            f"torchtitan {version('torchtitan')} has no {_WHERE}, which came with 0.3: put Checkpointer where its "
+            "trainer has its CheckpointManager"
+        )
     base = need(_WHERE, extra="torchtitan").BaseCheckpointManager
 
     @dataclass(kw_only=True, slots=True)
@@ -28,4 +37,5 @@ def component() -> Any:
         self.save_future = None
 
     hooks = {name: lambda self, *_: None for name in base.__abstractmethods__ if not hasattr(Checkpointer, name)}
-    return type("ShardedCheckpointManager", (Checkpointer, base), {**hooks, "Config": Config, "__init__": make})
+    own = {"Config": Config, "__init__": make, "__module__": __name__}
+    return type("ShardedCheckpointManager", (Checkpointer, base), {**hooks, **own})
