@@ -41,8 +41,8 @@ class World:
     message_latency: float = 100e-6
     message_rate: float = 1.2e9
     """Of the host of that store, of whose one thread this is."""
-    fan_in: int = 64
-    """Messages that one rank takes in one round: receipts go to rank 0 through that many ranks each."""
+    flat: int = 128
+    """Up to so many ranks rank 0 reads each message; of more it reads those of groups, of about the square root."""
     device_rate: float = 20e9
     """From a device's memory to the host's, for each rank."""
     sum_rate: float = 5e9
@@ -86,10 +86,10 @@ def requests_of_get(nbytes: int) -> int:
 
 
 def gathering(world: World, ranks: int, nbytes: int) -> float:
-    """A message of each rank to rank 0, `nbytes` in all, by way of a store, in rounds of `fan_in`."""
-    rounds = max(1, math.ceil(math.log(max(ranks, 2), world.fan_in)))
-    carried = rounds * (2 * ranks * world.message_s + nbytes / world.message_rate)
-    return rounds * world.message_latency + carried
+    """A message of each rank to rank 0, `nbytes` in all, by way of the store: three operations for each, and the
+    messages of groups once more."""
+    rounds = 1 if ranks <= world.flat else 2
+    return rounds * world.message_latency + 3 * ranks * world.message_s + rounds * nbytes / world.message_rate
 
 
 def telling(world: World, ranks: int, nbytes: int) -> float:
