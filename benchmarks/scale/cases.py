@@ -35,6 +35,8 @@ class Case:
     """All of that with Python's collector on."""
     receipts_nbytes: int
     record_nbytes: int
+    told_nbytes: int
+    """Of the record, packed, as it is told to all."""
     index_nbytes: int
     """Most of any rank that was planned for real: all files that it completes."""
     tree_nbytes: int
@@ -74,7 +76,7 @@ def measure(
 def _case(name: str, saved: Committed, own: Planned, collected_s: float) -> Case:
     tensors = sum(bool(entry.shape) for entry in own.plan.table.tensors.values())
     most = max(saved.planned.values(), key=lambda one: one.index_nbytes)
-    sizes = saved.received_nbytes, len(saved.record), most.index_nbytes, most.tree_nbytes
+    sizes = saved.received_nbytes, len(saved.record), saved.told_nbytes, most.index_nbytes, most.tree_nbytes
     job = saved.mesh, saved.model, tensors
     return Case(name, *job, own.seconds, own.objects, saved.seconds, collected_s, *sizes)
 
@@ -107,7 +109,7 @@ def project_load(case: Case, world: World) -> Projection:
     parts = {
         "find the step": 2 * world.get_latency,
         "read the record": world.get_latency + case.record_nbytes / world.connection_rate,
-        "tell the record": far.telling(world, mesh.ranks, case.record_nbytes),
+        "tell the record": far.telling(world, mesh.ranks, case.told_nbytes),
         "plan": cost.total_s,
         "indexes": max(about + cost.other_nbytes / world.connection_rate, throttled),
         "agree": 2 * far.gathering(world, mesh.ranks, 200 * mesh.ranks) + 2 * far.telling(world, mesh.ranks, 200),

@@ -56,7 +56,7 @@ def _costs(cases: Sequence[Case]) -> list[str]:
             f"{figures(case)['first_s'] * 1e3:.0f}",
             f"{figures(case)['again_ms']:.1f} + {case.rank_s['take apart, again'] * 1e3:.1f}",
             f"{case.rank_objects:,}", f"{sum(case.rank0_s.values()):.2f}", f"{case.rank0_collected_s:.2f}",
-            f"{case.receipts_nbytes / 1e6:.1f}", f"{case.record_nbytes / 1e3:,.0f}",
+            f"{case.receipts_nbytes / 1e6:.1f}", f"{case.record_nbytes / 1e3:,.0f} ({case.told_nbytes / 1e3:,.0f})",
             f"{case.index_nbytes / 1e3:.0f} + {case.tree_nbytes / 1e3:.0f}",
         ]
         for case in cases
@@ -64,7 +64,7 @@ def _costs(cases: Sequence[Case]) -> list[str]:
     head = [
         "model", "ranks", "mesh", "tensors of a rank", "plan and read the state: first, ms", "unchanged, ms",
         "objects kept",
-        "rank 0: receipts to record, s", "with the collector, s", "receipts, MB", "record, kB",
+        "rank 0: receipts to record, s", "with the collector, s", "receipts, MB", "record (packed), kB",
         "indexes + trees of a rank, kB",
     ]  # fmt: skip
     return _table("Saving", head, rows)
