@@ -69,7 +69,11 @@ def measure(
     if peers:
         case.dcp = plan_with_dcp(mesh, model)
     if world is not None:
-        case.projections = {"save": project_save(case, world), "load": project_load(case, world)}
+        case.projections = {
+            "save": project_save(case, world),
+            "save in parts of 64 MiB": project_save(case, far.with_larger_parts(world)),
+            "load": project_load(case, world),
+        }
     return case
 
 
@@ -84,7 +88,7 @@ def _case(name: str, saved: Committed, own: Planned, collected_s: float) -> Case
 def project_save(case: Case, world: World) -> Projection:
     """An unchanged state, saved in the background: from the call to the commit."""
     mesh, each = case.mesh, case.nbytes // case.mesh.ranks
-    requests = far.requests_of_put(each)
+    requests = far.requests_of_put(world, each)
     puts: dict[str, Any] = {"latency": world.put_latency, "per_prefix": world.prefix_puts}
     parts = {
         "plan": case.rank_s["take apart, again"] + case.rank_s["plan, again"],
