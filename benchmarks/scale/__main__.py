@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.limits import machine_facts
 from benchmarks.scale.cases import Case, measure, meshes
-from benchmarks.scale.history import ask
+from benchmarks.scale.history import Asked, ask
 from benchmarks.scale.jobs import LLAMA_405B, Mesh, Model
 from benchmarks.scale.report import plot, render
 from benchmarks.scale.world import World
@@ -26,28 +26,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     world = World(**{field.name: getattr(given, field.name) for field in fields(World)})
     cases: list[Case] = []
+    facts = machine_facts(Path())
     try:
         for name, ranks, mesh, others, model in _jobs(given):
             print(f"{name}, {ranks} ranks: {mesh.label}", file=sys.stderr, flush=True)
             peers, projected = ranks <= given.peers, world if "405B" in name else None
             cases.append(measure(name, mesh, model, others=others, peers=peers, world=projected))
+            _keep(given.json, facts, world, cases, {})
     except ValueError as error:
         parser.error(str(error))
     history = ask(given.steps) if given.steps else {}
-    facts = machine_facts(Path())
+    _keep(given.json, facts, world, cases, history)
     command = " ".join(["python -m benchmarks.scale", *(sys.argv[1:] if argv is None else argv)])
     print(
         f"{facts['date']}, {facts['processor']}, {facts['cores']} cores, Python {facts['python']}, torch "
         f"{facts['torch']}. Processor time, and bytes.\n\n    {command}\n"
     )
     print(render(cases, history, given.steps, world))
-    if given.json:
-        content = {"machine": facts, "world": asdict(world), "cases": [case.encode() for case in cases]}
-        content["history"] = {what: asdict(asked) for what, asked in history.items()}
-        given.json.write_text(json.dumps(content, indent=1, default=str))
     if given.plot and not plot(cases, given.plot):
         print("no picture: pip install 'shardckpt[bench]' for matplotlib", file=sys.stderr)
     return 0
+
+
+def _keep(path: Path | None, facts: Any, world: World, cases: Sequence[Case], history: Mapping[str, Asked]) -> None:
+    """What there is so far: a run of hours may be cut off."""
+    if path is not None:
+        content = {"machine": facts, "world": asdict(world), "cases": [case.encode() for case in cases]}
+        content["history"] = {what: asdict(asked) for what, asked in history.items()}
+        path.write_text(json.dumps(content, indent=1, default=str))
 
 
 def _jobs(given: argparse.Namespace) -> Iterator[tuple[str, int, Mesh, list[Mesh], Model]]:

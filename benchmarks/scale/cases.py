@@ -35,6 +35,8 @@ class Case:
     """All of that with Python's collector on."""
     receipts_nbytes: int
     record_nbytes: int
+    told_nbytes: int
+    """Of the record, packed, as it is told to all."""
     index_nbytes: int
     """Most of any rank that was planned for real: all files that it completes."""
     tree_nbytes: int
@@ -67,14 +69,18 @@ def measure(
     if peers:
         case.dcp = plan_with_dcp(mesh, model)
     if world is not None:
-        case.projections = {"save": project_save(case, world), "load": project_load(case, world)}
+        case.projections = {
+            "save": project_save(case, world),
+            "save in parts of 64 MiB": project_save(case, far.with_larger_parts(world)),
+            "load": project_load(case, world),
+        }
     return case
 
 
 def _case(name: str, saved: Committed, own: Planned, collected_s: float) -> Case:
     tensors = sum(bool(entry.shape) for entry in own.plan.table.tensors.values())
     most = max(saved.planned.values(), key=lambda one: one.index_nbytes)
-    sizes = saved.received_nbytes, len(saved.record), most.index_nbytes, most.tree_nbytes
+    sizes = saved.received_nbytes, len(saved.record), saved.told_nbytes, most.index_nbytes, most.tree_nbytes
     job = saved.mesh, saved.model, tensors
     return Case(name, *job, own.seconds, own.objects, saved.seconds, collected_s, *sizes)
 
@@ -82,7 +88,7 @@ def _case(name: str, saved: Committed, own: Planned, collected_s: float) -> Case
 def project_save(case: Case, world: World) -> Projection:
     """An unchanged state, saved in the background: from the call to the commit."""
     mesh, each = case.mesh, case.nbytes // case.mesh.ranks
-    requests = far.requests_of_put(each)
+    requests = far.requests_of_put(world, each)
     puts: dict[str, Any] = {"latency": world.put_latency, "per_prefix": world.prefix_puts}
     parts = {
         "plan": case.rank_s["take apart, again"] + case.rank_s["plan, again"],
@@ -107,7 +113,7 @@ def project_load(case: Case, world: World) -> Projection:
     parts = {
         "find the step": 2 * world.get_latency,
         "read the record": world.get_latency + case.record_nbytes / world.connection_rate,
-        "tell the record": far.telling(world, mesh.ranks, case.record_nbytes),
+        "tell the record": far.telling(world, mesh.ranks, case.told_nbytes),
         "plan": cost.total_s,
         "indexes": max(about + cost.other_nbytes / world.connection_rate, throttled),
         "agree": 2 * far.gathering(world, mesh.ranks, 200 * mesh.ranks) + 2 * far.telling(world, mesh.ranks, 200),

@@ -14,7 +14,7 @@ from benchmarks.scale.world import World
 
 _LIMITS: tuple[tuple[str, float, str], ...] = (
     ("planning on a rank, first, s", 0.5, "first_s"),
-    ("the same, unchanged, ms", 10, "again_ms"),
+    ("the same, unchanged (without reading the state), ms", 10, "again_ms"),
     ("rank 0, receipts to record, s", 3, "rank0_s"),
     ("record, MiB", 4, "record_mib"),
     ("all indexes of a rank, KiB", 256, "index_kib"),
@@ -38,7 +38,7 @@ def figures(case: Case) -> dict[str, float]:
     same, other = loads[0], loads[min(1, len(loads) - 1)]
     return {
         "first_s": case.rank_s["take apart, first"] + case.rank_s["plan, first"],
-        "again_ms": (case.rank_s["take apart, again"] + case.rank_s["plan, again"]) * 1e3,
+        "again_ms": case.rank_s["plan, again"] * 1e3,
         "rank0_s": sum(case.rank0_s.values()),
         "record_mib": case.record_nbytes / (1 << 20),
         "index_kib": case.index_nbytes / (1 << 10),
@@ -53,16 +53,18 @@ def _costs(cases: Sequence[Case]) -> list[str]:
     rows = [
         [
             case.name, f"{case.mesh.ranks:,}", case.mesh.label, f"{case.tensors:,}",
-            f"{figures(case)['first_s'] * 1e3:.0f}", f"{figures(case)['again_ms']:.1f}",
+            f"{figures(case)['first_s'] * 1e3:.0f}",
+            f"{figures(case)['again_ms']:.1f} + {case.rank_s['take apart, again'] * 1e3:.1f}",
             f"{case.rank_objects:,}", f"{sum(case.rank0_s.values()):.2f}", f"{case.rank0_collected_s:.2f}",
-            f"{case.receipts_nbytes / 1e6:.1f}", f"{case.record_nbytes / 1e3:,.0f}",
+            f"{case.receipts_nbytes / 1e6:.1f}", f"{case.record_nbytes / 1e3:,.0f} ({case.told_nbytes / 1e3:,.0f})",
             f"{case.index_nbytes / 1e3:.0f} + {case.tree_nbytes / 1e3:.0f}",
         ]
         for case in cases
     ]  # fmt: skip
     head = [
-        "model", "ranks", "mesh", "tensors of a rank", "plan: first, ms", "unchanged, ms", "objects kept",
-        "rank 0: receipts to record, s", "with the collector, s", "receipts, MB", "record, kB",
+        "model", "ranks", "mesh", "tensors of a rank", "plan and read the state: first, ms", "unchanged, ms",
+        "objects kept",
+        "rank 0: receipts to record, s", "with the collector, s", "receipts, MB", "record (packed), kB",
         "indexes + trees of a rank, kB",
     ]  # fmt: skip
     return _table("Saving", head, rows)

@@ -7,7 +7,7 @@ follows from it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.scale.jobs import Mesh
 from shardckpt.storage.s3 import TRANSFERS
@@ -28,6 +28,8 @@ class World:
     """Of one connection to it."""
     connections: int = TRANSFERS.concurrency
     """Of one rank, at a time."""
+    part_nbytes: int = TRANSFERS.part_nbytes
+    """Of uploads; `storage_options={"part_nbytes": ...}` changes it."""
     put_latency: float = 0.06
     get_latency: float = 0.03
     """To the first byte."""
@@ -41,8 +43,8 @@ class World:
     message_latency: float = 100e-6
     message_rate: float = 1.2e9
     """Of the host of that store, of whose one thread this is."""
-    fan_in: int = 64
-    """Messages that one rank takes in one round: receipts go to rank 0 through that many ranks each."""
+    flat: int = 128
+    """Up to so many ranks rank 0 reads each message; of more it reads those of groups, of about the square root."""
     device_rate: float = 20e9
     """From a device's memory to the host's, for each rank."""
     sum_rate: float = 5e9
@@ -67,17 +69,22 @@ class Projection:
         return self.bound_s / self.total_s if self.total_s else 1.0
 
 
+def with_larger_parts(world: World) -> World:
+    """Parts of 64 MiB, of which a rank sends four at a time."""
+    return replace(world, part_nbytes=64 * _MIB, connections=4)
+
+
 def bytes_bound(world: World, mesh: Mesh, nbytes: int) -> float:
     """The least time for that many bytes of all ranks together, by the bandwidth of hosts and store."""
     hosts = math.ceil(mesh.ranks / world.ranks_per_host)
     return max(nbytes / hosts / world.host_rate, nbytes / world.store_rate)
 
 
-def requests_of_put(nbytes: int) -> int:
-    """That a rank makes for one file, with the engine's own sizes for S3."""
-    if nbytes <= TRANSFERS.whole_nbytes:
+def requests_of_put(world: World, nbytes: int) -> int:
+    """That a rank makes for one file."""
+    if nbytes <= max(TRANSFERS.whole_nbytes, world.part_nbytes):
         return 1
-    return 2 + math.ceil(nbytes / TRANSFERS.part_nbytes)
+    return 2 + math.ceil(nbytes / world.part_nbytes)
 
 
 def requests_of_get(nbytes: int) -> int:
@@ -86,10 +93,10 @@ def requests_of_get(nbytes: int) -> int:
 
 
 def gathering(world: World, ranks: int, nbytes: int) -> float:
-    """A message of each rank to rank 0, `nbytes` in all, by way of a store, in rounds of `fan_in`."""
-    rounds = max(1, math.ceil(math.log(max(ranks, 2), world.fan_in)))
-    carried = rounds * (2 * ranks * world.message_s + nbytes / world.message_rate)
-    return rounds * world.message_latency + carried
+    """A message of each rank to rank 0, `nbytes` in all, by way of the store: three operations for each, and the
+    messages of groups once more."""
+    rounds = 1 if ranks <= world.flat else 2
+    return rounds * world.message_latency + 3 * ranks * world.message_s + rounds * nbytes / world.message_rate
 
 
 def telling(world: World, ranks: int, nbytes: int) -> float:

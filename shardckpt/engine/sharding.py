@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +131,23 @@ def _over_root(mesh: Any, placements: tuple[str, ...]) -> Sharding:
     coordinate = whole.get_coordinate()
     if coordinate is None:
         raise InvalidStateError("a DTensor whose mesh does not contain this rank cannot be stored by it")
-    return _described(mesh, whole, placements, tuple(coordinate))
+    known, key = _known_of(mesh), (placements, tuple(coordinate))
+    if key not in known:
+        known[key] = _described(mesh, whole, *key)
+    return known[key]
+
+
+_KNOWN: dict[int, tuple[weakref.ref[Any], dict[Any, Sharding]]] = {}
+
+
+def _known_of(mesh: Any) -> dict[Any, Sharding]:
+    """What has been described of this very mesh. To find it among equal ones (a slice made anew for each module is one)
+    is a look at all of its ranks, for each tensor."""
+    number = id(mesh)
+    found = _KNOWN.get(number)
+    if found is None or found[0]() is not mesh:
+        found = _KNOWN[number] = (weakref.ref(mesh, lambda _: _KNOWN.pop(number, None)), {})
+    return found[1]
 
 
 def _root_of(mesh: Any) -> Any:

@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.scale.__main__ import main
 from benchmarks.scale.cases import meshes
 from benchmarks.scale.history import ask
-from benchmarks.scale.jobs import Mesh, Model
+from benchmarks.scale.jobs import Mesh, Model, Rank
 from benchmarks.scale.loading import plan_load
 from benchmarks.scale.peers import plan_with_dcp
 from benchmarks.scale.saving import Committed, commit, plan_rank
 from benchmarks.scale.world import World, bytes_bound
+from shardckpt.engine.saving.plan import plan_save
+from shardckpt.state import StateReader
 
 DENSE = Model(2, 16_384, 16_384, 32_768)
 MOE = Model(2, 16_384, 16_384, 32_768, experts=8)
@@ -55,6 +58,24 @@ def test_a_rank_of_a_thousand_plans_what_a_rank_of_sixteen_plans(model: Model) -
     few, many = (Mesh(ranks // 4, 4, ep=4 if model.experts else 1) for ranks in (16, 1024))
     works = [calls(lambda mesh=mesh: plan_rank(mesh, model, 9, again=1)) for mesh in (few, few, many)]  # type: ignore[misc]
     assert works[2] <= 1.1 * works[1]
+
+
+def test_meshes_are_not_compared_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one process are often equal and not the same: to tell is a look at all ranks."""
+    compared = 0
+    equal = DeviceMesh.__eq__
+
+    def count(one: DeviceMesh, other: object) -> bool:
+        nonlocal compared
+        compared += one is not other
+        return equal(one, other)
+
+    plan_rank(Mesh(4, 4), DENSE, 5, again=1)
+    state = Rank(Mesh(4, 4), DENSE, 5).state()
+    parts = StateReader().take_apart(state)
+    monkeypatch.setattr(DeviceMesh, "__eq__", count)
+    assert len(plan_save(parts, Mesh(4, 4).coordinates(5)).table.tensors) > 50
+    assert compared <= 10
 
 
 def test_what_it_takes_to_find_the_bytes_does_not_grow() -> None:
