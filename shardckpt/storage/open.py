@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.objects.backend import trying_once
 from shardckpt.storage.objects.secrecy import Redactor, redact
+from shardckpt.storage.transfer.amounts import Transfers
 
 # What to install for a protocol: our own extra where there is one, else the package that fsspec names.
 _PACKAGES = {
@@ -33,7 +36,9 @@ def open_storage(
     """The storage at a path ("~/runs/a") or URL ("s3://bucket/runs/a", "memory://a"); called on every rank.
 
     Opening touches nothing: a root that is not there yet is made by the first put. `storage_options` go to the fsspec
-    file system, but for one: on S3 `{"client": "direct"}` moves parts and ranges past s3fs, for less processor time.
+    file system, but for two: on S3 `{"client": "direct"}` moves parts and ranges past s3fs, for less processor time;
+    on any object store `{"deletes_per_second": 1000}` limits how fast old steps are deleted (S3 has 3,500 writes and
+    deletions per second and prefix for all that use it).
     `ValueError` for a URL that cannot be served, `ImportError` if its package is not installed; neither they nor
     anything else shows what the URL or the options keep secret.
     """
@@ -58,6 +63,12 @@ def _local(path: str, options: Mapping[str, object] | None) -> Storage:
     return LocalStorage(path)
 
 
+def _limit(given: object) -> float | None:
+    if given is None or (isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < math.inf):
+        return given
+    raise ValueError(f"deletes_per_second is a number of objects, more than 0; not {given!r:.40}")
+
+
 def _remote(url: str, options: dict[str, object]) -> Storage:
     import fsspec
 
@@ -67,6 +78,7 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
     protocol = url.partition("://")[0]
     in_s3 = protocol in ("s3", "s3a")
     client = options.pop("client", "s3fs") if in_s3 else "s3fs"
+    limit = _limit(options.pop("deletes_per_second", None))
     direct = client == "direct"
     if not direct and client != "s3fs":
         raise ValueError(f"cannot open {redact(url)}: `client` must be 's3fs' or 'direct'")
@@ -76,11 +88,12 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
     try:
         fs, root = fsspec.url_to_fs(url, **{**(trying_once(options, direct=direct) if in_s3 else options), **fresh})
         if in_s3:
-            from shardckpt.storage.s3 import S3Storage
+            from shardckpt.storage.s3 import TRANSFERS, S3Storage
 
             fs.retries = 1
-            return S3Storage(fs, root, url=url, client="direct" if direct else "s3fs")
-        return FsspecStorage(fs, root, url=url)
+            transfers = replace(TRANSFERS, deletes_per_second=limit)
+            return S3Storage(fs, root, url=url, transfers=transfers, client="direct" if direct else "s3fs")
+        return FsspecStorage(fs, root, url=url, transfers=Transfers(deletes_per_second=limit))
     except ImportError as error:
         package = _PACKAGES.get(protocol)
         advice = f"install it with `pip install '{package}'`" if package else redacted(str(error))
