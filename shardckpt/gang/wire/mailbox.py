@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from shardckpt.gang.base import Json
 from shardckpt.gang.wire.ending import close_at_the_end, join_at_the_end
-from shardckpt.gang.wire.messages import decode, encode
+from shardckpt.gang.wire.messages import decode, pack
 from shardckpt.gang.wire.vain import Ended, VainError, nobody, wait_for
 
 _T = TypeVar("_T")
@@ -36,7 +36,7 @@ _END_S = 10.0
 class Store(Protocol):
     """What is used of `torch.distributed.Store`. Every error of torch's stores is a `RuntimeError`."""
 
-    def set(self, key: str, value: str, /) -> None: ...
+    def set(self, key: str, value: str | bytes, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
     def add(self, key: str, amount: int, /) -> int: ...
@@ -171,7 +171,7 @@ class Mailbox:
 
     def put(self, key: str, value: Json, *, timeout_s: float) -> None:
         """Write a key, and know that it is there: a TCPStore's `set` returns as if all were well on a dead line."""
-        text, doomed = encode(value), self._doomed
+        text, doomed = pack(value), self._doomed
         self._doomed = []
         self.own(key)
 
