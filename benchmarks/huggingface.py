@@ -81,7 +81,7 @@ def _in_process(job: dict[str, Any], *, killed: bool = False) -> dict[str, Any]:
 
 def _turn(job: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own."""
-    if "gguf" in job:
+    if "base" in job:
         return _life(job)
     import transformers
 
@@ -178,8 +178,9 @@ def render(job: dict[str, Any], turns: dict[str, list[dict[str, float]]]) -> str
 
 def _lora(folder: Path, gguf: str) -> str:
     """One life beside two."""
-    job = {"gguf": gguf, "steps": 8, "every": 2}
     began = time.perf_counter()
+    _dequantise(gguf, folder / "base")
+    job = {"base": str(folder / "base"), "steps": 8, "every": 2}
     whole = _in_process({**job, "folder": str(folder / "whole"), "every": 0})
     _in_process({**job, "folder": str(folder / "two"), "kill_at": 6}, killed=True)
     second = _in_process({**job, "folder": str(folder / "two")})
@@ -193,6 +194,21 @@ def _lora(folder: Path, gguf: str) -> str:
     )
 
 
+def _dequantise(gguf: str, folder: Path) -> None:
+    """As a model that may be trained; once for all lives, as it takes longer than a life."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, file = os.path.split(gguf)
+    quantised = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config).float()
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(folder)
+
+
 def _life(job: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,9 +216,8 @@ def _life(job: dict[str, Any]) -> dict[str, Any]:
     from shardckpt.integrations.huggingface import Trainer
 
     torch.manual_seed(0)
-    place, file = os.path.split(job["gguf"])
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
-    base = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]))
     tokens = tokenizer(bytes(read_text()[:20_000]).decode("latin-1"), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row, "labels": row} for row in tokens[: job["steps"] * _CONTEXT].view(-1, _CONTEXT)]
