@@ -103,6 +103,9 @@ class TrainerCheckpoints:
     def _opened(self, trial: Any) -> Iterator[CheckpointManager]:
         """The manager of one call of `train`."""
         base: Any = super()
+        for kind in ("deepspeed", "fsdp_xla"):
+            if getattr(self, f"is_{kind}_enabled", False):
+                raise InvalidOperationError(f"{kind} keeps its state itself: use transformers.Trainer with it")
         self._here = here = str(base._get_output_dir(trial))
         options = self._options if here == self.args.output_dir else self._options.below(os.path.basename(here))
         self._keep, self._late_rng, self.resumed = KeepTotal(self.args.save_total_limit), LateRngState(), None

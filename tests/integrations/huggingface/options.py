@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,16 @@ def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) 
     straight = from_pretrained(GPT2LMHeadModel, ours, step=6).state_dict()
     copy = GPT2LMHeadModel.from_pretrained(ours / "checkpoint-6").state_dict()
     found["from_pretrained of a step"] = all(torch.equal(straight[name], copy[name]) for name in copy)
+    part = ours / ".checkpoint-4.part"
+    part.mkdir()
+    shutil.rmtree(ours / "checkpoint-2")
     tell("by the name of the copy", life(Trainer, ours, {}, resume=str(ours / "checkpoint-4")), whole)
+    found["copies that a killed job left undone"] = (ours / "checkpoint-2").is_dir() and not part.exists()
     again = life(Trainer, folder / "other", {}, resume=f"{ours}/step_6")
     tell("a step of another run", again, whole)
     tell("what Trainer wrote", life(Trainer, folder / "new", {}, resume=str(theirs / "checkpoint-4")), half)
+    life(Trainer, theirs, {"max_steps": 2})
+    found["what Trainer wrote stays"] = (theirs / "checkpoint-2" / "optimizer.pt").exists() and steps_in(theirs) == [2]
     try:
         life(Trainer, folder / "nothing", {}, resume=True)
     except ValueError as error:
@@ -127,3 +134,22 @@ def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) 
     broken.write_bytes(broken.read_bytes()[:-5000] + bytes(5000))
     tell("past a damaged step", life(Trainer, place.folder, {}, resume=True, checkpoints=str(ours)), whole)
     return found
+
+
+def refused(rank: int, world_size: int, shared: Path, folder: Path) -> list[str]:
+    """What it says to what it cannot do."""
+    from shardckpt.errors import InvalidOperationError
+    from shardckpt.integrations.huggingface import Trainer
+
+    trainer = Trainer(small_model(), arguments(folder), train_dataset=rows(4))
+    told = []
+    try:
+        trainer._save_checkpoint(trainer.model, None)
+    except InvalidOperationError as error:
+        told.append(str(error))
+    trainer.is_deepspeed_enabled = True
+    try:
+        trainer.train()
+    except InvalidOperationError as error:
+        told.append(str(error))
+    return told

@@ -67,4 +67,14 @@ def test_every_way_to_resume(forks: Forks, tmp_path: Path) -> None:
         "auto, nothing there": (None, True),
         "past a damaged step": (6, True),
         "from_pretrained of a step": True,
+        "copies that a killed job left undone": True,
+        "what Trainer wrote stays": True,
     }
+
+
+def test_what_it_cannot_do_it_refuses(forks: Forks, tmp_path: Path) -> None:
+    (told,) = forks.run(1, options.refused, tmp_path, preload=jobs.PRELOAD)
+    assert told == [
+        "a Trainer saves and loads checkpoints while train() runs; save_model() needs none",
+        "deepspeed keeps its state itself: use transformers.Trainer with it",
+    ]
