@@ -169,13 +169,14 @@ class AcceleratorCheckpoints:
     def _parts(self, models: list[Any]) -> dict[str, Any]:
         parts: dict[str, Any] = {"accelerator": _Counters(self)}
         for name, owners in (
-            ("model", models),
+            ("model", [model if any(model is left for left in models) else None for model in self._models]),
             ("optimizer", [inner(optimizer) for optimizer in self._optimizers]),
             ("scheduler", self._schedulers),
             ("data", [_LoaderPlace(loader) for loader in self._dataloaders]),
             ("custom", self._custom_objects),
         ):
-            parts |= {name if number == 0 else f"{name}_{number}": owner for number, owner in enumerate(owners)}
+            names = [name if number == 0 else f"{name}_{number}" for number in range(len(owners))]
+            parts |= {own: owner for own, owner in zip(names, owners, strict=True) if owner is not None}
         if self.scaler is not None:
             parts["scaler"] = self.scaler
         return {**parts, **self._also, "rng": RngState()}

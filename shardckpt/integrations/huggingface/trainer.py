@@ -16,6 +16,7 @@ from shardckpt.errors import CheckpointDamagedError, InvalidOperationError
 from shardckpt.integrations.frameworks import need
 from shardckpt.integrations.huggingface.parts import STATE_FILE, LateRngState, TrainerProgress
 from shardckpt.integrations.huggingface.pretrained import Exporter, put_beside
+from shardckpt.integrations.huggingface.stopping import stopper
 from shardckpt.integrations.huggingface.total import KeepTotal
 from shardckpt.integrations.options import CheckpointOptions, Root, inner, options_of
 from shardckpt.manager.checkpoints import CheckpointManager
@@ -34,7 +35,8 @@ class TrainerCheckpoints:
     `save_steps`, `save_only_model`), and kept as `save_total_limit` says, with the best one. `load_best_model_at_end`
     loads it. `train(resume_from_checkpoint=...)` takes True (the newest good step; damaged ones are passed over),
     "auto" (the same, or a fresh start if there is none), the place of a step or run of ours ("s3://lab/run/step_500",
-    "out/checkpoint-500"), or a folder that Trainer itself has written. When `train` returns, all is committed.
+    "out/checkpoint-500"), or a folder that Trainer itself has written. When `train` returns, all is committed. With
+    `CheckpointOptions(on_open=lambda checkpoints: checkpoints.stop_on())` a SIGTERM to any rank ends it after a save.
 
     One keyword is added, `checkpoints`: a root (`output_dir` if not given) or `CheckpointOptions`. Called on all ranks.
     """
@@ -70,6 +72,7 @@ class TrainerCheckpoints:
         self._options = options_of(checkpoints)
         base: Any = super()
         base.__init__(*args, **kwargs)
+        base.add_callback(stopper(self))
 
     def train(
         self,
@@ -100,6 +103,9 @@ class TrainerCheckpoints:
     def _opened(self, trial: Any) -> Iterator[CheckpointManager]:
         """The manager of one call of `train`."""
         base: Any = super()
+        for kind in ("deepspeed", "fsdp_xla"):
+            if getattr(self, f"is_{kind}_enabled", False):
+                raise InvalidOperationError(f"{kind} keeps its state itself: use transformers.Trainer with it")
         self._here = here = str(base._get_output_dir(trial))
         options = self._options if here == self.args.output_dir else self._options.below(os.path.basename(here))
         self._keep, self._late_rng, self.resumed = KeepTotal(self.args.save_total_limit), LateRngState(), None

@@ -96,6 +96,18 @@ def killed_after_save_of(step: int, *, on_rank: int) -> Any:
     return Kill()
 
 
+def told_to_stop_in(step: int) -> Any:
+    """A callback: SIGTERM to this process in the middle of a step."""
+    from transformers import TrainerCallback
+
+    class Terminate(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return Terminate()
+
+
 def train(
     rank: int,
     world_size: int,
@@ -106,21 +118,24 @@ def train(
     resume: Any = None,
     kill_at: int | None = None,
     lora: bool = False,
-    export: bool = True,
+    term_at: int | None = None,
 ) -> Seen:
     """One life of a training with `Trainer`."""
     from shardckpt.integrations.huggingface import Trainer
 
     model = small_model(lora=lora)
     data = rows(20 * world_size)  # so that a run sees the end of an epoch
-    callbacks = [] if kill_at is None else [killed_after_save_of(kill_at, on_rank=world_size - 1)]
+    last = world_size - 1
+    callbacks = [] if kill_at is None else [killed_after_save_of(kill_at, on_rank=last)]
+    if term_at is not None and rank == last:
+        callbacks.append(told_to_stop_in(term_at))
     trainer = Trainer(
         model,
         arguments(place.folder, **options),
         train_dataset=data,
         eval_dataset=data[:4],
         callbacks=callbacks,
-        checkpoints=place.checkpoints(export=export),
+        checkpoints=place.checkpoints(on_open=lambda checkpoints: checkpoints.stop_on()),
     )
     torch.manual_seed(1_000 + rank)
     trainer.train(resume_from_checkpoint=resume)
@@ -277,3 +292,7 @@ def program(rank: int, world_size: int, folder: Path, file: Path, argv: list[str
     with redirect_stdout(printed):
         runpy.run_path(str(file), run_name="__main__")
     return printed.getvalue()
+
+
+def stopped(rank: int, world_size: int, folder: Path, place: Place, options: Mapping[str, Any], term_at: int) -> Seen:
+    return train(rank, world_size, folder, place, options, term_at=term_at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ SCORES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 5.0}
 """Of the evaluations: the best step is neither the first nor the last."""
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "load_best_model_at_end": True}
 CASES: Mapping[str, Mapping[str, Any]] = {
-    "all stay": {},
-    "the last two": {"save_total_limit": 2},
     "two, the best among them": {"save_total_limit": 2} | BEST,
     "the best alone": {"save_total_limit": 1} | BEST,
     "only when better": {"save_strategy": "best", **BEST, "save_total_limit": 1},
     "each epoch": {"save_strategy": "epoch", "save_total_limit": 1},
+    "all stay": {},
+    "the last two": {"save_total_limit": 2},
     "the model alone": {"save_only_model": True, "save_steps": 4},
     "never": {"save_strategy": "no"},
 }
+"""The first four are a sample."""
 
 
 def evaluated(kind: Any) -> Any:
@@ -65,7 +67,7 @@ def steps_in(folder: Path) -> list[int]:
         return manager.steps()
 
 
-def compare(rank: int, world_size: int, shared: Path, folder: Path) -> dict[str, list[str]]:
+def compare(rank: int, world_size: int, shared: Path, folder: Path, cases: list[str]) -> dict[str, list[str]]:
     """For each case, what differs between the two."""
     import transformers
     from transformers import GPT2LMHeadModel
@@ -73,7 +75,8 @@ def compare(rank: int, world_size: int, shared: Path, folder: Path) -> dict[str,
     from shardckpt.integrations.huggingface import Trainer
 
     found: dict[str, list[str]] = {}
-    for number, (name, options) in enumerate(CASES.items()):
+    for number, name in enumerate(cases):
+        options = CASES[name]
         theirs, ours = folder / f"theirs_{number}", folder / f"ours_{number}"
         there = life(transformers.Trainer, theirs, options)
         expected = outcome(there, folders_in(theirs))
@@ -112,10 +115,16 @@ def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) 
     straight = from_pretrained(GPT2LMHeadModel, ours, step=6).state_dict()
     copy = GPT2LMHeadModel.from_pretrained(ours / "checkpoint-6").state_dict()
     found["from_pretrained of a step"] = all(torch.equal(straight[name], copy[name]) for name in copy)
+    part = ours / ".checkpoint-4.part"
+    part.mkdir()
+    shutil.rmtree(ours / "checkpoint-2")
     tell("by the name of the copy", life(Trainer, ours, {}, resume=str(ours / "checkpoint-4")), whole)
+    found["copies that a killed job left undone"] = (ours / "checkpoint-2").is_dir() and not part.exists()
     again = life(Trainer, folder / "other", {}, resume=f"{ours}/step_6")
     tell("a step of another run", again, whole)
     tell("what Trainer wrote", life(Trainer, folder / "new", {}, resume=str(theirs / "checkpoint-4")), half)
+    life(Trainer, theirs, {"max_steps": 2})
+    found["what Trainer wrote stays"] = (theirs / "checkpoint-2" / "optimizer.pt").exists() and steps_in(theirs) == [2]
     try:
         life(Trainer, folder / "nothing", {}, resume=True)
     except ValueError as error:
@@ -125,3 +134,22 @@ def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) 
     broken.write_bytes(broken.read_bytes()[:-5000] + bytes(5000))
     tell("past a damaged step", life(Trainer, place.folder, {}, resume=True, checkpoints=str(ours)), whole)
     return found
+
+
+def refused(rank: int, world_size: int, shared: Path, folder: Path) -> list[str]:
+    """What it says to what it cannot do."""
+    from shardckpt.errors import InvalidOperationError
+    from shardckpt.integrations.huggingface import Trainer
+
+    trainer = Trainer(small_model(), arguments(folder), train_dataset=rows(4))
+    told = []
+    try:
+        trainer._save_checkpoint(trainer.model, None)
+    except InvalidOperationError as error:
+        told.append(str(error))
+    trainer.is_deepspeed_enabled = True
+    try:
+        trainer.train()
+    except InvalidOperationError as error:
+        told.append(str(error))
+    return told
