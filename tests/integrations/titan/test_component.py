@@ -37,7 +37,7 @@ def build_and_use(rank: int, world_size: int, folder: Path, root: Path) -> list[
     from shardckpt.integrations.titan import component
     from tests.integrations.titan import standins  # noqa: F401  before torchtitan
 
-    made = []
+    made: list[list[int]] = []
     for last in (4, 6):
         model, train_state = torch.nn.Linear(2, 2), Counter()
         optimizer = torch.optim.AdamW(model.parameters())
