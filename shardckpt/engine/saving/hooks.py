@@ -38,7 +38,7 @@ class StepHooks:
         """Torch's own optimizers change nothing before they have called the closure, if they are given one. That is
         where the forward and backward of a step may be (Lightning has them there), and those need not wait."""
         closure = kwargs.get("closure", args[1] if len(args) == 2 else None)
-        if closure is None or not type(optimizer).__module__.startswith("torch.optim."):
+        if closure is None or not f"{type(optimizer).__module__}.".startswith("torch.optim."):
             self._wait()
             return None
 

@@ -209,26 +209,25 @@ class TheCallback:
     def _save(self, trainer: Any, *, deadline: timedelta | None = None) -> None:
         assert self._checkpoints is not None
         self._is_owed, step = False, trainer.global_step
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: value for name, value in metrics.items() if value == value}
+        self._note(step, metrics, trainer.callback_metrics)  # before, for it is part of what is saved
         state = state_to_save(trainer, weights_only=self.save_weights_only)
         self._checkpoints.save(step, state, frozen=self._terms.frozen, deadline=deadline)
         self._last_global_step_saved = step
-        self._measure(step, trainer.callback_metrics)
-
-    def _measure(self, step: int, found: Mapping[str, Any]) -> None:
-        assert self._checkpoints is not None
-        metrics = {name: float(value) for name, value in found.items() if float(value) == float(value)}
-        value = metrics.get(self.monitor or "")
         score = metrics.pop(SCORE, None)
         if score is not None:
             self._checkpoints.save_score(score, step=step)
         if metrics:
             self._checkpoints.save_metrics(metrics, step=step)
+
+    def _note(self, step: int, metrics: Mapping[str, float], found: Mapping[str, Any]) -> None:
         place = self._last_checkpoint_saved = self.last_model_path = place_of(self._root, step)
-        if value is not None:
-            self.best_k_models[place] = found[self.monitor or ""].detach().clone()
-            self._rank()
-        elif self.monitor is None:
+        if self.monitor is None:
             self.best_model_path = place
+        elif self.monitor in metrics:
+            self.best_k_models[place] = found[self.monitor].detach().clone()
+            self._rank()
 
     def _rank(self) -> None:
         """`best_k_models` and the like, of the saves that this rank knows of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -16,9 +16,6 @@ from shardckpt.manager.checkpoints import CheckpointManager
 from shardckpt.run.choosing.due import Moment, SaveEvery
 from shardckpt.run.retention import KeepAll, KeepLast
 from shardckpt.streams import RngState
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 MODEL, OPTIMIZER, RNG = "model", "optimizer", "rng"
 
@@ -51,7 +48,11 @@ class Checkpointer:
     A failed save is raised by the next one (which of them: see `CheckpointManager`), or by `close`.
     """
 
-    def __init__(self, **given: Unpack[Components]) -> None:
+    def __init__(self, **components: Any) -> None:
+        """`components`: those of `Components`, of which torchtitan gives more than a call should have."""
+        if unknown := sorted(components.keys() - Components.__annotations__.keys()):
+            raise TypeError(f"a Checkpointer is not made of {', '.join(unknown)}, but of Components")
+        given = Components(**components)  # type: ignore[typeddict-item]
         config = given.get("config") or given.get("checkpoint_config")
         if config is None:
             raise InvalidOperationError("a Checkpointer needs config=CheckpointConfig(...), or torchtitan's own")

@@ -27,6 +27,10 @@ class Plan:
     plain_loader: bool = False
     plugin: bool = False
     """Lightning's own `ModelCheckpoint`, over our `CheckpointIO`."""
+    theirs: bool = False
+    """Lightning's own, with nothing of ours."""
+    then_test: str = ""
+    """After the training test what this `ckpt_path` names."""
     terms: Mapping[str, Any] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)

@@ -57,6 +57,9 @@ class Module(pl.LightningModule):  # type: ignore[misc]
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val", (self.net(batch[0]) - batch[0]).square().mean(), sync_dist=True)
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test", (self.net(batch[0]) - batch[0]).square().mean(), sync_dist=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["mine"] = {"losses": len(self.losses)}
 
@@ -108,11 +111,13 @@ def train(rank: int, world_size: int, folder: Path, plan: Plan) -> Result:
     loader = (DataLoader if plan.plain_loader else StatefulDataLoader)(data, batch_size=4, **order(data, rank, plan))
     module = Module(8, plan.kill_at)
     callback = ModelCheckpoint(plan.root, **{"monitor": "val", "save_top_k": 2, **plan.saved})
-    if not plan.plugin:
+    if not plan.plugin and not plan.theirs:
         callback = checkpoints(callback, **plan.terms)
     trainer = trainer_of(plan, callback, world_size, folder)
     trainer.fit(module, loader, DataLoader(val, 4), ckpt_path=plan.ckpt_path)
     with torch.no_grad():
         state = {name: getattr(p, "full_tensor", lambda p=p: p)().clone() for name, p in module.state_dict().items()}
     seen = {"mine": getattr(module, "mine", None), "k": dict(callback.best_k_models)}
+    if plan.then_test:
+        seen["tested"] = trainer.test(module, DataLoader(val, 4), ckpt_path=plan.then_test, verbose=False)[0]
     return Result(module.losses, callback.best_model_path, callback.last_model_path, state, seen)

@@ -1,7 +1,7 @@
 """The component that torchtitan's trainer has its config build, which came with 0.3.
 
-With an older one this only tests what is said then. 0.3 pins versions of its own, so it is run in an environment beside:
-`pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 triton`, and this file.
+With an older one this only tests what is said then. 0.3 pins versions of its own, so it is run in an environment of its
+own: `pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 torch_checkpointing==0.1.1 triton`, and this file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build_and_use(rank: int, world_size: int, folder: Path, root: Path) -> list[
     from shardckpt.integrations.titan import component
     from tests.integrations.titan import standins  # noqa: F401  before torchtitan
 
-    made = []
+    made: list[list[int]] = []
     for last in (4, 6):
         model, train_state = torch.nn.Linear(2, 2), Counter()
         optimizer = torch.optim.AdamW(model.parameters())
