@@ -77,7 +77,7 @@ def pip(place: Path) -> list[str]:
 
 def run(*command: object, at: Path = ROOT) -> str:
     """What it printed. Without a PYTHONPATH, which would bring in what is to be tested by its absence."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"WANDB_SILENT": "true"}
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=at, env=environment, capture_output=True, text=True, check=True).stdout
 

@@ -62,7 +62,8 @@ class TellingFace(ABC):
 
         While it is at work on a step, or a step waits for it, on rank 0, no policy deletes that step; after that, the
         next pruning may. `delete_checkpoint` does at once. All files of the checkpoint are there; a score or metrics
-        may still be written beside them (`*.tmp`, then renamed). Terms as in `on_save`.
+        may still be written beside them (`*.tmp`, then renamed). A program that is killed may not have called it for
+        its last steps: compare with `steps()` after `resume`. Terms as in `on_save`.
         """
         return self._call(callback, Committed, patience=patience, each_rank=each_rank, holds=True)
 
