@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# The image without Docker: built and run by Debian's buildah, for a machine on which no daemon runs. As root.
+#
+#   bash docker/without_docker.sh build      the image, on a Debian that debootstrap makes in place of the one it is FROM
+#   bash docker/without_docker.sh demo       its default command
+#   bash docker/without_docker.sh compose    the services of compose.yaml with their commands, at the loopback interface
+#
+# Needs apt-get install buildah debootstrap, and .venv (launch/setup.sh); the folder WORK (./.without_docker if not said) holds all that it makes.
+# Environment: BUILD_OPTIONS, further options of `buildah bud`, such as "--build-arg TORCH_INDEX=https://...", or
+# "--volume /a/pip.conf:/etc/pip.conf:ro", for packages that come from elsewhere.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work=${WORK-$PWD/.without_docker}
+image=localhost/shardckpt:compose
+export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot # both work where namespaces and mounts are restricted
+
+run() { buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+
+build() {
+    local base container
+    base=$(sed -n 's/^ARG BASE=//p' docker/Dockerfile)
+    mkdir -p "$work"
+    if ! run inspect --type image "$base" >/dev/null 2>&1; then
+        debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$work/debian" >"$work/debian.log"
+        container=$(run from scratch)
+        run add --quiet "$container" "$work/debian" / >/dev/null
+        run commit --quiet "$container" "docker.io/library/$base" >/dev/null
+        run rm "$container" >/dev/null
+        rm -rf "$work/debian"
+    fi
+    # shellcheck disable=SC2086  # several options
+    run bud --network host --build-arg EXTRAS=seaweed ${BUILD_OPTIONS-} -t "$image" -f docker/Dockerfile .
+    run images
+}
+
+# A container in which all names of compose.yaml lead to this machine.
+container() {
+    run rm compose >/dev/null 2>&1 || true
+    run from --pull-never --name compose --add-host store:127.0.0.1 --add-host node-0:127.0.0.1 \
+        --add-host node-1:127.0.0.1 "$image" >/dev/null
+}
+
+services() {
+    local folder service pids=() status=0
+    folder=$(mktemp -d)
+    # One file of shell words per service: environment, command, health check.
+    .venv/bin/python - docker/compose.yaml "$folder" <<'PY'
+import os, re, shlex, sys
+import yaml
+
+def filled(text):
+    """With the environment's values, and the defaults of compose.yaml."""
+    return re.sub(r"\$\{(\w+)(?:-|:\?)([^}]*)\}", lambda found: os.environ.get(found[1], found[2]), str(text))
+
+for name, service in yaml.safe_load(open(sys.argv[1]))["services"].items():
+    environment = [f"--env={key}={filled(value)}" for key, value in service["environment"].items()]
+    parts = {"env": environment, "command": service["command"], "check": service["healthcheck"]["test"][1:]}
+    with open(f"{sys.argv[2]}/{name}", "w") as file:
+        for part, words in parts.items():
+            print(f"{part}=({shlex.join(map(filled, words))})", file=file)
+PY
+    in_it() { run run --hostname "$service" "${env[@]}" -- compose "$@"; }
+    start() {
+        local service=$1 env command check
+        # shellcheck disable=SC1090  # written above
+        . "$folder/$service"
+        in_it "${command[@]}" >"$folder/$service.log" 2>&1 &
+        pids+=("$!")
+    }
+    healthy() {
+        local service=$1 env command check
+        # shellcheck disable=SC1090
+        . "$folder/$service"
+        in_it "${check[@]}"
+    }
+    start store
+    for ((tries = 0; tries < 60; tries++)); do
+        if healthy store >/dev/null 2>&1; then break; fi
+        sleep 1
+    done
+    start node-0
+    start node-1
+    wait "${pids[1]}" "${pids[2]}" || status=$?
+    grep -h '^step' "$folder"/node-*.log | tail -n 3 || true
+    ((status == 0)) || tail -n 30 "$folder"/*.log
+    healthy node-0 || status=$?
+    kill "${pids[0]}"
+    wait "${pids[0]}" || true
+    rm -rf "$folder"
+    return "$status"
+}
+
+case ${1-} in
+build) build ;;
+demo) container && run run -- compose shardckpt demo ;;
+compose) container && services ;;
+*) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
+esac
