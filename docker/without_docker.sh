@@ -5,12 +5,12 @@
 #   bash docker/without_docker.sh demo       its default command
 #   bash docker/without_docker.sh compose    the services of compose.yaml with their commands, at the loopback interface
 #
-# Needs apt-get install buildah debootstrap, and .venv (launch/setup.sh); the folder WORK (./.without_docker if not said) holds all that it makes.
+# Needs apt-get install buildah debootstrap, and .venv (launch/setup.sh). The folder WORK holds all that it makes.
 # Environment: BUILD_OPTIONS, further options of `buildah bud`, such as "--build-arg TORCH_INDEX=https://...", or
 # "--volume /a/pip.conf:/etc/pip.conf:ro", for packages that come from elsewhere.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-work=${WORK-$PWD/.without_docker}
+work=${WORK-${TMPDIR:-/tmp}/shardckpt-image}
 image=localhost/shardckpt:compose
 export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot # both work where namespaces and mounts are restricted
 
