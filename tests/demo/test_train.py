@@ -60,7 +60,7 @@ def train_here_until(rank: int, world_size: int, folder: Path, root: Path, step:
     try:
         train_here(rank, world_size, folder, root, 10**7)
     except SystemExit as end:
-        return end.code
+        return int(end.code or 0)
     finally:
         telling.join()
     return 0
