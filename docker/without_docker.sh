@@ -41,6 +41,8 @@ container() {
 }
 
 services() {
+    : "${AWS_ACCESS_KEY_ID:?any name}" "${AWS_SECRET_ACCESS_KEY:?any secret}"
+    export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
     local folder service pids=() status=0
     folder=$(mktemp -d)
     # One file of shell words per service: environment, command, health check.
@@ -53,7 +55,10 @@ def filled(text):
     return re.sub(r"\$\{(\w+)(?:-|:\?)([^}]*)\}", lambda found: os.environ.get(found[1], found[2]), str(text))
 
 for name, service in yaml.safe_load(open(sys.argv[1]))["services"].items():
-    environment = [f"--env={key}={filled(value)}" for key, value in service["environment"].items()]
+    # What is secret is handed on by its name, so that no command line shows it.
+    environment = [
+        f"--env={key}" if "KEY" in key else f"--env={key}={filled(value)}" for key, value in service["environment"].items()
+    ]
     parts = {"env": environment, "command": service["command"], "check": service["healthcheck"]["test"][1:]}
     with open(f"{sys.argv[2]}/{name}", "w") as file:
         for part, words in parts.items():
