@@ -16,7 +16,7 @@ import pytest
 from tests.house.source import ROOT
 from tests.launch.long import asked_for, committed, resumed_at, steps, wait_until
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, asked_for, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, asked_for, pytest.mark.timeout(1800)]
 
 FOR_EVER = 10**7
 """The last step of a training that something else ends."""
