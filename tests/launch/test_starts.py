@@ -7,9 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.house.source import ROOT
@@ -86,3 +87,45 @@ def test_a_pod_that_is_evicted_is_waited_for(tmp_path: Path, free_port: int) -> 
         stays.send_signal(signal.SIGTERM)
         new.send_signal(signal.SIGTERM)
         assert [stays.wait(120), new.wait(120)] == [1, 1]
+
+
+@asked_for
+def test_elastic_a_node_is_lost_and_another_one_comes(tmp_path: Path) -> None:
+    """By the starter, with a meeting place that is no node's: goes on alone, then with the new one."""
+    log, root = tmp_path / "log", tmp_path / "run"
+    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings = {"NODES": "1:2", "RANKS": "1", "LAST_CALL": "5", "MEET_ELSEWHERE": "yes", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": beside, **settings}
+    place = [sys.executable, str(ROOT / "launch/torchrun/meeting.py"), "0"]
+    with ExitStack() as stack:
+        meeting = stack.enter_context(subprocess.Popen(place, stdout=subprocess.PIPE, text=True))
+        stack.callback(meeting.terminate)
+        assert meeting.stdout is not None
+        port = meeting.stdout.readline().split()[-1]
+        words = ["bash", str(ROOT / "launch/torchrun/elastic.sh"), f"127.0.0.1:{port}", str(root), str(10**7)]
+
+        def node() -> subprocess.Popen[bytes]:
+            with log.open("ab") as output:
+                started = subprocess.Popen(words, env=environment, stdout=output, stderr=output)
+            stack.callback(lambda: lose(started))
+            return started
+
+        def ranks() -> int:
+            """Of the newest step."""
+            steps_there = committed(root)
+            return len(list((root / f"step_{steps_there[-1]}").glob("rank_*.pt"))) if steps_there else 0
+
+        def lose(started: subprocess.Popen[bytes]) -> None:
+            with suppress(psutil.NoSuchProcess):
+                torchrun = psutil.Process(started.pid)
+                for process in [torchrun, *torchrun.children(recursive=True)]:
+                    process.kill()
+            started.wait()
+
+        lost, _ = node(), node()
+        wait_until(lambda: ranks() == 2, "two nodes train", log)
+        lose(lost)
+        wait_until(lambda: ranks() == 1, "one goes on alone", log)
+        node()
+        wait_until(lambda: ranks() == 2, "a new one is taken in", log)
+        assert len(resumed_at(log.read_text())) >= 2
