@@ -43,9 +43,13 @@ container() {
 services() {
     : "${AWS_ACCESS_KEY_ID:?any name}" "${AWS_SECRET_ACCESS_KEY:?any secret}"
     export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
-    local folder service pids=() status=0
+    local service status=0
+    pids=()
     folder=$(mktemp -d)
-    # One file of shell words per service: environment, command, health check.
+    trap 'kill "${pids[@]}" 2>/dev/null; wait; rm -rf "$folder"' EXIT
+    chmod 711 "$folder"
+    # Per service a file of shell words, command and health check, and its environment, which is read only inside, by its
+    # user, so that no command line shows a key.
     .venv/bin/python - docker/compose.yaml "$folder" <<'PY'
 import os, re, shlex, sys
 import yaml
@@ -55,25 +59,29 @@ def filled(text):
     return re.sub(r"\$\{(\w+)(?:-|:\?)([^}]*)\}", lambda found: os.environ.get(found[1], found[2]), str(text))
 
 for name, service in yaml.safe_load(open(sys.argv[1]))["services"].items():
-    # What is secret is handed on by its name, so that no command line shows it.
-    environment = [
-        f"--env={key}" if "KEY" in key else f"--env={key}={filled(value)}" for key, value in service["environment"].items()
-    ]
-    parts = {"env": environment, "command": service["command"], "check": service["healthcheck"]["test"][1:]}
+    parts = {"command": service["command"], "check": service["healthcheck"]["test"][1:]}
     with open(f"{sys.argv[2]}/{name}", "w") as file:
         for part, words in parts.items():
             print(f"{part}=({shlex.join(map(filled, words))})", file=file)
+    with open(f"{sys.argv[2]}/{name}.env", "w", opener=lambda path, flags: os.open(path, flags, 0o400)) as file:
+        for key, value in service["environment"].items():
+            print(f"export {key}={shlex.quote(filled(value))}", file=file)
+    os.chown(file.name, 1000, 1000)
 PY
-    in_it() { run run --hostname "$service" "${env[@]}" -- compose "$@"; }
+    in_it() {
+        # shellcheck disable=SC2016  # expanded inside
+        run run --hostname "$service" --volume "$folder:/service:ro" -- compose \
+            sh -c '. "/service/$0.env" && exec "$@"' "$service" "$@"
+    }
     start() {
-        local service=$1 env command check
+        local service=$1 command check
         # shellcheck disable=SC1090  # written above
         . "$folder/$service"
         in_it "${command[@]}" >"$folder/$service.log" 2>&1 &
         pids+=("$!")
     }
     healthy() {
-        local service=$1 env command check
+        local service=$1 command check
         # shellcheck disable=SC1090
         . "$folder/$service"
         in_it "${check[@]}"
@@ -89,9 +97,6 @@ PY
     grep -h '^step' "$folder"/node-*.log | tail -n 3 || true
     ((status == 0)) || tail -n 30 "$folder"/*.log
     healthy node-0 || status=$?
-    kill "${pids[0]}"
-    wait "${pids[0]}" || true
-    rm -rf "$folder"
     return "$status"
 }
 
