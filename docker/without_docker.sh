@@ -4,6 +4,7 @@
 #   bash docker/without_docker.sh build      the image, on a Debian that debootstrap makes in place of the one it is FROM
 #   bash docker/without_docker.sh demo       its default command
 #   bash docker/without_docker.sh compose    the services of compose.yaml with their commands, at the loopback interface
+#   bash docker/without_docker.sh jobset     the same store, and the pods' command of launch/kubernetes/jobset.yaml, twice
 #
 # Needs apt-get install buildah debootstrap, and .venv (launch/setup.sh). The folder WORK holds all that it makes.
 # Environment: BUILD_OPTIONS, further options of `buildah bud`, such as "--build-arg TORCH_INDEX=https://...", or
@@ -33,11 +34,11 @@ build() {
     run images
 }
 
-# A container in which all names of compose.yaml lead to this machine.
+# A container in which the names of all services and of the pod with the meeting place lead to this machine.
 container() {
     run rm compose >/dev/null 2>&1 || true
     run from --pull-never --name compose --add-host store:127.0.0.1 --add-host node-0:127.0.0.1 \
-        --add-host node-1:127.0.0.1 "$image" >/dev/null
+        --add-host node-1:127.0.0.1 --add-host train-node-0-0.train:127.0.0.1 "$image" >/dev/null
 }
 
 services() {
@@ -50,7 +51,7 @@ services() {
     chmod 711 "$folder"
     # Per service a file of shell words, command and health check, and its environment, which is read only inside, by its
     # user, so that no command line shows a key.
-    .venv/bin/python - docker/compose.yaml "$folder" <<'PY'
+    .venv/bin/python - "$1" "$folder" <<'PY'
 import os, re, shlex, sys
 import yaml
 
@@ -58,7 +59,20 @@ def filled(text):
     """With the environment's values, and the defaults of compose.yaml."""
     return re.sub(r"\$\{(\w+)(?:-|:\?)([^}]*)\}", lambda found: os.environ.get(found[1], found[2]), str(text))
 
-for name, service in yaml.safe_load(open(sys.argv[1]))["services"].items():
+def as_pods(services):
+    """The nodes do what the pods of the JobSet do, with the store of compose."""
+    job = yaml.safe_load(open("launch/kubernetes/jobset.yaml"))["spec"]["replicatedJobs"][0]["template"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    own = {each["name"]: each["value"] for each in container["env"]} | {"CHECKPOINTS": "s3://checkpoints"}
+    for name in ("node-0", "node-1"):
+        stores = {key: value for key, value in services[name]["environment"].items() if key.startswith("AWS_")}
+        words = [re.sub(r"\$\((\w+)\)", lambda found: own[found[1]], word) for word in container["command"] + container["args"]]
+        services[name] |= {"environment": own | stores, "command": words}
+
+services = yaml.safe_load(open("docker/compose.yaml"))["services"]
+if sys.argv[1] == "jobset":
+    as_pods(services)
+for name, service in services.items():
     parts = {"command": service["command"], "check": service["healthcheck"]["test"][1:]}
     with open(f"{sys.argv[2]}/{name}", "w") as file:
         for part, words in parts.items():
@@ -103,6 +117,6 @@ PY
 case ${1-} in
 build) build ;;
 demo) container && run run -- compose shardckpt demo ;;
-compose) container && services ;;
-*) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
+compose | jobset) container && services "$1" ;;
+*) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -5,13 +5,16 @@
 #   bash launch/check.sh [PART...]        tests, ray, slurm, image; all of them if none is named
 #
 # What a part needs and is not there, it says, and fails: apt-get install slurm-wlm munge buildah debootstrap. Ray comes by
-# pip into an environment of its own, CHECK_RAY (./.venv.ray if not said). docker/without_docker.sh has more settings.
+# pip into an environment of its own, CHECK_RAY (./.venv.ray if not said). docker/without_docker.sh has more settings,
+# and SHARDCKPT_TEST_CRDS may name a folder with the definitions that Kubernetes' extensions publish (test_manifests.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 bash launch/setup.sh || exit
 parts=("$@")
 (($#)) || parts=(tests ray slurm image)
 export SHARDCKPT_TEST_LAUNCH=1 OMP_NUM_THREADS=1
+# Of the store that the part `image` starts and ends.
+export AWS_ACCESS_KEY_ID=check AWS_SECRET_ACCESS_KEY=${RANDOM}x${RANDOM}x${RANDOM}
 failed=()
 
 ray_environment() {
@@ -31,7 +34,7 @@ check() {
     ray) ray_environment && "$ray/bin/python" -m pytest -p no:cacheprovider tests/launch/test_ray.py ;;
     slurm) .venv/bin/python -m pytest -p no:cacheprovider tests/launch/test_slurm.py ;;
     image)
-        for step in build demo compose; do bash docker/without_docker.sh "$step" || return; done
+        for step in build demo compose jobset; do bash docker/without_docker.sh "$step" || return; done
         ;;
     *) echo "there is no part $1" >&2 && return 2 ;;
     esac
