@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from tests.house.source import ROOT
 from tests.launch.long import asked_for, committed, resumed_at, steps, wait_until
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, asked_for, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, asked_for, pytest.mark.timeout(1800)]
 
 FOR_EVER = 10**7
 """The last step of a training that something else ends."""
@@ -78,16 +79,21 @@ class Job:
         assert not self.processes()
         return committed(self.root)[-1]
 
-    def processes(self, name: str = "") -> list[psutil.Process]:
-        """Of this job; torchruns or ranks, if a part of their command is given."""
-        found = []
+    def processes(self) -> dict[psutil.Process, list[str]]:
+        """All of this job, with what they were started as."""
+        found = {}
         for process in psutil.process_iter():
-            try:
-                if f"{self.root}" in process.cmdline() and name in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                pass  # it has ended
+            with suppress(psutil.Error):  # it has ended
+                if str(self.root) in process.cmdline():
+                    found[process] = process.cmdline()
         return found
+
+    def torchruns(self) -> list[psutil.Process]:
+        started = self.processes().items()
+        return [process for process, words in started if Path(words[1]).name == "torchrun"]
+
+    def ranks(self) -> list[psutil.Process]:
+        return [rank for torchrun in self.torchruns() for rank in torchrun.children()]
 
 
 @pytest.fixture
@@ -127,7 +133,7 @@ def test_preempted_it_saves_and_comes_again_when_the_other_is_done(cluster: Clus
 
 
 def test_out_of_time_it_saves_and_comes_again(cluster: Cluster) -> None:
-    job = cluster.train(FOR_EVER, "--time=2", "--signal=B:USR1@80")
+    job = cluster.train(FOR_EVER, "--time=4", "--signal=B:USR1@100")  # Slurm may be a minute early
     job.is_told_and_comes_again()
     job.is_cancelled()
 
@@ -135,7 +141,7 @@ def test_out_of_time_it_saves_and_comes_again(cluster: Cluster) -> None:
 def test_a_rank_that_dies_is_started_again_within_the_job(cluster: Cluster) -> None:
     job = cluster.train(FOR_EVER)
     job.trains(0)
-    ranks = [process for process in job.processes("launch/train.py") if "torchrun" not in " ".join(process.cmdline())]
+    ranks = job.ranks()
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
     wait_until(lambda: resumed_at(job.said()), "resumed", job.log)
@@ -146,7 +152,7 @@ def test_a_rank_that_dies_is_started_again_within_the_job(cluster: Cluster) -> N
 def test_a_node_whose_torchrun_dies_puts_the_job_back(cluster: Cluster) -> None:
     job = cluster.train(FOR_EVER)
     job.trains(0)
-    job.processes("torchrun")[-1].send_signal(signal.SIGKILL)
+    job.torchruns()[-1].send_signal(signal.SIGKILL)
     wait_until(lambda: "run 1: node" in job.said(), "put back and started again", job.log)
     job.trains(1)
     assert resumed_at(job.said())[-1] >= 40
