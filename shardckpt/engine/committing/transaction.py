@@ -26,7 +26,7 @@ from shardckpt.engine.progress import OtherRank
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, decode_receipt
 from shardckpt.engine.splits.pieces import check_agreed
-from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
+from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError, RootNotSharedError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import decode_index
 from shardckpt.format.layout import CONSOLIDATED, new_attempt
@@ -77,6 +77,8 @@ class Transaction:
         self._known: bytes | None = None
         """On rank 0, on an object store: the step's record that was in force when the attempt began."""
         self._may_be_in_force = False
+        self._is_apart = False
+        """Whether what ranks have written does not lie in one place, so that each has to remove it where it is."""
         self.has_met = False
         """Whether this rank has gone to meet the others. Until then they wait for it."""
 
@@ -121,7 +123,13 @@ class Transaction:
 
     def write(self, work: Callable[[str], Receipt]) -> None:
         """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
-        gathered: Any = together_gather(self._gang, lambda: work(self._prefix).encode(), phase="write", **self._terms)
+        gathered: Any
+        try:
+            gathered = together_gather(self._gang, lambda: work(self._prefix).encode(), phase="write", **self._terms)
+        except GangError as error:
+            kinds = {failure.kind for failure in error.failures.values()}
+            self._is_apart = RootNotSharedError.__name__ in kinds
+            raise
         if gathered is not None:
             self._receipts = [decode_receipt(receipt) for receipt in gathered]
 
@@ -204,7 +212,7 @@ class Transaction:
     def abandon(self) -> None:
         """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""
         self._lease.beat()
-        if self._gang.rank == 0 and self._prefix and not self._may_be_in_force:
+        if (self._gang.rank == 0 or self._is_apart) and self._prefix and not self._may_be_in_force:
             with contextlib.suppress(TimeoutError):
                 remove = partial(abandon_attempt, self._storage, self._prefix)
                 within(self._limit.timeout, remove, what="removing the attempt")
