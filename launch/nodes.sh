@@ -3,7 +3,7 @@
 # and save over a slow link; it is cut in the middle of a save; one goes on alone; one is killed. Says what happened, and
 # ends with 1 if anything was not as it should be. About a minute. Needs iproute2 and util-linux; leaves nothing behind.
 #
-#   sudo bash launch/nodes.sh
+#   sudo bash launch/nodes.sh [--ipv6]        --ipv6: the nodes speak no IPv4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

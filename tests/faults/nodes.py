@@ -66,6 +66,12 @@ class Nodes:
 
     def mend(self) -> None:
         _inside(self.pids[1], "ip", "link", "set", _LINK, "up")
+        self.give_address(1)
+
+    def give_address(self, node: int) -> None:
+        """Again after a cut: Linux takes those of IPv6 away."""
+        bits, at_once = ("64", ["nodad"]) if self.ipv6 else ("24", [])
+        _inside(self.pids[node], "ip", "address", "replace", f"{self.address(node)}/{bits}", "dev", _LINK, *at_once)
 
     @contextmanager
     def on(self, node: int) -> Iterator[None]:
@@ -96,8 +102,7 @@ def two_nodes(*, ipv6: bool = False) -> Iterator[Nodes]:
         peer = ["peer", "name", _LINK, "netns", str(other)]
         _inside(one, "ip", "link", "add", _LINK, "type", "veth", *peer)
         for node, pid in enumerate(nodes.pids):
-            bits, at_once = ("64", ["nodad"]) if ipv6 else ("24", [])
-            _inside(pid, "ip", "address", "add", f"{nodes.address(node)}/{bits}", "dev", _LINK, *at_once)
+            nodes.give_address(node)
             for interface in ("lo", _LINK):
                 _inside(pid, "ip", "link", "set", interface, "up")
         yield nodes

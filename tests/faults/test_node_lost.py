@@ -185,3 +185,5 @@ def test_nodes_that_speak_nothing_but_ipv6(ranks: ProcessPool, tmp_path: Path, n
     for kind, steps in ((GLOO, []), (STORE, [3])):
         for found in ranks.run(RANKS, go_on, tmp_path, nodes, kind, next(PORTS), backend=None, timeout=CALL_S):
             assert found == {"steps": steps, "resumed": bool(steps), "after": [3]}
+        nodes.cut()
+        nodes.mend()

@@ -76,7 +76,8 @@ class Torchrun:
         # Not libuv's server, which leaves a pipe open in this process for ever.
         self._meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self._meeting.port}", "--rdzv-id", "soak"]
-        patience = "is_host=0,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+        # A machine that is busy must not look like a node that is gone: two would go on, each alone.
+        patience = "is_host=0,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=6"
         here = ["--local-addr", "127.0.0.1", "--nnodes", f"1:{NODES}", "--nproc-per-node", "1"]
         restarts = ["--max-restarts", "1000000"]
         program = str(Path(enduring.__file__))

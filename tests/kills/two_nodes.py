@@ -170,10 +170,11 @@ def need(holds: bool, what: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.parse_args()
+    parser.add_argument("--ipv6", action="store_true", help="the nodes speak no IPv4")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        with two_nodes() as nodes, tempfile.TemporaryDirectory(prefix="shardckpt-nodes-") as folder:
+        with two_nodes(ipv6=given.ipv6) as nodes, tempfile.TemporaryDirectory(prefix="shardckpt-nodes-") as folder:
             Play(nodes, Path(folder) / "run", lambda text: print(text, flush=True)).all_acts()
     except NoNodesError as error:
         print(f"no network namespaces here (root is needed, iproute2 and util-linux): {error}", file=sys.stderr)

@@ -53,7 +53,8 @@ def check_room(storage: Storage, prefix: str) -> None:
 
     `RootNotSharedError` if not. A put would make the folder, on a disk of its own, and give a receipt for a file that
     nobody else ever finds. So the folder is asked for by making it, which must fail: that is decided by the file system
-    itself, also where this machine's idea of what is there is old (NFS).
+    itself, also where this machine's idea of what is there is old (NFS). Of several ranks on such a disk the first one
+    finds out, which is enough for the save to fail; the next may take the folder that it has made for the real one.
     """
     if not isinstance(storage, RenamingStorage):
         return

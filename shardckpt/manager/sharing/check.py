@@ -173,5 +173,6 @@ def _text(url: str, blind: Sequence[tuple[str, Sequence[int]]], own: str) -> str
     return (
         f"the root is not one place for all ranks: {listed}{more} do not see what rank 0 (on {own}) has in {url}. "
         "Nothing was saved or loaded. Give all ranks the same root, which all nodes share: a file system that each of "
-        "them mounts there (NFS, Lustre), or the URL of an object store"
+        "them mounts there (NFS, Lustre), or the URL of an object store. A disk of each node can hold a run of that "
+        "node's ranks alone (Gangs.from_mesh of their mesh), if they have the whole state"
     )
