@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
 from shardckpt.errors import InvalidStateError
+from shardckpt.storage.base import Buffer
 from shardckpt.tools.moving.folders import find
 from shardckpt.tools.moving.foreign.combined import Combined, origins
 from shardckpt.tools.moving.foreign.nesting import Path, flat_name, walk
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, TensorSource, Window
-from shardckpt.tools.place import Where
 
-Addition: TypeAlias = Where | Mapping[str, Any] | Any
+Addition: TypeAlias = Any
 """A checkpoint of any known form that has a part of that name; or its state, or an object with `state_dict`."""
 
 
@@ -34,7 +34,7 @@ class StateSource:
             return leaf
         name, whole = flat_name(path), leaf.detach().cpu().contiguous()
         self.tensors[name] = TensorFacts(str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape))
-        self._bytes[name] = memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+        self._bytes[name] = memoryview(cast(Buffer, whole.reshape(-1).view(torch.uint8).numpy()))
         return TensorName(name)
 
     def read(self, windows: Sequence[Window]) -> None:
