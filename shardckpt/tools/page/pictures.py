@@ -19,7 +19,8 @@ SCHEMES = {"dark": 0, "light": 1}
 """By the number that Blink has for them."""
 _TALLEST = 16_000
 _PATIENCE_S = 60
-_FRAME = """<!doctype html><title>-</title><iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{document}"
+_FRAME = """<!doctype html><title>-</title>
+<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{document}"
 onload="const page = this.contentDocument, all = page.documentElement; document.title = ['measured', all.scrollWidth,
 all.scrollHeight, this.contentWindow.getComputedStyle(page.body).backgroundColor].join(';')"></iframe>"""
 """A window of its own is never narrower than 500 pixels."""
