@@ -211,7 +211,7 @@ def _launched(environ: Mapping[str, str], timeout: timedelta) -> _Job | None:
         return _Job(_no_store, rank, size, with_gloo=False)
     if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
         raise ValueError("RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT: start with torchrun")
-    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    host, port = environ["MASTER_ADDR"].strip("[]"), int(environ["MASTER_PORT"])  # an IPv6 address may be in brackets
     import torch.distributed as dist
 
     def connect(*, is_master: bool = False) -> Any:

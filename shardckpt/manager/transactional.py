@@ -286,7 +286,7 @@ class _Deletion:
                 preserve_model(self._catalog.storage, entry)
             else:
                 delete_step(self._catalog.storage, entry, manifest=self._record(entry))
-            self._history.deleted(self._step)
+            self._history.deleted(self._step, model_kept=self._preserve)
         except CheckpointNotFoundError as error:
             if not self._missing_ok:
                 raise CheckpointDeleteError(str(error), step=self._step) from error

@@ -18,6 +18,7 @@ from shardckpt.format.manifest import decode_manifest
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import is_doomed, remove_folder
 from shardckpt.run.requests import each
+from shardckpt.run.shared.sweeping import tidy_blobs
 from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
 from shardckpt.storage.objects.probe import is_probe
 
@@ -73,6 +74,8 @@ class DeadAttempts:
         swept = sweep(self._catalog, own_attempts=dead) if dead else []
         for folder in swept:
             _log.info("removed %s, left by a save that never committed", folder)
+        if swept:
+            tidy_blobs(self._catalog.storage)
         return swept
 
     def _tidy_probes(self, names: Sequence[str], uploads: Mapping[str, str], now: float) -> None:

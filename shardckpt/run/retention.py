@@ -197,8 +197,7 @@ def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[i
     """What to keep and what to delete.
 
     The last committed step, pinned ones and protected ones stay whatever the policy says. `protected` gives a reason
-    for each such step ("resumed from", "just saved"); steps that are not in the history are passed over. The
-    best-scored step needs no rule here: a policy that looks at scores keeps it (`KeepBest`, n >= 1).
+    for each such step ("resumed from", "just saved", "the best"); steps that are not in the history are passed over.
     """
     ordered = sorted(history, key=lambda facts: facts.step)
     steps = [facts.step for facts in ordered]

@@ -27,7 +27,7 @@ from shardckpt.engine.progress import OtherRank
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt
 from shardckpt.engine.splits.pieces import check_agreed
-from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError
+from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError, RootNotSharedError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import decode_index
 from shardckpt.format.layout import CONSOLIDATED, new_attempt
@@ -79,6 +79,8 @@ class Transaction:
         self._known: bytes | None = None
         """On rank 0, on an object store: the step's record that was in force when the attempt began."""
         self._may_be_in_force = False
+        self._is_apart = False
+        """Whether what ranks have written does not lie in one place, so that each has to remove it where it is."""
         self.has_met = False
         """Whether this rank has gone to meet the others. Until then they wait for it."""
 
@@ -124,7 +126,13 @@ class Transaction:
     def write(self, work: Callable[[str], Receipt]) -> None:
         """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
         terms: dict[str, Any] = {"phase": "write", "fold": fold_bundles, **self._terms}
-        gathered: Any = together_gather(self._gang, lambda: as_bundle(work(self._prefix)), **terms)
+        gathered: Any
+        try:
+            gathered = together_gather(self._gang, lambda: as_bundle(work(self._prefix)), **terms)
+        except GangError as error:
+            kinds = {failure.kind for failure in error.failures.values()}
+            self._is_apart = RootNotSharedError.__name__ in kinds
+            raise
         if gathered is not None:
             bundle = open_bundles(gathered)
             self._receipts, self._differ = bundle.receipts, bundle.differ
@@ -209,7 +217,7 @@ class Transaction:
     def abandon(self) -> None:
         """After a failure: remove what the attempt left, on rank 0, unless it may be in force."""
         self._lease.beat()
-        if self._gang.rank == 0 and self._prefix and not self._may_be_in_force:
+        if (self._gang.rank == 0 or self._is_apart) and self._prefix and not self._may_be_in_force:
             with contextlib.suppress(TimeoutError):
                 remove = partial(abandon_attempt, self._storage, self._prefix)
                 within(self._limit.timeout, remove, what="removing the attempt")
