@@ -84,7 +84,7 @@ def tables(ranks: int, tensors: int) -> Merged:
 def serve(connection: Any) -> None:
     store = _connect(0, is_master=True)
     connection.send(store.port)
-    connection.recv()
+    connection.poll(None)  # until it is ended
 
 
 def _connect(port: int, *, is_master: bool = False) -> Any:
@@ -244,7 +244,7 @@ def run(ranks: int, *, flat: int, plain: int, rounds: int) -> list[list[str]]:
     finally:
         rank_0.gang.close()
         crew.close()
-        ours.send(None)
+        server.terminate()
         server.join()
     how = "flat" if ranks <= flat else "tree"
     rows = []

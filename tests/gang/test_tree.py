@@ -14,10 +14,11 @@ import torch.distributed as dist
 from shardckpt.gang import StoreGang, together
 from shardckpt.gang.wire.roll import Roll
 from shardckpt.gang.wire.tree import Gathering
-from shardckpt.testing.gang_acts import ENOUGH_S, LONG, refusal
+from shardckpt.testing.gang_acts import ENOUGH_S, LONG, SHORT, go_on, refusal
 from shardckpt.testing.gang_suite import Play, TeamContract
 from shardckpt.testing.gangs import RanksError, run_threads
 from tests.gang.conftest import client
+from tests.gang.test_store import DeafStore
 
 
 def in_threads(store_of: Any, *, size: int, flat: int) -> Play:
@@ -218,3 +219,31 @@ class Counted:
             return getattr(self._store, name)(*args)
 
         return call
+
+
+@pytest.mark.parametrize("stuck", [0, 2, 3])
+def test_a_store_that_never_answers_one_rank_of_a_tree(stuck: int) -> None:
+    """Rank 0, the first of the other group, and the other one of it."""
+    store, deaf, released = dist.HashStore(), threading.Event(), threading.Event()
+    nonce = uuid.uuid4().hex
+
+    def act(rank: int) -> Any:
+        client: Any = DeafStore(store, deaf, released) if rank == stuck else store
+        gang = StoreGang(lambda: client, rank=rank, size=4, nonce=nonce, flat=2)
+        try:
+            gang.enter("before", timeout=LONG)
+            if rank == stuck:
+                deaf.set()
+            error = refusal(lambda: together(gang, lambda: None, phase="write", timeout=SHORT))
+            if rank == stuck:
+                deaf.clear()
+            return error, go_on(gang)
+        finally:
+            gang.close()
+
+    results = run_threads(4, act)
+    released.set()  # the kernel gives up at last: the abandoned threads end
+    assert not [result for result in results if isinstance(result, BaseException)]
+    errors = [result[0] for result in results if not isinstance(result, BaseException)]
+    assert all(error["took_s"] < ENOUGH_S for error in errors)
+    assert all(error["absent"] == (stuck,) for rank, error in enumerate(errors) if rank != stuck)
