@@ -16,7 +16,6 @@ from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.pending import PendingSave
 from shardckpt.errors import CheckpointError
 from shardckpt.gang.gangs import Gangs
-from shardckpt.integrations.lightning.places import is_ours
 from shardckpt.manager.checkpoints import CheckpointManager
 from shardckpt.run.retention import KeepLast
 
@@ -63,10 +62,10 @@ class TheIO:
     ) -> dict[str, Any]:
         """Tensors on the CPU. What is no checkpoint of ours is loaded as Lightning does."""
         self._land()
-        if not is_ours(path, self._options):
-            return dict(self._other.load_checkpoint(path, map_location=map_location, weights_only=weights_only))
         with closing(self._manager(path)) as manager:
-            return dict(manager.load_last_checkpoint()[1])
+            if _steps(manager):
+                return dict(manager.load_last_checkpoint()[1])
+        return dict(self._other.load_checkpoint(path, map_location=map_location, weights_only=weights_only))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Lightning removes one when it has handed over what takes its place: so it goes when that is committed."""
@@ -95,16 +94,16 @@ class TheIO:
     def _remove_doomed(self) -> None:
         doomed, self._doomed = self._doomed, []
         for path in doomed:
-            if is_ours(path, self._options):
-                self._remove(path)
-            else:
-                self._other.remove_checkpoint(path)
+            self._remove(path)
 
     def _remove(self, path: str) -> None:
         with closing(self._manager(path)) as manager:
-            for step in manager.steps():
+            steps = _steps(manager)
+            for step in steps:
                 manager.delete_checkpoint(step)
-        if "://" not in path:
+        if not steps:
+            self._other.remove_checkpoint(path)
+        elif "://" not in path:
             with suppress(OSError):  # whatever else lies there stays
                 os.rmdir(path)
 
@@ -112,3 +111,11 @@ class TheIO:
         saving = SavePolicy(staging="blocking")  # whose tensors these are is not known here
         given = options if options is not None else self._options
         return CheckpointManager(path, Gangs.local(), keep=KeepLast(1), saving=saving, storage_options=given)
+
+
+def _steps(manager: CheckpointManager) -> list[int]:
+    """None where there is no run of ours, such as a file of Lightning's own."""
+    try:
+        return manager.steps()
+    except (CheckpointError, OSError):
+        return []

@@ -96,14 +96,8 @@ class Restoring:
             self._take_position(rest.values, data)
         else:
             self._resume_model(state, which)
-        return (
-            {"state_dict": module.state_dict(), "optimizer_states": [], **rest.values}
-            if rest.is_loaded
-            else {
-                "state_dict": module.state_dict(),
-                "pytorch-lightning_version": _version(),
-            }
-        )
+        told = rest.values if rest.is_loaded else {"pytorch-lightning_version": _version()}
+        return {"state_dict": module.state_dict(), "optimizer_states": [], **told}
 
     def _resume(self, state: dict[str, Any], which: Any) -> CheckpointInfo:
         info = self._checkpoints.resume(state, which, policy=self._policy())

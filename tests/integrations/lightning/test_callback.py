@@ -125,15 +125,14 @@ def test_the_plugin_puts_each_checkpoint_there_whole(
     keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
     environ = {"AWS_ENDPOINT_URL_S3": s3.endpoint, **keys}
     saved = {"every_n_epochs": 1, "save_top_k": 1, "save_last": True}
-    plan = Plan(str(tmp_path / "files"), "ddp", plugin=True, saved=saved, environ=environ, then_test="best")
+    plan = Plan(str(tmp_path / "files"), "ddp", plugin=True, saved=saved, environ=environ, epochs=2)
     for root in (plan.root, place(s3)):
-        whole = run(forks, plan.but(root=root))
-        first, second = run(forks, plan.but(root=root, ckpt_path=f"{root}/last.ckpt", epochs=4))
-        assert list(first.losses) == list(second.losses) == list(range(3 * EPOCH, 4 * EPOCH))
-        assert first.seen["tested"] == second.seen["tested"]
-        assert whole[0].seen["tested"]["test"] >= first.seen["tested"]["test"]
+        whole = run(forks, plan.but(root=root, then_test="best"))
+        first, second = run(forks, plan.but(root=root, ckpt_path=f"{root}/last.ckpt", epochs=3))
+        assert list(first.losses) == list(second.losses) == list(range(2 * EPOCH, 3 * EPOCH))
+        assert whole[0].seen["tested"] == whole[1].seen["tested"]
     names = sorted(path.name for path in Path(plan.root).iterdir())
     assert (len(names), names[-1]) == (2, "last.ckpt"), "what was best before is gone"
     with sc.CheckpointManager(tmp_path / "files" / "last.ckpt", sc.Gangs.local()) as checkpoints:
         assert len(checkpoints.steps()) == 1
-        assert checkpoints.load_last_checkpoint()[1]["global_step"] == 4 * EPOCH
+        assert checkpoints.load_last_checkpoint()[1]["global_step"] == 3 * EPOCH
