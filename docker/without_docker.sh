@@ -15,7 +15,8 @@ work=${WORK-${TMPDIR:-/tmp}/shardckpt-image}
 image=localhost/shardckpt:compose
 export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot # both work where namespaces and mounts are restricted
 
-run() { buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+buildah=(buildah --root "$work/storage" --runroot "$work/run")
+run() { "${buildah[@]}" "$@"; }
 
 build() {
     local base container
@@ -44,7 +45,7 @@ container() {
 services() {
     : "${AWS_ACCESS_KEY_ID:?any name}" "${AWS_SECRET_ACCESS_KEY:?any secret}"
     export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
-    local service status=0
+    local status=0
     pids=()
     folder=$(mktemp -d)
     trap 'kill "${pids[@]}" 2>/dev/null; wait; rm -rf "$folder"' EXIT
@@ -66,7 +67,8 @@ def as_pods(services):
     own = {each["name"]: each["value"] for each in container["env"]} | {"CHECKPOINTS": "s3://checkpoints"}
     for name in ("node-0", "node-1"):
         stores = {key: value for key, value in services[name]["environment"].items() if key.startswith("AWS_")}
-        words = [re.sub(r"\$\((\w+)\)", lambda found: own[found[1]], word) for word in container["command"] + container["args"]]
+        words = container["command"] + container["args"]
+        words = [re.sub(r"\$\((\w+)\)", lambda found: own[found[1]], word) for word in words]
         services[name] |= {"environment": own | stores, "command": words}
 
 services = yaml.safe_load(open("docker/compose.yaml"))["services"]
@@ -82,29 +84,31 @@ for name, service in services.items():
             print(f"export {key}={shlex.quote(filled(value))}", file=file)
     os.chown(file.name, 1000, 1000)
 PY
-    in_it() {
+    # Reads what a service does; `inside` is then what to write before a command for it to run in there.
+    look_at() {
+        # shellcheck disable=SC1090  # written above
+        . "$folder/$1"
         # shellcheck disable=SC2016  # expanded inside
-        run run --hostname "$service" --volume "$folder:/service:ro" -- compose \
-            sh -c '. "/service/$0.env" && exec "$@"' "$service" "$@"
+        inside=("${buildah[@]}" run --hostname "$1" --volume "$folder:/service:ro" -- compose
+            sh -c '. "/service/$0.env" && exec "$@"' "$1")
     }
     start() {
-        local service=$1 command check
-        # shellcheck disable=SC1090  # written above
-        . "$folder/$service"
-        in_it "${command[@]}" >"$folder/$service.log" 2>&1 &
+        local command check inside
+        look_at "$1"
+        "${inside[@]}" "${command[@]}" >"$folder/$1.log" 2>&1 & # no function: the process to be ended is this one
         pids+=("$!")
     }
     healthy() {
-        local service=$1 command check
-        # shellcheck disable=SC1090
-        . "$folder/$service"
-        in_it "${check[@]}"
+        local command check inside
+        look_at "$1"
+        kill -0 "${pids[0]}" && "${inside[@]}" "${check[@]}"
     }
     start store
     for ((tries = 0; tries < 60; tries++)); do
         if healthy store >/dev/null 2>&1; then break; fi
         sleep 1
     done
+    healthy store || { cat "$folder/store.log" && return 1; }
     start node-0
     start node-1
     wait "${pids[1]}" "${pids[2]}" || status=$?

@@ -38,6 +38,15 @@ def start(command: Command, words: list[str], log: Path) -> subprocess.Popen[byt
         return subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
+def lose(started: subprocess.Popen[bytes]) -> None:
+    """As a node is lost: torchrun and its ranks at once."""
+    with suppress(psutil.NoSuchProcess):
+        torchrun = psutil.Process(started.pid)
+        for process in [torchrun, *torchrun.children(recursive=True)]:
+            process.kill()
+    started.wait()
+
+
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -48,7 +57,7 @@ def run_both(command: Command, folder: Path, last_step: int, port: int) -> str:
     words, log = here(command, folder / "run", last_step, port), folder / f"log_{last_step}"
     with ExitStack() as stack:
         both = [stack.enter_context(start(command, words, log)) for _ in range(2)]
-        stack.callback(lambda: [each.kill() for each in both])
+        stack.callback(lambda: [lose(each) for each in both])
         assert [each.wait(300) for each in both] == [0, 0], log.read_text()
     return log.read_text()
 
@@ -72,16 +81,16 @@ def test_a_pod_that_is_evicted_is_waited_for(tmp_path: Path, free_port: int) -> 
     words = here(command, tmp_path / "run", 10**7, free_port)
     with ExitStack() as stack:
         stays = stack.enter_context(start(command, words, log))
-        stack.callback(stays.kill)
+        stack.callback(lose, stays)
         wait_until(lambda: listens(free_port), "the meeting place is open", log)
         goes = stack.enter_context(start(command, words, log))
-        stack.callback(goes.kill)
+        stack.callback(lose, goes)
         wait_until(lambda: len(committed(tmp_path / "run")) >= 2, "it trains", log)
         goes.send_signal(signal.SIGTERM)
         assert goes.wait(120) == 1
         last = committed(tmp_path / "run")[-1]
         new = stack.enter_context(start(command, words, log))
-        stack.callback(new.kill)
+        stack.callback(lose, new)
         wait_until(lambda: resumed_at(log.read_text()), "it goes on", log)
         assert resumed_at(log.read_text()) == [last]
         stays.send_signal(signal.SIGTERM)
@@ -114,13 +123,6 @@ def test_elastic_a_node_is_lost_and_another_one_comes(tmp_path: Path) -> None:
             """Of the newest step."""
             steps_there = committed(root)
             return len(list((root / f"step_{steps_there[-1]}").glob("rank_*.pt"))) if steps_there else 0
-
-        def lose(started: subprocess.Popen[bytes]) -> None:
-            with suppress(psutil.NoSuchProcess):
-                torchrun = psutil.Process(started.pid)
-                for process in [torchrun, *torchrun.children(recursive=True)]:
-                    process.kill()
-            started.wait()
 
         lost, _ = node(), node()
         wait_until(lambda: ranks() == 2, "two nodes train", log)
