@@ -28,9 +28,20 @@ from tests.scorecard import Scale
 from tests.tools.making import save
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    **{"cp": (), "doctor": ("--mb", "1"), "bench": ("--mb", "1"), "report": ("--to", "-")},
-    **{"inspect": (), "plan": ("--mesh", "dp=2"), "diff": (), "convert": (), "export": (), "average": ()},
-    **{"runs": (), "prune": ("--keep-last", "1", "--apply"), "pin": ("--step", "1"), "unpin": ("--step", "1")},
+    "cp": (),
+    "doctor": ("--mb", "1"),
+    "bench": ("--mb", "1"),
+    "report": ("--to", "-"),
+    "inspect": (),
+    "plan": ("--mesh", "dp=2"),
+    "diff": (),
+    "convert": (),
+    "export": (),
+    "average": (),
+    "runs": (),
+    "prune": ("--keep-last", "1", "--apply"),
+    "pin": ("--step", "1"),
+    "unpin": ("--step", "1"),
 }
 """Those that `test_listing` does not have."""
 WRITES = {"put": ("cp", "doctor", "bench"), "replace": ("pin",), "delete": ("unpin",)}
