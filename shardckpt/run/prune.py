@@ -90,6 +90,8 @@ def retain(
     (its own `step` is the first of them). `CheckpointLoadError` if it cannot be told what is there; then nothing was
     deleted.
     """
+    if policy.keeps_all:
+        return []
     entries = catalog.entries()
     decision = _decide(catalog, policy, entries, protected, best_by)
     reason, deleted, errors = f"not kept by {policy}", list[Deleted](), dict[int, CheckpointError]()

@@ -52,6 +52,11 @@ class Policy(ABC):
     def uses(self) -> frozenset[Fact]:
         return frozenset()
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it keeps every step, whatever there is: then nobody need look."""
+        return False
+
     def __or__(self, other: Policy) -> KeepAny:
         if not isinstance(other, Policy):
             return NotImplemented
@@ -61,6 +66,10 @@ class Policy(ABC):
 @dataclass(frozen=True)
 class KeepAll(Policy):
     """Nothing is ever deleted."""
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
         return {facts.step: "all are kept" for facts in history}
@@ -162,6 +171,10 @@ class KeepAny(Policy):
     @property
     def uses(self) -> frozenset[Fact]:
         return frozenset[Fact]().union(*(policy.uses for policy in self.policies))
+
+    @property
+    def keeps_all(self) -> bool:
+        return any(policy.keeps_all for policy in self.policies)
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
         return _joined([policy.keep(history) for policy in self.policies])

@@ -24,7 +24,7 @@ FORMS: tuple[Form, ...] = ("safetensors", "pt")
 BESIDE = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*", "chat_template*"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "adapter_config.json"),
 )
 """What `from_pretrained` looks for beside a model."""
 _LARGE = 256 << 20
@@ -94,11 +94,11 @@ def export(
         total = nbytes * PASSES[form]
         source = ToldSource(source, lambda count: means.told(number, count, total))
         kind = sink_of(form)
-        beside = {} if names_file(to, kind.ENDINGS) else dict(_beside(own))
-        sink: TensorSink = kind(to, beside=beside, storage_options=means.storage_options, **options)
+        others = {} if names_file(to, kind.ENDINGS) else dict(beside(own))
+        sink: TensorSink = kind(to, beside=others, storage_options=means.storage_options, **options)
         sink.write(source, budget_nbytes=means.budget_nbytes // (1 if dtype is None else 2))
         count = len(own.tensors) + len(own.ties)
-        return ExportReport(own.url, number, form, count, nbytes, tuple(beside), _notes(own))
+        return ExportReport(own.url, number, form, count, nbytes, tuple(others), _notes(own))
 
 
 def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
@@ -111,7 +111,7 @@ def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
     return {"max_file_nbytes": max_file_nbytes}
 
 
-def _beside(source: StepSource) -> Iterator[tuple[str, bytes]]:
+def beside(source: StepSource) -> Iterator[tuple[str, bytes]]:
     """The copies of `cc/` that belong to a model, as they are in the record."""
     for file in source.manifest.files:
         if file.kind != CARBON_COPY or not any(fnmatchcase(file.name, pattern) for pattern in BESIDE):

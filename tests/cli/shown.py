@@ -142,6 +142,8 @@ def shown(stage: Stage, command: list[str]) -> str:
     text = "\n".join([*lines, f"= {result.exit_code}"]) + "\n"
     if command[0] in ("doctor", "bench"):
         text = re.sub(r"  +", "  ", re.sub(r"(?<![\w<])\d[\d.,]*(?=\D)", "<n>", text))
+    if command[0] == "doctor" and "--json" not in command:  # what it finds, and so what it advises, is the machine's
+        text = re.sub(r"(?m)^(?:ok|note) +([^:\n]+):.*$", r"<level> \1: <found>", re.sub(r"(?m)^  .*\n", "", text))
     return text
 
 
