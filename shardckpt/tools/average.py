@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
+from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.storage.objects.secrecy import redact
 from shardckpt.tools.convert import PASSES, sink_of
 from shardckpt.tools.moving.folders import find
@@ -123,8 +123,12 @@ def _foreign(
 ) -> _Model:
     try:
         found = find(where, parts=[_PART], step=step, storage_options=options)
-    except (CheckpointNotFoundError, CheckpointLoadError) as error:
-        raise (missing if type(error) is CheckpointNotFoundError else error) from None
+    except CheckpointNotFoundError:
+        raise missing from None
+    except CheckpointDamagedError:
+        raise
+    except CheckpointLoadError as error:  # nothing that has a model
+        raise CheckpointNotFoundError(str(error)) from error
     stack.callback(found.source.close)
     url = redact(os.fspath(where)) if isinstance(where, (str, os.PathLike)) else where.url
     return _Model(found.source, url, found.step or 0)

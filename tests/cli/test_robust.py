@@ -10,7 +10,9 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,16 +20,37 @@ import torch
 
 from shardckpt.cli import output
 from shardckpt.cli.output import print_table
+from shardckpt.format.manifest import decode_manifest, encode_manifest
 from shardckpt.storage.local import LocalStorage
 from shardckpt.testing.faults import flip_byte
 from tests.cli.test_listing import run
+from tests.scorecard import Scale
 from tests.tools.making import save
 
-COMMANDS = {"cp": (), "doctor": ("--mb", "1"), "bench": ("--mb", "1"), "report": ("--to", "-")}
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "cp": (),
+    "doctor": ("--mb", "1"),
+    "bench": ("--mb", "1"),
+    "report": ("--to", "-"),
+    "inspect": (),
+    "plan": ("--mesh", "dp=2"),
+    "diff": (),
+    "convert": (),
+    "export": (),
+    "average": (),
+    "runs": (),
+    "prune": ("--keep-last", "1", "--apply"),
+    "pin": ("--step", "1"),
+    "unpin": ("--step", "1"),
+}
+"""Those that `test_listing` does not have."""
+WRITES = {"put": ("cp", "doctor", "bench"), "replace": ("pin",), "delete": ("unpin",)}
+"""What is refused to some; to the others, a look at what is there."""
 
 
 def arguments(command: str, url: object, other: object) -> list[object]:
-    return [command, url, *([other] if command == "cp" else []), *COMMANDS[command]]
+    to = {"cp": [other], "convert": [other], "export": [other], "average": [url, other], "diff": [url]}
+    return [command, url, *to.get(command, []), *COMMANDS[command]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,12 +75,45 @@ def test_no_permission_and_ctrl_c_end_quietly(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalStorage, "list" if command == "report" else "put", fail)
+        refused = next((name for name, those in WRITES.items() if command in those), "list")
+        patch.setattr(LocalStorage, refused, fail)
         ended, told, said = run(*arguments(command, tmp_path / "run", tmp_path / "to"))
     assert (ended, told) == (status, "")
     assert len(said.splitlines()) <= 1
     assert ("not yours" in said) == (status == 2)
     assert [path for path in sorted(tmp_path.rglob("*")) if path.relative_to(tmp_path).parts[0] == "run"] == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_empty_folders_and_none(command: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "none"):
+        status, _, said = run(*arguments(command, tmp_path / place, tmp_path / "to"))
+        assert status in ((0,) if command in ("doctor", "bench") else (0, 1)), said
+        assert "Traceback" not in said
+        assert not (tmp_path / "to").exists()
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_many_steps(tmp_path: Path, scale: Scale) -> None:
+    """Ten thousand of them, in a full run: quick, and each is told of."""
+    count = scale.runs(sample=300, full=10_000)
+    save(tmp_path, 0)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "step_0").iterdir()}
+    first = decode_manifest(files["manifest.json"])
+    for step in range(1, count):
+        folder = tmp_path / f"step_{step}"
+        folder.mkdir()
+        for name, content in files.items():
+            record = encode_manifest(replace(first, step=step))
+            (folder / name).write_bytes(record if name == "manifest.json" else content)
+    began = time.monotonic()
+    for command in (["ls"], ["prune", "--keep-last", 1], ["report", "--to", "-"], ["verify", "--quick"], ["inspect"]):
+        status, told, said = run(command[0], tmp_path, *command[1:])
+        assert status == (command[0] == "prune"), said
+        assert command[0] == "inspect" or told.count(f"{count - 1}") >= 1
+        assert command[0] not in ("ls", "prune", "verify") or told.count("\n") >= count - 1
+    assert time.monotonic() - began < 120
 
 
 def test_what_is_no_run_of_ours_is_not_copied(tmp_path: Path) -> None:

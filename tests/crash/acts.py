@@ -133,6 +133,18 @@ def scored(hand: Hand) -> None:
     hand.manager.save_score(0.75, step=2)
 
 
+def pinned_and_measured(hand: Hand) -> None:
+    """KeepLast(1) deletes the second step, and never the first, which is pinned before that."""
+    hand.save(1, 1)
+    hand.manager.save_metrics({"loss": 1.0}, step=1)
+    hand.manager.pin(1)
+    hand.save(2, 2)
+    hand.manager.save_metrics({"loss": 0.5}, step=2)
+    hand.manager.save_metrics({"accuracy": 0.25}, step=2)
+    hand.watch.begun(2, None)
+    hand.save(3, 3)
+
+
 def transaction(hand: Hand, *, export: bool) -> None:
     """fairseq2's form; with `export` the whole model in a file of its own beside the state."""
     for step, version in ((1, 1), (2, 2), (2, 3)):
@@ -183,6 +195,7 @@ ACTS: dict[str, Act] = {
     "async": Act(in_background, options={"saving": sc.SavePolicy(in_flight=2)}),
     "blobs": Act(with_blobs, ranks=(2,), options={"keep": sc.KeepLast(1)}, frozen=("model",)),
     "score": Act(scored, ranks=(1,)),
+    "pins and metrics": Act(pinned_and_measured, ranks=(1,), options={"keep": sc.KeepLast(1)}),
     "transaction": Act(partial(transaction, export=False), ranks=(1, 2)),
     "export": Act(partial(transaction, export=True)),
     "repair": Act(partial(repaired, attempt=False), ranks=(1, 2)),

@@ -31,6 +31,9 @@ def runs(
         from shardckpt.gang.gangs import Gangs
         from shardckpt.run.registry.runs import Runs, RunsFound
 
+        if not url:
+            raise ValueError("an empty path is no place: use '.' for the current folder")
+
         with Runs(url, Gangs.local()) as place:
             found = place.list()
     if as_json:

@@ -173,6 +173,8 @@ def _of_many(folder: Folder, parts: _Parts, step: int | None) -> _Look:
             raise CheckpointLoadError(
                 f"{storage.url} holds {len(files)} files that may be meant ({files[0]}, ...): name one"
             )
+    if not folder.names:
+        raise CheckpointNotFoundError(f"there is nothing in {folder.key or 'the folder'} at {storage.url}")
     raise CheckpointLoadError(f"{folder.key or 'what lies'} at {storage.url} is no checkpoint of any known form")
 
 

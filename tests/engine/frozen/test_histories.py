@@ -3,6 +3,7 @@ names is there, and what none names goes in the end."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -193,9 +194,10 @@ class History(RuleBasedStateMachine):
 
 @pytest.mark.crash
 @pytest.mark.timeout(7200)
-def test_any_history(scale: Scale, scorecard: Scorecard) -> None:
+def test_any_history(scale: Scale, scorecard: Scorecard, caplog: pytest.LogCaptureFixture) -> None:
     History.rules_run = History.reused = 0
     examples = scale.runs(sample=15, full=1000)
+    caplog.set_level(logging.CRITICAL, logger="shardckpt")  # what pytest keeps of it slows long runs down
     quick = settings(
         max_examples=examples,
         stateful_step_count=scale.runs(sample=20, full=40),
