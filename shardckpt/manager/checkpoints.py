@@ -15,8 +15,7 @@ from typing import Any
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.events.kinds import Deleted
-from shardckpt.engine.events.stream import EventStream, Subscriber
+from shardckpt.engine.events.stream import EventStream
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import Saver
@@ -26,9 +25,11 @@ from shardckpt.errors import CheckpointError
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder
 from shardckpt.manager.planning import PlanningFace
+from shardckpt.manager.sharing.check import check_shared
 from shardckpt.manager.steps.keeping import KeepingFace
 from shardckpt.manager.steps.resuming import ResumingFace
 from shardckpt.manager.steps.scheduling import SchedulingFace
+from shardckpt.manager.steps.telling import TellingFace
 from shardckpt.manager.stopping import StoppingFace
 from shardckpt.manager.talk import Talk
 from shardckpt.manager.tally import Tally
@@ -47,7 +48,9 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFace, SchedulingFace, StoppingFace):
+class CheckpointManager(
+    TransactionalFace, ResumingFace, PlanningFace, KeepingFace, SchedulingFace, StoppingFace, TellingFace
+):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -62,7 +65,8 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
     [1]
 
     Args:
-        root: where the run lies: a path, any URL that fsspec opens, a `Storage`, or a `Run` of `Runs`.
+        root: where the run lies: a path, any URL that fsspec opens, a `Storage`, or a `Run` of `Runs`. It must be one
+            place for all ranks: the first method that looks there raises `RootNotSharedError` on all if it is not.
         gangs: the processes that act together; found from the environment if not given.
         keep: which steps to keep (`KeepLast(3) | KeepBest(2)`); all, if not given. Pruned after each commit.
         timeout: how long a rank waits for its peers in one phase of a save or load before it gives up.
@@ -96,15 +100,17 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
         self._storage = _storage(root, storage_options)
         self._owns_storage = isinstance(root, (str, os.PathLike))
         self._at = Coordinates.of(gangs)
-        self._talk = Talk(gangs.fork("load").root, timeout=timeout)
+        talking = gangs.fork("load").root
+        self._talk = Talk(
+            talking, timeout=timeout, at_first=partial(check_shared, talking, self._storage, timeout=timeout)
+        )
         self._saving = saving or SavePolicy()
         self._tally = Tally(tolerate=tolerate)
         self._reader = StateReader()
         self._catalog = Catalog(self._storage)
         self._policy = keep or KeepAll()
         self._events = EventStream(self._at.rank)
-        grace, on_deleted = max(2 * timeout, _GRACE), partial(self._events.tell, Deleted)
-        self._history = History(self._catalog, self._policy, grace=grace, on_deleted=on_deleted)
+        self._history = History(self._catalog, self._policy, grace=max(2 * timeout, _GRACE), **self._tellers())
         self._history.journal = Journal(self._storage) if run is not None else None
         self._save_gang = gangs.fork("save").root
         terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
@@ -205,14 +211,6 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
         """How many of the saves that are over were skipped, or given up for a newer one, as `saving` says."""
         return self._tally.skipped
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have it called with every `Event` of this rank from now on; call what is given back to end that.
-
-        It is called in a thread of its own, one event after the other. Whatever it raises is logged and harms nobody.
-        By any rank by itself.
-        """
-        return self._events.subscribe(subscriber)
-
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around anything but `optimizer.step()` that changes parameters (EMA, manual updates): waits for the copy."""
@@ -231,7 +229,7 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
                 self._written.close()
             self._save_gang.close()
             self._talk.close()
-            self._events.close()
+            self._stop_telling()
             if self._owns_storage:
                 self._storage.close()
 

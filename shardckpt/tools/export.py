@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.layout import CARBON_COPY
-from shardckpt.tools.convert import sink_of
+from shardckpt.tools.convert import PASSES, sink_of
 from shardckpt.tools.moving.seam import TensorSink, TensorSource
 from shardckpt.tools.moving.step import StepSource
 from shardckpt.tools.moving.writing.cast import CastSource
@@ -20,8 +20,6 @@ from shardckpt.tools.place import Where
 
 Form: TypeAlias = Literal["safetensors", "pt"]
 FORMS: tuple[Form, ...] = ("safetensors", "pt")
-PASSES = {"safetensors": 1, "pt": 2, "shardckpt": 2}
-"""How often a sink reads every byte: where sums stand before the data, once more."""
 
 BESIDE = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
