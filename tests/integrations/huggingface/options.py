@@ -26,7 +26,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "the model alone": {"save_only_model": True, "save_steps": 4},
     "never": {"save_strategy": "no"},
 }
-"""The first four are a sample."""
+"""The first three are a sample."""
 
 
 def evaluated(kind: Any) -> Any:

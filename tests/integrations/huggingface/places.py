@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 from tests.integrations.huggingface.jobs import Place
@@ -11,4 +12,4 @@ from tests.storage.s3server import S3Server
 def place_in(kind: str, folder: Path, server: S3Server) -> Place:
     if kind == "file":
         return Place(str(folder / "out"), folder / "out")
-    return Place(f"s3://{server.bucket}/{folder.name}", folder / "out", server.options)
+    return Place(f"s3://{server.bucket}/{uuid.uuid4().hex}", folder / "out", server.options)
