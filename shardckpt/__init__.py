@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from shardckpt.errors import GangError as GangError
     from shardckpt.errors import InvalidOperationError as InvalidOperationError
     from shardckpt.errors import InvalidStateError as InvalidStateError
+    from shardckpt.errors import RootNotSharedError as RootNotSharedError
     from shardckpt.gang.gangs import Gangs as Gangs
     from shardckpt.integrations.data.sampler import ResumableSampler as ResumableSampler
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
@@ -126,6 +127,7 @@ _HOME = {
     "RepairReport": "tools.repair",
     "ResumableSampler": "integrations.data.sampler",
     "RngState": "streams",
+    "RootNotSharedError": "errors",
     "Run": "run.registry.one",
     "RunReport": "tools.report",
     "Runs": "run.registry.runs",

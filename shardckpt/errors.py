@@ -71,6 +71,10 @@ class CheckpointDeleteError(CheckpointError):
     """A step could not be deleted, or not wholly; it is then no longer offered for loading."""
 
 
+class RootNotSharedError(CheckpointError):
+    """The root is not one place for all ranks: what one of them puts there is not seen by others."""
+
+
 class InvalidStateError(CheckpointError, ValueError):
     """The state handed in holds something that cannot be stored; says which key and what to do."""
 

@@ -25,6 +25,7 @@ from shardckpt.errors import CheckpointError
 from shardckpt.gang.gangs import Gangs
 from shardckpt.manager.finding import Finder
 from shardckpt.manager.planning import PlanningFace
+from shardckpt.manager.sharing.check import check_shared
 from shardckpt.manager.steps.keeping import KeepingFace
 from shardckpt.manager.steps.resuming import ResumingFace
 from shardckpt.manager.steps.scheduling import SchedulingFace
@@ -64,7 +65,8 @@ class CheckpointManager(
     [1]
 
     Args:
-        root: where the run lies: a path, any URL that fsspec opens, a `Storage`, or a `Run` of `Runs`.
+        root: where the run lies: a path, any URL that fsspec opens, a `Storage`, or a `Run` of `Runs`. It must be one
+            place for all ranks: the first method that looks there raises `RootNotSharedError` on all if it is not.
         gangs: the processes that act together; found from the environment if not given.
         keep: which steps to keep (`KeepLast(3) | KeepBest(2)`); all, if not given. Pruned after each commit.
         timeout: how long a rank waits for its peers in one phase of a save or load before it gives up.
@@ -98,7 +100,10 @@ class CheckpointManager(
         self._storage = _storage(root, storage_options)
         self._owns_storage = isinstance(root, (str, os.PathLike))
         self._at = Coordinates.of(gangs)
-        self._talk = Talk(gangs.fork("load").root, timeout=timeout)
+        talking = gangs.fork("load").root
+        self._talk = Talk(
+            talking, timeout=timeout, at_first=partial(check_shared, talking, self._storage, timeout=timeout)
+        )
         self._saving = saving or SavePolicy()
         self._tally = Tally(tolerate=tolerate)
         self._reader = StateReader()
@@ -131,6 +136,11 @@ class CheckpointManager(
             if error is None:
                 raise
             _log.error("besides, %s", failure)
+
+    @property
+    def storage(self) -> Storage:
+        """Where the run lies; for what goes beside its steps (`cc/`). Its `url` has no credentials."""
+        return self._storage
 
     def save(
         self,

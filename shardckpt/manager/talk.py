@@ -19,6 +19,7 @@ from shardckpt.errors import (
     CheckpointSaveError,
     GangError,
     InvalidStateError,
+    RootNotSharedError,
 )
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
@@ -41,20 +42,34 @@ _SAME: dict[str, type[CheckpointError]] = {
 
 
 class Talk:
-    """Called by all ranks in the same order, on the training's thread; a gang of its own."""
+    """Called by all ranks in the same order, on the training's thread; a gang of its own.
 
-    def __init__(self, gang: Gang, *, timeout: timedelta) -> None:
+    `at_first`: what all ranks do at the beginning of their first conversation. A `RootNotSharedError` of it is raised
+    again at the beginning of every later one.
+    """
+
+    def __init__(self, gang: Gang, *, timeout: timedelta, at_first: Callable[[], None] | None = None) -> None:
         self.gang = gang
         self.timeout = timeout
         self._tries: Counter[str] = Counter()
+        self._at_first = at_first
+        self._unshared: RootNotSharedError | None = None
 
     def enter(self, verb: str, *, step: int | None = None) -> None:
         """Begin a conversation: all ranks meet under this name."""
+        if self._unshared is not None:
+            raise self._unshared
+        at_first, self._at_first = self._at_first, None  # by the number of calls, so alike on all ranks
         self._tries[verb] += 1
         try:
             self.gang.enter(f"{verb}/{self._tries[verb]}", timeout=self.timeout)
+            if at_first is not None:
+                at_first()
         except GangError as error:
             error.step = step
+            raise
+        except RootNotSharedError as error:
+            self._unshared = error
             raise
 
     def from_rank_0(self, work: Callable[[], Any], phase: str, *, step: int | None = None) -> Any:

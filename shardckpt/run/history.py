@@ -49,6 +49,7 @@ class History:
         self._held = held
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
+        self._rule = yardstick(policy)
         self._due: dict[int, float] = {}
         self._due_metrics: dict[int, dict[str, float]] = {}
         self._protected: dict[int, str] = {}
@@ -107,12 +108,12 @@ class History:
     def plan(self, policy: Policy | None) -> list[Fate]:
         """What this policy, or the run's own, would make of each step. Only looks."""
         policy = policy or self._policy
-        return fates(plan_retention(self._catalog, policy, protected=self._staying()), policy)
+        return fates(plan_retention(self._catalog, policy, protected=self._staying(), best_by=self._rule), policy)
 
     def apply(self, policy: Policy | None) -> list[Fate]:
         """Do it, and say what has become of each step: those that are gone are not kept."""
         planned = self.plan(policy)
-        self.retain(policy or self._policy)
+        self.retain(policy or self._policy, spare_best=True)
         there = set(self._catalog.steps())  # the save thread may have pruned meanwhile, too
         return [
             fate if fate.kept or fate.step not in there else replace(fate, kept=True, reason=_LEFT) for fate in planned
@@ -121,7 +122,7 @@ class History:
     def best_first(self) -> tuple[str, list[int], int]:
         """The metric by which the run's policy compares (the score, of which more is better, if it does not), the steps
         that have it, the best first, and how many steps there are in all. On rank 0."""
-        rule = yardstick(self._policy)
+        rule = self._rule
         entries = self._catalog.entries()
         if rule.metric == SCORE:
             known = dict(read_scores(self._catalog.storage, entries).by_step)
@@ -130,13 +131,16 @@ class History:
             known = {step: found[rule.metric] for step, found in measured if found and rule.metric in found}
         return rule.metric, rule.ranking(known), len(entries)
 
-    def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
+    def retain(self, policy: Policy, *, preserve_model: bool = False, spare_best: bool = False) -> list[Deleted]:
         """Delete what this policy does not keep, whatever the run's own policy is; see `shardckpt.run.prune.retain`.
+        With `spare_best` the step stays that the run's own policy takes for the best.
 
         While no save is under way, for a step that is being replaced must not be deleted.
         """
-        protected = self._staying()
-        return self._told(retain(self._catalog, policy, preserve_model=preserve_model, protected=protected))
+        protected, best_by = self._staying(), self._rule if spare_best else None
+        return self._told(
+            retain(self._catalog, policy, preserve_model=preserve_model, protected=protected, best_by=best_by)
+        )
 
     def _staying(self) -> dict[int, str]:
         """The steps that stay now, whatever a policy says, and why."""
@@ -159,7 +163,8 @@ class History:
         except Exception:
             _log.exception("step %d is committed, but the leftovers of other saves were not looked at", step)
         try:
-            return [gone.step for gone in self._told(retain(self._catalog, self._policy, protected=protected))]
+            deleted = retain(self._catalog, self._policy, protected=protected, best_by=self._rule)
+            return [gone.step for gone in self._told(deleted)]
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
@@ -206,5 +211,6 @@ class History:
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:
             self._on_deleted(gone)
+        if deleted:
             self.relink()
         return deleted

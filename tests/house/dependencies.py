@@ -14,6 +14,7 @@ OUTSIDE = {
     "botocore": "s3fs",
     "mlflow": "mlflow_skinny",
     "opentelemetry": "opentelemetry_sdk",
+    "typing_extensions": "torch",
     "yaml": "pyyaml",
 }
 """Imported name -> what brings it, where the names differ."""

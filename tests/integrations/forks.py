@@ -5,6 +5,7 @@ So a rank may be killed, and another be there in its place a moment later, at th
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import select
@@ -98,6 +99,8 @@ def _forked(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], ar
 
 def _act(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     torch.set_num_threads(1)
+    # As in a program of its own, and not that of the pool, whose semaphores (tqdm makes one) outlive a fork.
+    multiprocessing.set_start_method("fork", force=True)
     if world_size == 1:
         return fn(rank, world_size, folder, *args)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
@@ -105,8 +108,9 @@ def _act(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args:
     store = dist.FileStore(str(folder / "store"), world_size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     value = fn(rank, world_size, folder, *args)
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a framework may have ended it
+        dist.barrier()
+        dist.destroy_process_group()
     return value
 
 

@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -36,6 +38,27 @@ class HungError(AssertionError):
     """The job had not ended at its deadline."""
 
 
+def start_agent(
+    program: list[str], *, mark: str, output: int | IO[str], at: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """torchrun with these arguments; it and all that it starts carry the mark."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), _MARK: mark}
+    # The agent's store is handed to restarted workers with what is in it (pytorch#135712); gloo then hangs.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    command = [*at, sys.executable, "-m", "torch.distributed.run", *program]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that still carry the mark."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if f"{_MARK}={mark}".encode() in Path("/proc", name, "environ").read_bytes():
+                found.append(int(name))
+    return found
+
+
 @dataclass
 class Job:
     """Agents with the same options, and everything that their workers have said so far, in that order."""
@@ -43,6 +66,8 @@ class Job:
     options: list[list[str]]
     """Of each agent."""
     training: Training
+    at: list[list[str]] = field(default_factory=list)
+    """What the commands of the agents begin with, where they run on nodes of their own."""
     said: list[Line] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
     """What was printed besides."""
@@ -51,15 +76,10 @@ class Job:
     ended_by: str = ""
 
     def __enter__(self) -> Job:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), _MARK: self.mark}
-        # The agent's store is handed to restarted workers with what is in it (pytorch#135712); gloo then hangs.
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        for options in self.options:
-            command = [sys.executable, "-m", "torch.distributed.run", *options, str(PROGRAM), self.training.text()]
-            agent = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-            )
-            self.agents.append(agent)
+        nothing: list[str] = []
+        for options, at in zip_longest(self.options, self.at, fillvalue=nothing):
+            program = [*options, str(PROGRAM), self.training.text()]
+            self.agents.append(start_agent(program, mark=self.mark, output=subprocess.PIPE, at=at))
         self._watch = threading.Timer(DEADLINE_S, self._hangs, args=())
         self._watch.start()
         return self
@@ -85,14 +105,14 @@ class Job:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def lines(self) -> Iterator[Line]:
-        """What the workers say, as they say it, until all agents have ended."""
+    def lines(self, *, until: Callable[[], bool] = lambda: False) -> Iterator[Line]:
+        """What the workers say, as they say it, until all agents have ended, or so."""
         with selectors.DefaultSelector() as selector:
             for agent in self.agents:
                 assert agent.stdout is not None
                 os.set_blocking(agent.stdout.fileno(), False)
                 selector.register(agent.stdout.fileno(), selectors.EVENT_READ, [b""])
-            while selector.get_map():
+            while selector.get_map() and not until():
                 for key, _ in selector.select():
                     pieces = os.read(key.fd, 1 << 16)
                     if not pieces:
@@ -112,13 +132,7 @@ class Job:
                 yield line
 
     def left(self) -> list[int]:
-        """The processes that still carry its mark."""
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):
-                if f"{_MARK}={self.mark}".encode() in Path("/proc", name, "environ").read_bytes():
-                    found.append(int(name))
-        return found
+        return marked(self.mark)
 
     def report(self) -> str:
         return "\n".join([*(line.text() for line in self.said), *self.other[-60:]])

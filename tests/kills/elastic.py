@@ -44,6 +44,11 @@ class Training:
     """So many lives are to be killed, and wait for that before the last step."""
     ranks: int = 1
     """In its first life it waits until there are so many."""
+    patience_s: float = PATIENCE.total_seconds()
+
+    @property
+    def patience(self) -> timedelta:
+        return timedelta(seconds=self.patience_s)
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -90,7 +95,7 @@ def train(training: Training, gangs: sc.Gangs, say: Say) -> None:
     model, optimizer = make_model(gangs.root.size)
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "rng": SharedRng()}
     with sc.CheckpointManager(
-        training.root, gangs, timeout=PATIENCE, manners=sc.Manners(process=training.process)
+        training.root, gangs, timeout=training.patience, manners=sc.Manners(process=training.process)
     ) as checkpoints:
         bring_back(training, checkpoints, gangs, say)
         say("load", 0)
@@ -175,7 +180,7 @@ def main() -> None:
     training = Training(**json.loads(sys.argv[1]))
     if int(os.environ["WORLD_SIZE"]) < training.ranks and restarts() == 0:
         threading.Event().wait()  # torchrun ends it when another node has come
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=training.patience)
     gangs = sc.Gangs.from_env()
     # At once and in one piece: the ranks share one output.
     say = saying(gangs.root.rank, lambda line: os.write(1, f"{line.text()}\n".encode()))

@@ -22,7 +22,7 @@ import errno
 import logging
 from dataclasses import replace
 
-from shardckpt.errors import CommitUnknownError
+from shardckpt.errors import CommitUnknownError, RootNotSharedError
 from shardckpt.format.layout import MANIFEST, step_folder
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
 from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
@@ -46,6 +46,28 @@ def begin_attempt(storage: Storage, prefix: str) -> bytes | None:
         storage.make_folder(prefix)
         return _record_in(storage, prefix.rsplit(".", 2)[0])
     return _record_in(storage, prefix.rpartition("/")[0])
+
+
+def check_room(storage: Storage, prefix: str) -> None:
+    """On a rank that has not begun the attempt itself, before it writes: that it sees the folder of the attempt.
+
+    `RootNotSharedError` if not. A put would make the folder, on a disk of its own, and give a receipt for a file that
+    nobody else ever finds. So the folder is asked for by making it, which must fail: that is decided by the file system
+    itself, also where this machine's idea of what is there is old (NFS). Of several ranks on such a disk the first one
+    finds out, which is enough for the save to fail; the next may take the folder that it has made for the real one.
+    """
+    if not isinstance(storage, RenamingStorage):
+        return
+    try:
+        storage.make_folder(prefix)
+    except FileExistsError:
+        return
+    with contextlib.suppress(OSError):
+        storage.delete_tree(prefix)
+    raise RootNotSharedError(
+        f"what rank 0 has made in {storage.url} is not there for this rank: the root must be one place for all ranks, "
+        "a file system that all nodes mount or an object store"
+    )
 
 
 def commit_attempt(

@@ -14,6 +14,7 @@ from shardckpt.engine.background.lease import Watch
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.worker import is_ending
 from shardckpt.engine.carry import carry
+from shardckpt.engine.committing.commit import check_room
 from shardckpt.engine.committing.receipts import TableBook, describe_own
 from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.coordinates import Coordinates
@@ -169,6 +170,8 @@ class Committer:
         with report.phase("put"):
             pace: dict[str, Any] = {} if self._pacer is None else {"pace": self._pacer.pace}
             pace |= {"uploads": work.uploads, "blobs": self._blobs}
+            if self._at.rank:
+                check_room(self._storage, prefix)
             own = write_files(self._storage, prefix, sealed, work.pending.progress, **pace)
             report.nbytes -= own.reused_nbytes
             if self._at.rank == 0:

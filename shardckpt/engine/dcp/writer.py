@@ -17,7 +17,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
+from shardckpt.engine.committing.commit import (
+    abandon_attempt,
+    attempt_prefix,
+    begin_attempt,
+    check_room,
+    commit_attempt,
+)
 from shardckpt.engine.committing.receipts import describe_own
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.dcp.exchange import Assignment, Attempt, Request, Written, compose, difference
@@ -188,6 +194,8 @@ class DcpWriter(StorageWriter):  # type: ignore[misc, unused-ignore]
         task, own = plan.storage_data, self._own
         if own is None or not isinstance(task, Assignment) or task.once != self._once:
             raise self._stale_plan()
+        if self._attempt is None:  # of all but the coordinator
+            check_room(self._storage, task.prefix)
         content = collect(plan, planner, own, rank=task.rank)
         sealed = [seal_in_place(content.file, rank=task.rank)] if content.file.records or content.values else []
         began = time.perf_counter()

