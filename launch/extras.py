@@ -1,7 +1,7 @@
 """Each extra by itself, in an environment made for it: it does its work, and what is not there says how to get it.
 
     python launch/extras.py                  # all of pyproject.toml, one after the other; a quarter of an hour
-    python launch/extras.py wandb mlflow     # these; "" is the package without any
+    python launch/extras.py wandb mlflow     # these; "" is the package without any. Python 3.11 or newer
 
 One environment is made with torch, and copied (by hard links) for each. A line for each: how long its installation
 took, the frameworks that are there, how long `import shardckpt` takes beside torch. The exit status is 1 if something
