@@ -68,11 +68,11 @@ def _measure_files(folder: Path, source: mmap.mmap, target: mmap.mmap) -> dict[s
 
 
 def _measure_reads(path: Path, target: mmap.mmap) -> dict[str, float]:
-    warm = _seconds(lambda: _read(path, target, threads=2))
+    warm = _seconds(lambda: read_file(path, target, threads=2))
     forget(path)
-    cold = _seconds(lambda: _read(path, target, threads=1))
+    cold = _seconds(lambda: read_file(path, target, threads=1))
     forget(path)
-    direct = _seconds(lambda: _read(path, target, threads=4, flags=DIRECT))
+    direct = _seconds(lambda: read_file(path, target, threads=4, flags=DIRECT))
     return {"read warm": warm, "read cold": cold, "read cold direct": direct}
 
 
@@ -116,7 +116,8 @@ def write_file(path: Path, source: mmap.mmap, flags: int, *, synced: bool) -> No
         sync(path.parent)
 
 
-def _read(path: Path, target: mmap.mmap, *, threads: int, flags: int = 0) -> None:
+def read_file(path: Path, target: mmap.mmap, *, threads: int, flags: int = 0) -> None:
+    """All of it, in pieces of 16 MiB, through the page cache or (`DIRECT`) past it."""
     file = os.open(path, os.O_RDONLY | flags)
     try:
         _each_piece(target, lambda at, piece: os.preadv(file, [piece], at), threads=threads)

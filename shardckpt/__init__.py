@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from shardckpt.engine.events.kinds import Deleted as Deleted
     from shardckpt.engine.events.kinds import Event as Event
     from shardckpt.engine.events.kinds import Loaded as Loaded
+    from shardckpt.engine.events.kinds import Measured as Measured
     from shardckpt.engine.events.kinds import SaveFailed as SaveFailed
     from shardckpt.engine.events.kinds import SaveOver as SaveOver
     from shardckpt.engine.events.kinds import SaveSkipped as SaveSkipped
     from shardckpt.engine.events.kinds import SaveStarted as SaveStarted
     from shardckpt.engine.events.kinds import Staged as Staged
     from shardckpt.engine.events.kinds import StopAgreed as StopAgreed
+    from shardckpt.engine.events.kinds import SubscriberFailed as SubscriberFailed
     from shardckpt.engine.events.kinds import Written as Written
     from shardckpt.engine.events.savelog import SaveLog as SaveLog
     from shardckpt.engine.events.trace import Trace as Trace
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from shardckpt.errors import InvalidStateError as InvalidStateError
     from shardckpt.errors import RootNotSharedError as RootNotSharedError
     from shardckpt.gang.gangs import Gangs as Gangs
+    from shardckpt.integrations.data.sampler import ResumableSampler as ResumableSampler
     from shardckpt.manager.checkpoints import CheckpointManager as CheckpointManager
     from shardckpt.run.choosing.due import SaveEvery as SaveEvery
     from shardckpt.run.choosing.due import SaveRule as SaveRule
@@ -116,11 +119,13 @@ _HOME = {
     "Loaded": "engine.events.kinds",
     "Manners": "engine.background.manners",
     "Means": "tools.moving.writing.told",
+    "Measured": "engine.events.kinds",
     "OtherRank": "engine.progress",
     "Parts": "run.choosing.parts",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
     "RepairReport": "tools.repair",
+    "ResumableSampler": "integrations.data.sampler",
     "RngState": "streams",
     "RootNotSharedError": "errors",
     "Run": "run.registry.one",
@@ -139,6 +144,7 @@ _HOME = {
     "Staged": "engine.events.kinds",
     "StepReport": "tools.report",
     "StopAgreed": "engine.events.kinds",
+    "SubscriberFailed": "engine.events.kinds",
     "TensorSplit": "split",
     "Trace": "engine.events.trace",
     "TrainingProgress": "run.choosing.progress",

@@ -45,6 +45,20 @@ class RngState:
             _restore_device_streams(device, state_dict[device])
 
 
+def seeded_streams(seed: int) -> dict[str, Any]:
+    """What `RngState` would capture in a process whose streams have just been seeded, but for those of accelerators.
+
+    For a checkpoint that has none: nothing tells what they were, so whoever adds them begins them anew.
+    """
+    streams: dict[str, Any] = {"python": random.Random(seed).getstate()}
+    streams["torch"] = torch.Generator().manual_seed(seed).get_state()
+    numpy = _numpy_random()
+    if numpy is not None:
+        kind, keys, position, has_gauss, gauss = numpy.RandomState(seed).get_state()
+        streams["numpy"] = [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)]
+    return streams
+
+
 def _restore_device_streams(device: str, streams: list[torch.Tensor]) -> None:
     module = torch.get_device_module(device)
     for i, stream in enumerate(streams[: module.device_count()]):

@@ -13,6 +13,7 @@ import torch
 
 from shardckpt.testing.pool import ProcessPool
 from shardckpt.testing.servers import azurite, gcs
+from tests.integrations.forks import Forks
 from tests.leaks import held, leaks
 
 pytest_plugins = ("tests.scorecard",)
@@ -71,6 +72,15 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[ProcessPool]:
     with ProcessPool() as pool:
         request.config.stash[_POOLS].append(pool)
         yield pool
+        request.config.stash[_POOLS].remove(pool)
+
+
+@pytest.fixture(scope="session")
+def forks(request: pytest.FixtureRequest) -> Iterator[Forks]:
+    """Ranks that share what one process has imported, for frameworks (`tests/integrations/forks.py`)."""
+    with ProcessPool() as pool:
+        request.config.stash[_POOLS].append(pool)
+        yield Forks(pool)
         request.config.stash[_POOLS].remove(pool)
 
 

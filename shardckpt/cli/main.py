@@ -1,89 +1,33 @@
-"""The `shardckpt` command and its sub-commands."""
+"""Where `shardckpt` begins and ends. It imports hardly anything by itself, so that Ctrl-C is quiet from here on."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import Annotated
 
-import typer
-
-from shardckpt.cli.doing.converting import convert
-from shardckpt.cli.doing.copying import cp
-from shardckpt.cli.doing.exporting import average, export
-from shardckpt.cli.doing.keeping import pin, prune, runs, unpin
-from shardckpt.cli.doing.repairing import repair
-from shardckpt.cli.looking.comparing import diff
-from shardckpt.cli.looking.examining import bench, doctor, report
-from shardckpt.cli.looking.inspecting import inspect
-from shardckpt.cli.looking.listing import ls, verify
-from shardckpt.cli.looking.planning import plan
-
-app = typer.Typer(
-    name="shardckpt",
-    help=(
-        "Sharded checkpoints for PyTorch: look at them, check, repair, copy and measure them, on paths and URLs.\n\n"
-        "Commands end with 0 if all is good, 1 if problems were found or what was asked for is not there, 2 for wrong "
-        "usage or a place that cannot be reached, 130 if interrupted. Data goes to stdout, messages to stderr."
-    ),
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
+INTERRUPTED = 130
 
 
 def main() -> None:
-    """The entry point of `shardckpt` and of `python -m shardckpt`."""
-    app(prog_name="shardckpt")
+    """The entry point of `shardckpt` and of `python -m shardckpt`; in the main thread of a process of its own."""
+    # As long as nothing has been begun: an exception amid an import would be shown as a traceback, or swallowed.
+    quiet = _leave_at_once()
+    from shardckpt.cli.commands import app
+
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        app(prog_name="shardckpt")  # a command that is interrupted cleans up, and ends with the same status
+    except KeyboardInterrupt:  # before the command was known
+        sys.exit(INTERRUPTED)
+    finally:
+        _leave_at_once()  # what was to be done is done
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"shardckpt {version('shardckpt')}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
-    ] = False,
-) -> None:
-    """What comes before the command."""
-
-
-app.command()(ls)
-app.command()(inspect)
-app.command()(plan)
-app.command()(diff)
-app.command()(verify)
-app.command()(repair)
-app.command()(convert)
-app.command()(export)
-app.command()(average)
-app.command()(cp)
-app.command()(doctor)
-app.command()(bench)
-app.command()(report)
-app.command()(runs)
-app.command()(prune)
-app.command()(pin)
-app.command()(unpin)
-
-
-@app.command(
-    add_help_option=False,  # the demo tells of its own options
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def demo(context: typer.Context) -> None:
-    """Train a small model, kill it in the middle of a save, resume it on other meshes, and compare.
-
-    All arguments go to the demo; `shardckpt demo --help` lists them.
-
-    Example: shardckpt demo --mesh 2x2
-    """
-    from shardckpt.demo.__main__ import main as run
-
-    sys.exit(run(context.args))
+def _leave_at_once() -> bool:
+    """Have Ctrl-C end the process, from now on, without another word; unless it was ignored, as `nohup` does."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return False
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    return True

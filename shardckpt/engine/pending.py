@@ -144,7 +144,7 @@ class PendingSave:
         self._copied.set()
         self._queued.set()
         try:
-            self.tell(Committed, self.step, **self._told())
+            self.tell(Committed, self.step, url=info.url, **self._told())
         finally:
             self._future.set_result(info)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,7 +131,23 @@ def _over_root(mesh: Any, placements: tuple[str, ...]) -> Sharding:
     coordinate = whole.get_coordinate()
     if coordinate is None:
         raise InvalidStateError("a DTensor whose mesh does not contain this rank cannot be stored by it")
-    return _described(mesh, whole, placements, tuple(coordinate))
+    known, key = _known_of(mesh), (placements, tuple(coordinate))
+    if key not in known:
+        known[key] = _described(mesh, whole, *key)
+    return known[key]
+
+
+_KNOWN: dict[int, tuple[weakref.ref[Any], dict[Any, Sharding]]] = {}
+
+
+def _known_of(mesh: Any) -> dict[Any, Sharding]:
+    """What has been described of this very mesh. To find it among equal ones (a slice made anew for each module is one)
+    is a look at all of its ranks, for each tensor."""
+    number = id(mesh)
+    found = _KNOWN.get(number)
+    if found is None or found[0]() is not mesh:
+        found = _KNOWN[number] = (weakref.ref(mesh, lambda _: _KNOWN.pop(number, None)), {})
+    return found[1]
 
 
 def _root_of(mesh: Any) -> Any:
@@ -145,11 +162,17 @@ def _described(mesh: Any, whole: Any, placements: tuple[str, ...], coordinate: t
     given = dict(zip(mesh.mesh_dim_names or names, placements, strict=True))
     kept = [i for i, name in enumerate(names) if name in given or name != "pp"]
     grid = whole.mesh[tuple(slice(None) if i in kept else at for i, at in enumerate(coordinate))]
-    entry = MeshEntry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
+    entry = _entry(tuple(names[i] for i in kept), tuple(grid.shape), tuple(grid.flatten().tolist()))
     assumed = any(names[i] not in given and whole.shape[i] > 1 for i in kept)
     own = () if len(given) == len(kept) else tuple(names[i] for i in kept if names[i] in given)
     spread = tuple(given.get(names[i], "R") for i in kept)
     return Sharding(entry, spread, tuple(coordinate[i] for i in kept), assumed, own)
+
+
+@functools.lru_cache(maxsize=64)
+def _entry(dims: tuple[str, ...], shape: tuple[int, ...], ranks: tuple[int, ...]) -> MeshEntry:
+    """One object for one mesh, however tensors lie on it: to compare those of two is a look at all ranks."""
+    return MeshEntry(dims, shape, ranks)
 
 
 def _names(dims: Sequence[object]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from shardckpt.format.layout import (
     model_file,
 )
 from shardckpt.format.placement import is_tiling, parse_placement
+from shardckpt.format.record.columns import FileColumns, loose
 
 if TYPE_CHECKING:
     from shardckpt.format.manifest import FileEntry, LayoutEntry, Manifest, MeshEntry, Table
@@ -62,13 +63,20 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _check_files(files: Sequence[FileEntry], world: int) -> None:
-    names = {check_file_name(file.name) for file in files}
-    if len(names) != len(files):
+    """Families of files are called alike, in one folder, and are checked for themselves when they are read."""
+    alone, families = loose(files), files.families if isinstance(files, FileColumns) else ()
+    names = {check_file_name(file.name) for file in alone}
+    if len(names) != len(alone) or any(family.place_of(name) is not None for family in families for name in names):
         raise ValueError("a file is named twice")
-    folders = {"/".join(parts[:depth]) for parts in (n.split("/") for n in names) for depth in range(1, len(parts))}
-    if not names.isdisjoint(folders) or MANIFEST in names:
+    some = names | {family.name(0) for family in families}
+    folders = {"/".join(parts[:depth]) for parts in (n.split("/") for n in some) for depth in range(1, len(parts))}
+    inside = any(family.place_of(folder) is not None for family in families for folder in folders)
+    if inside or not names.isdisjoint(folders) or MANIFEST in names:
         raise ValueError("a file has the name of a folder or of the record itself")
-    for file in files:
+    for family in families:
+        if min(family.writers) < 0 or max(family.writers) >= world:
+            raise ValueError(f"files like {family.name(0)} were written by a rank that is none of {world}")
+    for file in alone:
         if not 0 <= file.writer < world:
             raise ValueError(f"{file.name} was written by rank {file.writer} of {world}")
         for extent in (file.index, file.tree):
@@ -80,13 +88,14 @@ def _check_files(files: Sequence[FileEntry], world: int) -> None:
 
 def _check_kinds(manifest: Manifest) -> None:
     """Of files that no table speaks of. Names may begin with the attempt's folder, as they do on an object store."""
-    names = {file.name: file.name.removeprefix(f"{manifest.attempt}/") for file in manifest.files}
+    files = loose(manifest.files)  # families are of other kinds, and their names end in numbers
+    names = {file.name: file.name.removeprefix(f"{manifest.attempt}/") for file in files}
     if SCORE in names.values():
         raise ValueError(f"a file has the name of the score, {SCORE}, which is replaced when the step is scored")
-    for file in manifest.files:
+    for file in files:
         if file.kind == CARBON_COPY and (file.index is not None or file.tree is not None):
             raise ValueError(f"{file.name}: a copy of a file of others has no index and no tree")
-    consolidated = [file for file in manifest.files if file.kind == CONSOLIDATED]
+    consolidated = [file for file in files if file.kind == CONSOLIDATED]
     if len(consolidated) > 1:
         raise ValueError(f"the model is consolidated in {len(consolidated)} files")
     for file in consolidated:
@@ -98,6 +107,7 @@ def _check_kinds(manifest: Manifest) -> None:
 
 def _check_blobs(files: Sequence[FileEntry]) -> None:
     """What is frozen lies in blobs and nothing else does; each is an archive, under its own name, named once."""
+    files = loose(files)
     for file in files:
         if (file.kind in _FROZEN) != bool(file.blob):
             raise ValueError(f"{file.name}: files of what is frozen, and no others, are blobs")

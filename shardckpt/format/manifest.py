@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,14 +31,19 @@ from shardckpt.format.index import (
     shown,
 )
 from shardckpt.format.placement import Piece
+from shardckpt.format.record.columns import FileColumns, in_columns, loose
 from shardckpt.format.record.files import Extent as Extent
 from shardckpt.format.record.files import FileEntry as FileEntry
-from shardckpt.format.record.files import decode_file, encode_file
+from shardckpt.format.record.files import encode_file
+from shardckpt.format.record.packing import decode_files, encode_files, numbers_in
 
 FORMAT = 1
 """Of a record whose files all lie in the step's folder."""
 FORMAT_WITH_BLOBS = 2
 """Of a record that refers to blobs: a version that knows of none must not take the step for whole, or for damaged."""
+FORMAT_IN_COLUMNS = 3
+"""Of a record of many files, which has them in columns (see `record.columns`), blobs or not."""
+FORMATS = (FORMAT, FORMAT_WITH_BLOBS, FORMAT_IN_COLUMNS)
 
 Home = Literal["model", "replicated", "rank", "frozen", "frozen_rank"]
 """In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt, rank_<rank>.pt; or, of tensors that do not
@@ -58,6 +63,14 @@ class MeshEntry:
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
+    _hash: int = field(default=0, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Hashed once: it is a key for every tensor, and may have 10,000 ranks. Numbers hash alike anywhere."""
+        object.__setattr__(self, "_hash", hash((self.shape, self.ranks)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,8 @@ class Manifest:
     """UTC, ISO 8601."""
     shard_of: tuple[int, ...]
     """For every global rank its model-parallel shard: the number in model.<shard>.pt. Its length is the world size."""
-    files: tuple[FileEntry, ...]
+    files: Sequence[FileEntry]
+    """Of a step of many ranks not objects, but columns (`FileColumns`)."""
     meshes: tuple[MeshEntry, ...] = ()
     layouts: tuple[LayoutEntry, ...] = ()
     tables: tuple[Table, ...] = ()
@@ -128,17 +142,12 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         """All bytes of its files."""
-        return sum(file.nbytes for file in self.files)
+        return self.files.nbytes if isinstance(self.files, FileColumns) else sum(file.nbytes for file in self.files)
 
     @property
     def shared_nbytes(self) -> int:
         """Of these, the bytes in blobs, which other steps may refer to as well."""
-        return sum(file.nbytes for file in self.files if file.blob)
-
-    @property
-    def format(self) -> int:
-        """The format of its record."""
-        return FORMAT_WITH_BLOBS if any(file.blob for file in self.files) else FORMAT
+        return sum(file.nbytes for file in loose(self.files) if file.blob)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -154,8 +163,9 @@ class Manifest:
 def encode_manifest(manifest: Manifest) -> bytes:
     """The record as it is stored. `ValueError` for one that could not be read again."""
     check_manifest(manifest)
+    files = in_columns(manifest.files)
     content = {
-        "format": manifest.format,
+        "format": _format_of(files),
         "step": manifest.step,
         "attempt": manifest.attempt,
         "created": manifest.created,
@@ -163,8 +173,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "mesh": dict(manifest.mesh_sizes),
         "shard_of": runs_of(manifest.shard_of),
         "parts": manifest.parts,
-        "files": [encode_file(file) for file in manifest.files],
-        "meshes": [asdict(mesh) | {"ranks": runs_of(mesh.ranks)} for mesh in manifest.meshes],
+        "files": encode_files(files) if files.families else [encode_file(file) for file in files],
+        "meshes": [_encode_mesh(mesh) for mesh in manifest.meshes],
         "layouts": [
             {k: v for k, v in asdict(at).items() if v or k not in ("pieces", "given")} for at in manifest.layouts
         ],
@@ -235,11 +245,18 @@ def decode_table(content: Mapping[str, Any]) -> Table:
     return Table(as_numbers(content["ranks"]), dict(zip(names, entries, strict=True)), dict(values))
 
 
+def _format_of(files: Sequence[FileEntry]) -> int:
+    if isinstance(files, FileColumns) and files.families:
+        return FORMAT_IN_COLUMNS
+    return FORMAT_WITH_BLOBS if any(file.blob for file in files) else FORMAT
+
+
 def _decode(content: Mapping[str, Any]) -> Manifest:
-    if content["format"] not in (FORMAT, FORMAT_WITH_BLOBS):
-        known = f"formats {FORMAT} and {FORMAT_WITH_BLOBS}"
+    if content["format"] not in FORMATS:
+        known = f"formats {', '.join(map(str, FORMATS))}"
         raise ValueError(f"its format is {shown(content['format'])}, but this version reads {known}")
     lists = [content["shard_of"], *(part["ranks"] for key in ("meshes", "tables") for part in content[key])]
+    lists += numbers_in(content["files"])
     if sum(count_numbers(runs) for runs in lists) > MAX_NUMBERS:
         raise ValueError("it names more ranks than any job has")
     manifest = Manifest(
@@ -247,7 +264,7 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
         attempt=as_text(content["attempt"]),
         created=as_text(content["created"]),
         shard_of=as_numbers(content["shard_of"]),
-        files=tuple([decode_file(entry) for entry in content["files"]]),
+        files=decode_files(content["files"]),
         meshes=tuple([_decode_mesh(mesh) for mesh in content["meshes"]]),
         layouts=tuple([_decode_layout(layout) for layout in content["layouts"]]),
         tables=tuple([decode_table(table) for table in content["tables"]]),
@@ -259,11 +276,16 @@ def _decode(content: Mapping[str, Any]) -> Manifest:
         model_only=as_truth(content.get("model_only", False)),
     )
     check_manifest(manifest)
-    if content["format"] != manifest.format:
-        raise ValueError(f"a record of format {content['format']} with what only format {manifest.format} has")
+    if content["format"] != _format_of(manifest.files):
+        form = _format_of(manifest.files)
+        raise ValueError(f"a record of format {content['format']} with what only format {form} has")
     if content["world_size"] != manifest.world_size or content["parts"] != list(manifest.parts):
         raise ValueError("its world size or its parts are not those of its tables")
     return manifest
+
+
+def _encode_mesh(mesh: MeshEntry) -> dict[str, Any]:
+    return {"dims": mesh.dims, "shape": mesh.shape, "ranks": runs_of(mesh.ranks)}
 
 
 def _decode_mesh(content: Mapping[str, Any]) -> MeshEntry:

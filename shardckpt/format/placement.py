@@ -55,12 +55,10 @@ class Piece(NamedTuple):
     lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """One split of a tensor dimension: into `size` shares, of which this rank has number `index`."""
+class Cut(NamedTuple):
+    """One split of a tensor dimension, into `size` shares; `factor` is that of `SS`, 1 for `S`."""
 
     size: int
-    index: int
     factor: int
 
 
@@ -84,7 +82,8 @@ def shard_boxes(
 
     `ValueError` for placements that do not fit the shape or the mesh.
     """
-    splits: dict[int, list[_Split]] = {}
+    cuts: dict[int, list[Cut]] = {}
+    indices: dict[int, list[int]] = {}
     for size, placement, index in zip(mesh_shape, placements, coordinate, strict=True):
         if not 0 <= index < size:
             raise ValueError(f"coordinate {list(coordinate)} is not on a mesh of shape {list(mesh_shape)}")
@@ -92,10 +91,11 @@ def shard_boxes(
         if parsed is not None:
             if parsed[0] >= len(shape):
                 raise ValueError(f"{placement} of a tensor of {len(shape)} dimensions")
-            splits.setdefault(parsed[0], []).append(_Split(size, index, parsed[1]))
+            cuts.setdefault(parsed[0], []).append(Cut(size, parsed[1]))
+            indices.setdefault(parsed[0], []).append(index)
     dims: list[list[Interval]] = [[(0, length)] for length in shape]
-    for dim, of_dim in splits.items():
-        dims[dim] = _split(shape[dim], of_dim)
+    for dim, of_dim in cuts.items():
+        dims[dim] = share_of(shape[dim], of_dim, indices[dim])
     return _product(dims)
 
 
@@ -136,34 +136,35 @@ def _is_inside(piece: Piece, shape: Sequence[int]) -> bool:
     return all(at >= 0 and length > 0 and at + length <= size for at, length, size in sides)
 
 
-def _split(length: int, splits: list[_Split]) -> list[Interval]:
-    """What is left of a dimension after all splits of it, given from left to right."""
-    order = _order(splits)
+def share_of(length: int, cuts: Sequence[Cut], indices: Sequence[int]) -> list[Interval]:
+    """What is left of a dimension after all splits of it, given from left to right, for who has these shares."""
+    order = nested_order(cuts)
     if order is not None:
         start = 0
-        for split in order:
-            begin, length = _chunk(length, split.size, split.index)
+        for number in order:
+            begin, length = _chunk(length, cuts[number].size, indices[number])
             start += begin
         return [(start, length)]
     intervals = [(0, length)]
-    for split in splits:
+    for cut, index in zip(cuts, indices, strict=True):
         total = sum(length for _, length in intervals)
-        intervals = _select(intervals, _strided(total, split))
+        intervals = _select(intervals, _strided(total, cut, index))
     return intervals
 
 
-def _order(splits: list[_Split]) -> list[_Split] | None:
-    """In which order the splits were done if each factor counts the pieces made before by those to the right of it.
+def nested_order(cuts: Sequence[Cut]) -> list[int] | None:
+    """In which order the splits were done (their numbers), if each factor counts the pieces made before by those to
+    the right of it.
 
     None if there is no such order. Source: `DTensorSpec._maybe_convert_StridedShard_to_shard_order`, torch 2.13.
     """
-    order: list[_Split] = []
-    for split in reversed(splits):
-        pieces = itertools.accumulate((done.size for done in order), lambda a, b: a * b, initial=1)
-        place = next((i for i, count in enumerate(pieces) if count == split.factor), None)
+    order: list[int] = []
+    for number in range(len(cuts) - 1, -1, -1):
+        pieces = itertools.accumulate((cuts[done].size for done in order), lambda a, b: a * b, initial=1)
+        place = next((i for i, count in enumerate(pieces) if count == cuts[number].factor), None)
         if place is None:
             return None
-        order.insert(place, split)
+        order.insert(place, number)
     return order
 
 
@@ -174,15 +175,15 @@ def _chunk(length: int, chunks: int, index: int) -> Interval:
     return begin, min(size, length - begin)
 
 
-def _strided(length: int, split: _Split) -> Iterable[Interval]:
+def _strided(length: int, split: Cut, index: int) -> Iterable[Interval]:
     """The share of every one of `factor` pieces, from the first to the last."""
     full = _chunk(length, split.factor, 0)[1]
     pieces = -(-length // full) if full else 0
     # All but the last are alike: with no share of the first, a rank has at most one of the last.
-    first = 0 if _chunk(full, split.size, split.index)[1] else pieces - 1
+    first = 0 if _chunk(full, split.size, index)[1] else pieces - 1
     for number in range(max(first, 0), pieces):
         begin, piece = _chunk(length, split.factor, number)
-        inner, share = _chunk(piece, split.size, split.index)
+        inner, share = _chunk(piece, split.size, index)
         if share:
             yield begin + inner, share
 

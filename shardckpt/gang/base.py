@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from shardckpt.errors import GangError
 
@@ -15,8 +15,13 @@ Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | dict[str, 
 """What a message may hold. Messages are JSON and never pickles: a peer cannot make us run code."""
 
 
+Fold: TypeAlias = "Callable[[Sequence[Any]], Json]"
+"""Makes one value of several, given in rank order, some of which may be made so already. Pure; on any rank."""
+
+
 class GatherError(GangError):
-    """A gather in which some ranks did not come; `values` holds what the others gave, by rank."""
+    """A gather in which some ranks did not come; `values` holds what the others gave, by rank (of folded ones by the
+    first rank)."""
 
     def __init__(self, message: str, *, absent: Sequence[int] = (), values: Mapping[int, Json] | None = None) -> None:
         super().__init__(message, absent=absent)
@@ -54,8 +59,11 @@ class Gang(Protocol):
         """
         ...
 
-    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+    def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:
         """Give `value`; rank 0 gets every rank's value in rank order, the others get None.
+
+        With `fold`, which all ranks give, rank 0 may get for several ranks that follow each other what `fold` made of
+        their values: where there are many ranks they are put together on the way, and that need not be long.
 
         On rank 0 it raises `GatherError` when values are missing at the timeout (or as soon as it is known
         that they will not come). The other ranks need not learn of that here; they do in the `broadcast` that

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _START = timedelta(minutes=5)
 """How long the ranks of a job may come after each other at the start."""
+_MOST_LINKS = 256
+"""Of a gang over gloo: its rank 0 has one to each other rank. Larger gangs talk through the store, as a tree."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Gangs:
         """The gangs of the job that this process was started in; called by all ranks of it.
 
         Ranks are numbered (dp, pp, tp) with tp fastest: `tp_rank = rank % tp`. With `torch.distributed` initialised,
-        the gangs are gloo groups of their own (`ProcessGroupGang`). Without it, but under torchrun or a launcher that
-        sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, they talk through a TCPStore there (`StoreGang`):
-        torchrun's own, or one in rank 0's process, which must then be the last to end; a later `init_process_group`
-        is not disturbed. With neither it is one process. `GangError` if ranks do not come within `timeout`.
+        the gangs are gloo groups of their own (`ProcessGroupGang`); those of more than 256 ranks talk through its store
+        (`StoreGang`). Without it, but under torchrun or a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and
+        MASTER_PORT, all talk through a TCPStore there: torchrun's own, or one in rank 0's process, which must then be
+        the last to end; a later `init_process_group` is not disturbed. With neither it is one process. `GangError` if
+        ranks do not come within `timeout`.
         """
         job = _initialised() or _launched(os.environ, timeout)
         size = 1 if job is None else job.size
@@ -181,7 +184,7 @@ class _Job:
         )
         here: dict[str, Any] = {"rank": own, "size": len(ranks), "nonce": nonce}
         here["roll"] = roll_of(place=place, nonce=nonce, size=len(ranks))
-        if not self.with_gloo:
+        if not self.with_gloo or len(ranks) > _MOST_LINKS:
             return StoreGang(self.make_store, **here)
         from shardckpt.gang.process_group import ProcessGroupGang
 

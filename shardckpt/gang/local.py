@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from shardckpt.errors import GangError
-from shardckpt.gang.base import Json
+from shardckpt.gang.base import Fold, Json
 from shardckpt.gang.wire.messages import decode, encode
 
 
@@ -35,7 +35,7 @@ class LocalGang:
     def enter(self, scope: str, *, timeout: timedelta) -> None:
         self._entered = True
 
-    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+    def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:
         return [self._back(value)]
 
     def broadcast(self, value: Json, *, timeout: timedelta) -> Json:

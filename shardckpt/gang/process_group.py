@@ -14,16 +14,17 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardckpt.errors import GangError
-from shardckpt.gang.base import Gang, GatherError, Json
+from shardckpt.gang.base import Fold, Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.relay import Relay, open_by
-from shardckpt.gang.store import Deadline, StoreGang, last_seen
+from shardckpt.gang.store import StoreGang, last_seen
 from shardckpt.gang.together import together
 from shardckpt.gang.wire.gloo import LinkError
 from shardckpt.gang.wire.mailbox import Line, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 from shardckpt.gang.wire.roll import UNKNOWN, Roll, neighbours
 from shardckpt.gang.wire.star import Star
+from shardckpt.gang.wire.vain import Deadline
 
 _MEETING = 1
 """The stamp of what is said at meetings, where no conversation has begun; operations have larger ones."""
@@ -38,8 +39,8 @@ class ProcessGroupGang:
     The training's groups are never used. The group is made at the first `enter`, and again at the first one after a
     failure, since gloo cannot mend a group: the ranks find each other through the store (a `StoreGang` with the same
     `nonce`), whether they know of the failure or only notice that their links are closed. The store is also where
-    rank 0 leaves its last word for a rank that it cannot reach any more. `make_store`, `rank`, `size`, `nonce`, `name`
-    are as for `StoreGang`; `interface` is the network interface to use, if not the one that this host's name leads to.
+    rank 0 leaves its last word for a rank that it cannot reach any more. Arguments are those of `StoreGang`;
+    `interface` is the network interface to use, if not the one that this host's name leads to.
     """
 
     def __init__(
@@ -97,15 +98,14 @@ class ProcessGroupGang:
         if self._lost:
             self._part({}, deadline)
 
-    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+    def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:
         deadline, stamp, message = Deadline(timeout), self._next_stamp(), encode(value).encode()
         if self._rank:
             self._send_up(message, stamp, deadline)
             return None
         if self._star is None or self._lost:
-            raise GatherError(
-                f"gang {self._name!r}: {ranks_text(self._lost)} was lost before", absent=tuple(self._lost)
-            )
+            lost = tuple(self._lost)
+            raise GatherError(f"gang {self._name!r}: {ranks_text(lost)} was lost before", absent=lost)
         heard = self._star.collect(stamp, timeout_s=deadline.left_s(0))
         values: dict[int, Any] = {rank: decode(said) for rank, said in heard.messages.items()}
         values[0] = decode(message)
@@ -135,9 +135,9 @@ class ProcessGroupGang:
             return None
         if len(ranks) == 1:
             return LocalGang(name)
-        own = list(ranks).index(self._rank)
-        options: dict[str, Any] = {"interface": self._interface, "roll": self._meeting.roll.of(ranks)}
-        return ProcessGroupGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, **options)
+        options: dict[str, Any] = {"interface": self._interface, "roll": self._meeting.roll.of(ranks), "name": name}
+        options |= {"rank": list(ranks).index(self._rank), "size": len(ranks), "nonce": nonce}
+        return ProcessGroupGang(self._make_store, **options)
 
     def line(self) -> Line:
         return self._meeting.line()

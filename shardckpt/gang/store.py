@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardckpt.errors import GangError
-from shardckpt.gang.base import Gang, GatherError, Json
+from shardckpt.gang.base import Fold, Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.wire.mailbox import Line, Mailbox, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 from shardckpt.gang.wire.roll import UNKNOWN, Roll
+from shardckpt.gang.wire.tree import ENDED, FLAT, Gathering, Tree
+from shardckpt.gang.wire.vain import Deadline
 
 if TYPE_CHECKING:
     from shardckpt.gang.relay import Relay
 
 _HERE, _ELSEWHERE = "here", "elsewhere"
 """Where a meeting that is called for is held. One held elsewhere is over: the call is for those who missed it."""
-
-
-class Deadline:
-    """When an operation must have ended on rank 0, and, a little later, on the others."""
-
-    def __init__(self, timeout: timedelta) -> None:
-        self._began = time.monotonic()
-        self._timeout_s = timeout.total_seconds()
-        self._grace_s = min(10.0, max(1.0, self._timeout_s / 10))
-
-    @property
-    def waited_s(self) -> float:
-        return time.monotonic() - self._began
-
-    def left_s(self, rank: int) -> float:
-        """Seconds until `rank` gives up; never negative."""
-        return max(0.0, self._timeout_s + (self._grace_s if rank else 0.0) - self.waited_s)
 
 
 class StoreGang:
@@ -52,6 +36,7 @@ class StoreGang:
     Keys, below `shardckpt/<nonce>`: rank 0 numbers its calls for a meeting (`call/7`); each names a conversation, an
     id that is never used twice. Whoever hears the call answers (`<id>/here/3`) and waits for `<id>/verdict`. Everything
     said in the conversation is below its id and numbered by operation (`<id>/0/3` given by rank 3, `<id>/1` broadcast).
+    Where there are many ranks, some hand on what others give (`wire/TREE.md`).
     So a message that comes late is in a place where nobody looks, and a rank that comes late finds a verdict that
     says so. A key is deleted by its writer as soon as a later operation proves that all readers have passed it.
     """
@@ -65,10 +50,15 @@ class StoreGang:
         nonce: str,
         name: str = "root",
         roll: Roll = UNKNOWN,
+        flat: int = FLAT,
     ) -> None:
-        """`roll`: its ranks as processes, where that is known. One that has ended is then not waited for."""
+        """`roll`: its ranks as processes, where that is known. One that has ended is then not waited for. `flat`: up to
+        so many ranks rank 0 hears each itself."""
         self._make_store = make_store
         self.roll = roll
+        self._flat, self._tree = flat, Tree.of(size, flat=flat)
+        self._given: Gathering | None = None
+        """The last one of a tree that this rank, not rank 0, has taken part in."""
         self._name, self._rank, self._size, self._nonce = name, rank, size, nonce
         self.mailbox = Mailbox(make_store, f"shardckpt/{nonce}", name=f"shardckpt-{name}-{rank}")
         self._history = History()
@@ -95,15 +85,15 @@ class StoreGang:
         if not verdict.ok:
             raise verdict.error()
 
-    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+    def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:
         deadline, operation = Deadline(timeout), self._next_operation()
         if self._rank:
-            self._put(self._said(operation, self._rank), value, deadline)
+            self._give(self._said(operation), value, deadline, fold)
             return None
         own = decode(encode(value))
-        values = self._collect({rank: self._said(operation, rank) for rank in range(1, self._size)}, deadline)
+        values, present = self._heard(self._said(operation), deadline)
         values[0] = own
-        absent = [rank for rank in range(self._size) if rank not in values]
+        absent = [rank for rank in range(1, self._size) if rank not in present]
         if absent:
             note = self.roll.obituary(absent)
             raise GatherError(
@@ -112,7 +102,7 @@ class StoreGang:
                 values=values,
             )
         self.mailbox.forget(before=self.mailbox.stage)  # who took part in this has read all that I wrote before it
-        return [values[rank] for rank in range(self._size)]
+        return [values[rank] for rank in sorted(values)]
 
     def broadcast(self, value: Json, *, timeout: timedelta) -> Json:
         deadline, operation = Deadline(timeout), self._next_operation()
@@ -131,7 +121,8 @@ class StoreGang:
         if len(ranks) == 1:
             return LocalGang(name)
         own = list(ranks).index(self._rank)
-        return StoreGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, roll=self.roll.of(ranks))
+        roll, flat = self.roll.of(ranks), self._flat
+        return StoreGang(self._make_store, rank=own, size=len(ranks), nonce=nonce, name=name, roll=roll, flat=flat)
 
     def subnonce(self, name: str, ranks: Sequence[int]) -> str:
         """A nonce for the next subgang of that name; counted by all ranks of this gang, also by those outside."""
@@ -156,6 +147,7 @@ class StoreGang:
 
         Called by `enter`, and by a gang that needs this only now and then.
         """
+        self._given = None
         self.mailbox.renew()
         verdict = self._call(arrival, deadline) if self._rank == 0 else self._answer(arrival, deadline)
         if verdict.ok:
@@ -178,16 +170,16 @@ class StoreGang:
             conversation = uuid.uuid4().hex
             self._put(self._free_call(deadline), [conversation, own.scope, _HERE], deadline)
             self._calls += 1
-            keys = {rank: self.mailbox.key(conversation, "here", rank) for rank in range(1, self._size)}
             with self._farewell(conversation, own, deadline):
-                here = {rank: Arrival.from_json(said) for rank, said in self._collect(keys, deadline).items()}
+                came, _ = self._heard(self.mailbox.key(conversation, "here"), deadline)
+            here = {rank: Arrival.from_json(said) for rank, said in came.items()}
             verdict = judge(
                 {0: own, **here},
                 conversation=conversation,
                 gang=self._name,
                 size=self._size,
                 waited_s=deadline.waited_s,
-                note=last_seen(strangers, here) + self.roll.obituary([rank for rank in keys if rank not in here]),
+                note=last_seen(strangers, here) + self.roll.obituary(set(range(1, self._size)) - here.keys()),
             )
             self._put(self.mailbox.key(conversation, "verdict"), verdict.to_json(), deadline)
             if verdict.is_over_for(0):
@@ -201,7 +193,7 @@ class StoreGang:
             self._calls += 1
             self.mailbox.stage += 1
             if where == _HERE:
-                self._put(self.mailbox.key(conversation, "here", self._rank), own.to_json(), deadline)
+                self._give(self.mailbox.key(conversation, "here"), own.to_json(), deadline)
             verdict = Verdict.from_json(self._hear(self.mailbox.key(conversation, "verdict"), deadline))
             if self._rank in verdict.absent:
                 # This meeting was over before we came. If it was the one we are looking for, say so at once. If we
@@ -248,6 +240,28 @@ class StoreGang:
         with self._translated():
             self.mailbox.put(key, value, timeout_s=deadline.left_s(self._rank))
 
+    def _give(self, prefix: str, value: Json, deadline: Deadline, fold: Fold | None = None) -> None:
+        """The others: give rank 0 a value."""
+        if self._tree.is_flat:
+            self._put(f"{prefix}/{self._rank}", value, deadline)
+            return
+        with self._translated():
+            self._given = self._gathering(prefix, deadline)
+            self._given.give(value, fold)
+
+    def _heard(self, prefix: str, deadline: Deadline) -> tuple[dict[int, Any], Collection[int]]:
+        """Rank 0: what the others give, and who has given something."""
+        if self._tree.is_flat:
+            values = self._collect({rank: f"{prefix}/{rank}" for rank in range(1, self._size)}, deadline)
+            return values, values.keys()
+        with self._translated():
+            given = self._gathering(prefix, deadline).hear()
+        return given.values, given.present
+
+    def _gathering(self, prefix: str, deadline: Deadline) -> Gathering:
+        left_s = partial(deadline.left_s, self._rank)
+        return Gathering(self.mailbox, self._tree, prefix, rank=self._rank, roll=self.roll, left_s=left_s)
+
     def _collect(self, keys: dict[int, str], deadline: Deadline) -> dict[int, Any]:
         with self._translated():
             self.roll.call(self.mailbox, keys, timeout_s=deadline.left_s(self._rank))
@@ -256,8 +270,11 @@ class StoreGang:
 
     def _hear(self, key: str, deadline: Deadline) -> Any:
         """What rank 0 says under `key`."""
+        if self._given is not None:
+            with self._translated():
+                self._given.attend(key, partial(deadline.left_s, self._rank))
         heard = self._collect({0: key}, deadline)
-        if not heard:
+        if not heard or heard[0] == ENDED:
             waited = f"within {deadline.waited_s:.3g} s{self.roll.obituary([0])}"
             raise GangError(f"gang {self._name!r}: rank 0 did not answer {waited}", absent=[0])
         return heard[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from shardckpt.errors import Failure, GangError
-from shardckpt.gang.base import Gang, GatherError, Json
+from shardckpt.gang.base import Fold, Gang, GatherError, Json
 from shardckpt.gang.wire.messages import decode, encode, ranks_text
 
 _T = TypeVar("_T")
@@ -30,17 +31,27 @@ def together(gang: Gang, work: Callable[[], _T], *, phase: str, timeout: timedel
     `GangError`: `failures` by rank, `absent`; the rank's own error is its `__cause__`. An interrupt (KeyboardInterrupt,
     SystemExit) on one rank is told to the others and then goes on there. `phase` and `step` are for the message.
     """
-    attempt = _Attempt(gang, phase, timeout, step)
+    attempt = _Attempt(gang, phase, timeout, step, fold=lambda values: None)
     done = _do(work)
     attempt.settle(done, None)
     return done.result
 
 
 def together_gather(
-    gang: Gang, work: Callable[[], Json], *, phase: str, timeout: timedelta, step: int | None = None
+    gang: Gang,
+    work: Callable[[], Json],
+    *,
+    phase: str,
+    timeout: timedelta,
+    step: int | None = None,
+    fold: Fold | None = None,
 ) -> list[Json] | None:
-    """As `together`; rank 0 also gets what each rank's `work` returned, in rank order. The others get None."""
-    attempt = _Attempt(gang, phase, timeout, step)
+    """As `together`; rank 0 also gets what each rank's `work` returned, in rank order. The others get None.
+
+    With `fold`, which all give, results of ranks that follow each other may have been made one by it: see
+    `Gang.gather`.
+    """
+    attempt = _Attempt(gang, phase, timeout, step, fold=fold)
 
     def as_message() -> Any:
         return decode(encode(work()))  # what is not JSON is this rank's failure, and not a message that never comes
@@ -88,8 +99,9 @@ class _Verdict:
 class _Attempt:
     """One call of `together` on one rank."""
 
-    def __init__(self, gang: Gang, phase: str, timeout: timedelta, step: int | None) -> None:
+    def __init__(self, gang: Gang, phase: str, timeout: timedelta, step: int | None, *, fold: Fold | None) -> None:
         self._gang = gang
+        self._fold = None if fold is None else partial(_folded, fold)
         self._phase = phase
         self._timeout = timeout
         self._step = step
@@ -116,7 +128,7 @@ class _Attempt:
         absent: tuple[int, ...] = ()
         trouble = ""
         try:
-            gathered: Any = self._gang.gather([own, value], timeout=self._left(done))
+            gathered: Any = self._gang.gather([own, value], timeout=self._left(done), fold=self._fold)
             said = dict(enumerate(gathered))
         except GatherError as error:
             said, absent = error.values, error.absent
@@ -127,7 +139,7 @@ class _Attempt:
             raise
         if done.interrupted:
             absent = ()  # they were not given the time
-        failures = [Failure(*said[rank][0]) for rank in sorted(said) if said[rank][0]]
+        failures = [Failure(*failure) for rank in sorted(said) for failure in said[rank][0]]
         verdict = self._verdict(failures, absent, trouble) if failures or absent or trouble else None
         self._tell(verdict, max(self._left(done), _FAREWELL))
         return [said[rank][1] for rank in sorted(said)], verdict
@@ -143,7 +155,7 @@ class _Attempt:
     def _report(self, done: _Done[Any], value: Json) -> _Verdict | None:
         """On the others: tell rank 0, hear its verdict. An interrupted rank listens, too, but not for long."""
         try:
-            self._gang.gather([self._failure(done), value], timeout=self._left(done))
+            self._gang.gather([self._failure(done), value], timeout=self._left(done), fold=self._fold)
             verdict = self._gang.broadcast(None, timeout=self._left(done))
         except GangError as error:
             if done.interrupted:
@@ -160,20 +172,20 @@ class _Attempt:
         least = timedelta(0) if self._gang.rank == 0 else min(_FAREWELL, self._timeout)
         return max(self._timeout - elapsed, least)
 
-    def _failure(self, done: _Done[Any]) -> Json:
+    def _failure(self, done: _Done[Any]) -> list[Json]:
         if done.error is None:
-            return None
+            return []
         trace = "".join(traceback.format_exception(type(done.error), done.error, done.error.__traceback__))
         message = str(done.error)[:_MESSAGE_CHARS]
-        return _failure_to_json(Failure(self._gang.rank, type(done.error).__name__, message, trace[-_TRACE_CHARS:]))
+        return [_failure_to_json(Failure(self._gang.rank, type(done.error).__name__, message, trace[-_TRACE_CHARS:]))]
 
-    def _overrun(self) -> Json:
+    def _overrun(self) -> list[Json]:
         """Rank 0's own work took too long: the others have given up or are about to, so it must not succeed here."""
         elapsed = time.monotonic() - self._began
         if elapsed <= self._timeout.total_seconds():
-            return None
+            return []
         message = f"its work took {elapsed:.3g} s, more than the {self._timeout.total_seconds():.3g} s allowed"
-        return _failure_to_json(Failure(0, "TimeoutError", message))
+        return [_failure_to_json(Failure(0, "TimeoutError", message))]
 
     def _verdict(self, failures: list[Failure], absent: tuple[int, ...], trouble: str) -> _Verdict:
         return _Verdict(tuple(_trimmed(failures)), absent, self._text(failures, absent, trouble))
@@ -195,6 +207,17 @@ class _Attempt:
         if traced is not None:
             text += f"\n\nOn rank {traced.rank}:\n{traced.trace.rstrip()}"
         return text
+
+
+def _folded(fold: Fold, messages: Sequence[Any]) -> Json:
+    """Failures of all; what those give who have not failed is made one."""
+    failures = [failure for failed, _ in messages for failure in failed]
+    values = [value for failed, value in messages if not failed]
+    return [[*failures[:_LISTED], *(_untraced(failure) for failure in failures[_LISTED:])], fold(values)]
+
+
+def _untraced(failure: Sequence[Any]) -> Json:
+    return [*failure[:3], ""]
 
 
 def _failure_to_json(failure: Failure) -> Json:

@@ -15,8 +15,7 @@ from typing import Any
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.events.kinds import Deleted
-from shardckpt.engine.events.stream import EventStream, Subscriber
+from shardckpt.engine.events.stream import EventStream
 from shardckpt.engine.patience import within
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
 from shardckpt.engine.save import Saver
@@ -30,6 +29,7 @@ from shardckpt.manager.sharing.check import check_shared
 from shardckpt.manager.steps.keeping import KeepingFace
 from shardckpt.manager.steps.resuming import ResumingFace
 from shardckpt.manager.steps.scheduling import SchedulingFace
+from shardckpt.manager.steps.telling import TellingFace
 from shardckpt.manager.stopping import StoppingFace
 from shardckpt.manager.talk import Talk
 from shardckpt.manager.tally import Tally
@@ -48,7 +48,9 @@ _GRACE = timedelta(hours=1)
 """How long an attempt of somebody else must lie still, at least, before it is taken for dead."""
 
 
-class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFace, SchedulingFace, StoppingFace):
+class CheckpointManager(
+    TransactionalFace, ResumingFace, PlanningFace, KeepingFace, SchedulingFace, StoppingFace, TellingFace
+):
     """Saves, finds and loads the checkpoints of one run.
 
     Made by all ranks of the job at once, on the training's thread; all its methods are called by all ranks, in the
@@ -108,8 +110,7 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
         self._catalog = Catalog(self._storage)
         self._policy = keep or KeepAll()
         self._events = EventStream(self._at.rank)
-        grace, on_deleted = max(2 * timeout, _GRACE), partial(self._events.tell, Deleted)
-        self._history = History(self._catalog, self._policy, grace=grace, on_deleted=on_deleted)
+        self._history = History(self._catalog, self._policy, grace=max(2 * timeout, _GRACE), **self._tellers())
         self._history.journal = Journal(self._storage) if run is not None else None
         self._save_gang = gangs.fork("save").root
         terms: dict[str, Any] = {"timeout": timeout, "policy": self._saving, "on_commit": self._after_commit}
@@ -135,6 +136,11 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
             if error is None:
                 raise
             _log.error("besides, %s", failure)
+
+    @property
+    def storage(self) -> Storage:
+        """Where the run lies; for what goes beside its steps (`cc/`). Its `url` has no credentials."""
+        return self._storage
 
     def save(
         self,
@@ -205,14 +211,6 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
         """How many of the saves that are over were skipped, or given up for a newer one, as `saving` says."""
         return self._tally.skipped
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have it called with every `Event` of this rank from now on; call what is given back to end that.
-
-        It is called in a thread of its own, one event after the other. Whatever it raises is logged and harms nobody.
-        By any rank by itself.
-        """
-        return self._events.subscribe(subscriber)
-
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around anything but `optimizer.step()` that changes parameters (EMA, manual updates): waits for the copy."""
@@ -231,7 +229,7 @@ class CheckpointManager(TransactionalFace, ResumingFace, PlanningFace, KeepingFa
                 self._written.close()
             self._save_gang.close()
             self._talk.close()
-            self._events.close()
+            self._stop_telling()
             if self._owns_storage:
                 self._storage.close()
 

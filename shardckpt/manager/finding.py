@@ -54,6 +54,26 @@ class Finder:
         folder, record = self.talk.from_rank_0(read, "read the record", step=step)
         return str(folder), decode_manifest(str(record).encode())
 
+    def in_turn(self, steps: Callable[[], Iterator[int]]) -> Iterator[int]:
+        """The steps that rank 0 finds, one after the other, each only when it is asked for; all ranks get the same."""
+        found: list[Iterator[int]] = []
+
+        def following() -> int | None:
+            if not found:
+                found.append(steps())
+            return next(found[0], None)
+
+        while True:
+            self.talk.enter("steps")
+            step = self.talk.from_rank_0(following, "list the steps")
+            if step is None:
+                return
+            yield int(step)
+
+    def newest_first(self) -> Iterator[int]:
+        """The committed steps, descending, sound or not; costs no more than are taken."""
+        return self.in_turn(lambda: (entry.step for entry in self.catalog.newest_first()))
+
     def loader(self, folder: str, manifest: Manifest) -> Loader:
         """Who loads it, or says what loading it would do."""
         gang, timeout = self.talk.gang, self.talk.timeout

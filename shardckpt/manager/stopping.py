@@ -74,10 +74,12 @@ class StoppingFace:
 
     def _in_budget(self, deadline: timedelta | None) -> timedelta | None:
         """The deadline of a save, if it is the last one no later than the end of the budget."""
-        if self._stop is None or not self._stop.agreed:
-            return deadline
-        left = max(self._stop.left(), _LEAST)
-        return left if deadline is None else min(deadline, left)
+        left = self._left_of_budget()
+        return deadline if left is None else left if deadline is None else min(deadline, left)
+
+    def _left_of_budget(self) -> timedelta | None:
+        """None if the ranks have not agreed to stop."""
+        return max(self._stop.left(), _LEAST) if self._stop is not None and self._stop.agreed else None
 
     def _stop_watching(self) -> None:
         if self._stop is not None:

@@ -147,8 +147,7 @@ class TransactionalFace(ABC):
         Steps of which only the model was kept are not looked at. Damaged ones are passed over, and the log says why.
         """
         self._saver.drain()
-        self._talk.enter("last")
-        steps = self._talk.from_rank_0(lambda: list(self._catalog.full_steps()), "list the steps")
+        steps = self._finder.in_turn(self._catalog.full_steps)
         found = self._finder.first_good(steps, self.load_checkpoint, fresh=False)
         if found is None:
             raise CheckpointNotFoundError(f"there is no checkpoint to go on from in {self._storage.url}")
@@ -168,8 +167,8 @@ class TransactionalFace(ABC):
 
     def has_checkpoint(self, step_nr: int | None = None) -> bool:
         """Whether that step is committed, or any."""
-        steps = self.get_step_numbers()
-        return bool(steps) if step_nr is None else step_nr in steps
+        self._talk.enter("steps")
+        return bool(self._talk.from_rank_0(lambda: self._catalog.has(step_nr), "look for the step"))
 
     def get_step_numbers(self) -> list[int]:
         """The committed steps, in order. Rank 0 looks, all are told the same."""
@@ -287,7 +286,7 @@ class _Deletion:
                 preserve_model(self._catalog.storage, entry)
             else:
                 delete_step(self._catalog.storage, entry, manifest=self._record(entry))
-            self._history.deleted(self._step)
+            self._history.deleted(self._step, model_kept=self._preserve)
         except CheckpointNotFoundError as error:
             if not self._missing_ok:
                 raise CheckpointDeleteError(str(error), step=self._step) from error

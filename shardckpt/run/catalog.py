@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, Aside, is_attempt, parse_aside, parse_step, step_folder
 from shardckpt.format.manifest import Manifest, decode_manifest
-from shardckpt.run.requests import each
+from shardckpt.run.requests import AT_ONCE, each
 from shardckpt.storage.base import RenamingStorage, Storage
 
 
@@ -59,13 +59,8 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """The committed steps and where they lie, ascending by step."""
-        try:
-            plain, replaced = _candidates(self.storage.list())
-            found = _present(each(self._look, plain))
-            missing = {*plain, *replaced} - {entry.step for entry in found}
-            return sorted(found + self._look_again(missing), key=lambda entry: entry.step)
-        except OSError as error:
-            raise self._cannot_look(error) from error
+        plain, replaced = _candidates(self._names())
+        return self._found(plain, {*plain, *replaced})
 
     def entry(self, step: int) -> Entry:
         """Where this step lies, without listing the root in the usual case. `CheckpointNotFoundError` if nowhere."""
@@ -77,23 +72,44 @@ class Catalog:
             raise CheckpointNotFoundError(f"there is no committed checkpoint of step {step} in {self._url}", step=step)
         return found
 
+    def has(self, step: int | None) -> bool:
+        """Whether this step is committed; of None, whether any is."""
+        if step is None:
+            return self.latest() is not None
+        try:
+            return self.entry(step).step == step
+        except CheckpointNotFoundError:
+            return False
+
     def latest(self) -> Entry | None:
         """The committed step with the highest number; None if there is no step. Usually two requests."""
         return next(self.newest_first(), None)
 
     def newest_first(self) -> Iterator[Entry]:
-        """The committed steps, descending, for a search that mostly ends at the first."""
+        """The committed steps, descending, for a search that mostly ends at the first: one request for the root, then
+        one for each step that is looked at, which is not many more than are taken from this."""
+        plain, replaced = _candidates(self._names())
+        steps, at = sorted({*plain, *replaced}, reverse=True), 0
+        while at < len(steps):
+            # The newest by name has mostly a record of its own: then no other need be looked at yet.
+            block = steps[at : at + (AT_ONCE if at else 1)]
+            at += len(block)
+            yield from reversed(self._found(block, block))
+
+    def _names(self) -> list[str]:
         try:
-            plain, replaced = _candidates(self.storage.list())
-            newest = max(plain, default=None)
-            # The newest by name has mostly a record of its own: then the others need not be looked at yet.
-            first = self._look(newest) if newest is not None and newest >= max(replaced, default=0) else None
+            return self.storage.list()
         except OSError as error:
             raise self._cannot_look(error) from error
-        if first is not None:
-            yield first
-        if plain or replaced:
-            yield from (entry for entry in reversed(self.entries()) if first is None or entry.step < first.step)
+
+    def _found(self, plain: Sequence[int], steps: Collection[int]) -> list[Entry]:
+        """Of these steps those that are committed, ascending; `plain` are those that may have folders of their own."""
+        try:
+            found = _present(each(self._look, plain))
+            missing = set(steps) - {entry.step for entry in found}
+            return sorted(found + self._look_again(missing), key=lambda entry: entry.step)
+        except OSError as error:
+            raise self._cannot_look(error) from error
 
     def full_steps(self) -> Iterator[int]:
         """The steps of which more than the model is there, descending; one record is read for each step passed over.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 
@@ -34,16 +34,22 @@ class History:
         policy: Policy,
         *,
         grace: timedelta,
-        on_deleted: Callable[[int], None] = lambda step: None,
+        on_deleted: Callable[[Deleted], None] = lambda gone: None,
+        on_measured: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+        held: Callable[[], Mapping[int, str]] = dict,
     ) -> None:
+        """`held`: steps that must not be pruned now, and why; asked before each pruning."""
         self._catalog = catalog
         self.journal: Journal | None = None
         """Where the run's history is put down, if the run has one."""
         self.links = False
         """Whether links lead to the newest step and the best, where the storage has any."""
         self._on_deleted = on_deleted
+        self._on_measured = on_measured
+        self._held = held
         self._leftovers = DeadAttempts(catalog, grace=grace)
         self._policy = policy
+        self._rule = yardstick(policy)
         self._due: dict[int, float] = {}
         self._due_metrics: dict[int, dict[str, float]] = {}
         self._protected: dict[int, str] = {}
@@ -77,8 +83,7 @@ class History:
             with self._lock:
                 self._due.pop(step, None)  # an older one, that was to be written after the commit
             write_score(self._catalog.storage, self._catalog.entry(step), score=score)
-        if self.journal is not None:
-            self.journal.measured(step, {SCORE: float(score)})
+        self._measured(step, {SCORE: float(score)})
         self.relink()
 
     def measure(self, step: int, metrics: dict[str, float], *, over: Callable[[], bool]) -> None:
@@ -92,27 +97,32 @@ class History:
     def _write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         with self._scoring:
             write_metrics(self._catalog.storage, self._catalog.entry(step), metrics=metrics)
+        self._measured(step, metrics)
+        self.relink()
+
+    def _measured(self, step: int, metrics: dict[str, float]) -> None:
         if self.journal is not None:
             self.journal.measured(step, metrics)
-        self.relink()
+        self._on_measured(step, metrics)
 
     def plan(self, policy: Policy | None) -> list[Fate]:
         """What this policy, or the run's own, would make of each step. Only looks."""
-        with self._lock:
-            protected = dict(self._protected)
         policy = policy or self._policy
-        return fates(plan_retention(self._catalog, policy, protected=protected), policy)
+        return fates(plan_retention(self._catalog, policy, protected=self._staying(), best_by=self._rule), policy)
 
     def apply(self, policy: Policy | None) -> list[Fate]:
         """Do it, and say what has become of each step: those that are gone are not kept."""
         planned = self.plan(policy)
-        gone = {deleted.step for deleted in self.retain(policy or self._policy)}
-        return [fate if fate.kept or fate.step in gone else replace(fate, kept=True, reason=_LEFT) for fate in planned]
+        self.retain(policy or self._policy, spare_best=True)
+        there = set(self._catalog.steps())  # the save thread may have pruned meanwhile, too
+        return [
+            fate if fate.kept or fate.step not in there else replace(fate, kept=True, reason=_LEFT) for fate in planned
+        ]
 
     def best_first(self) -> tuple[str, list[int], int]:
         """The metric by which the run's policy compares (the score, of which more is better, if it does not), the steps
         that have it, the best first, and how many steps there are in all. On rank 0."""
-        rule = yardstick(self._policy)
+        rule = self._rule
         entries = self._catalog.entries()
         if rule.metric == SCORE:
             known = dict(read_scores(self._catalog.storage, entries).by_step)
@@ -121,22 +131,28 @@ class History:
             known = {step: found[rule.metric] for step, found in measured if found and rule.metric in found}
         return rule.metric, rule.ranking(known), len(entries)
 
-    def retain(self, policy: Policy, *, preserve_model: bool = False) -> list[Deleted]:
+    def retain(self, policy: Policy, *, preserve_model: bool = False, spare_best: bool = False) -> list[Deleted]:
         """Delete what this policy does not keep, whatever the run's own policy is; see `shardckpt.run.prune.retain`.
+        With `spare_best` the step stays that the run's own policy takes for the best.
 
         While no save is under way, for a step that is being replaced must not be deleted.
         """
+        protected, best_by = self._staying(), self._rule if spare_best else None
+        return self._told(
+            retain(self._catalog, policy, preserve_model=preserve_model, protected=protected, best_by=best_by)
+        )
+
+    def _staying(self) -> dict[int, str]:
+        """The steps that stay now, whatever a policy says, and why."""
         with self._lock:
-            protected = dict(self._protected)
-        return self._told(retain(self._catalog, policy, preserve_model=preserve_model, protected=protected))
+            return {**self._held(), **self._protected}
 
     def committed(self, step: int, *, created: str = "", nbytes: int = 0) -> list[int]:
         """After a commit: note it, write the score that was waiting, prune, and give the deleted steps.
 
         What goes wrong here is logged: the step is committed all the same, and the next commit prunes again.
         """
-        with self._lock:
-            protected = {**self._protected, step: "the step that was just saved"}
+        protected = {**self._staying(), step: "the step that was just saved"}
         if self.journal is not None:
             self.journal.committed(step, created=created, nbytes=nbytes, metrics={})
         self._write_due(step)
@@ -147,7 +163,8 @@ class History:
         except Exception:
             _log.exception("step %d is committed, but the leftovers of other saves were not looked at", step)
         try:
-            return [gone.step for gone in self._told(retain(self._catalog, self._policy, protected=protected))]
+            deleted = retain(self._catalog, self._policy, protected=protected, best_by=self._rule)
+            return [gone.step for gone in self._told(deleted)]
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
@@ -164,8 +181,7 @@ class History:
             except Exception:
                 _log.exception("step %d is committed, but its score was not written", step)
                 return
-        if self.journal is not None:
-            self.journal.measured(step, {SCORE: score})
+        self._measured(step, {SCORE: score})
 
     def _write_due_metrics(self, step: int) -> None:
         with self._lock:
@@ -176,15 +192,10 @@ class History:
         except Exception:
             _log.exception("step %d is committed, but its metrics were not written", step)
 
-    def deleted(self, step: int) -> None:
+    def deleted(self, step: int, *, model_kept: bool) -> None:
         """Somebody has deleted this step, or reduced it to its model, by its name."""
         tidy_blobs(self._catalog.storage)
-        self.on_deleted(step)
-
-    def on_deleted(self, step: int) -> None:
-        """A step was deleted."""
-        self._on_deleted(step)
-        self.relink()
+        self._told([Deleted(step, "asked for by its number", 0, model_kept=model_kept)])
 
     def relink(self) -> None:
         """Have the links lead where they should. What goes wrong is logged."""
@@ -199,5 +210,7 @@ class History:
 
     def _told(self, deleted: list[Deleted]) -> list[Deleted]:
         for gone in deleted:
-            self.on_deleted(gone.step)
+            self._on_deleted(gone)
+        if deleted:
+            self.relink()
         return deleted

@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
+from shardckpt.format.checksum import crc32
 from shardckpt.format.layout import MANIFEST, Aside, is_attempt, parse_aside, parse_step, step_folder
 from shardckpt.format.manifest import decode_manifest
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import is_doomed, remove_folder
+from shardckpt.run.requests import each
+from shardckpt.run.shared.sweeping import tidy_blobs
 from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
 from shardckpt.storage.objects.probe import is_probe
 
 _log = logging.getLogger(__name__)
+
+_TURNS = 16
+"""On object stores, a step in which there is its own attempt and no other is looked into once in so many looks."""
 
 _Content = tuple[tuple[str, int], ...]
 """Names and sizes of the files of a folder."""
@@ -34,8 +40,9 @@ class DeadAttempts:
     An attempt may belong to another job that is alive. So it is taken for dead only if this process has seen it twice,
     at least `grace` apart by its own monotonic clock, with the same files of the same sizes: a live gang gives up an
     attempt on which nothing happens long before. Modification times, which jump with clocks, decide nothing. A job
-    shorter than `grace` sweeps nothing; the next one may. Object stores, where a look takes a request per step, are
-    looked at four times in that time. The small objects by which a storage probes its server go by the same rule.
+    shorter than `grace` sweeps nothing; the next one may. Object stores, where a look takes requests, are looked at
+    four times in that time, and steps with nothing of that kind in them more rarely. The small objects by which a
+    storage probes its server go by the same rule.
     """
 
     def __init__(self, catalog: Catalog, *, grace: timedelta, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,6 +52,9 @@ class DeadAttempts:
         self._seen: dict[str, tuple[float, _Content]] = {}
         self._probes: dict[str, float] = {}
         self._looked = float("-inf")
+        self._looks = 0
+        self._tidy: dict[str, int] = {}
+        """The steps that had nothing but their own, and in which look that was."""
 
     def tidy(self) -> list[str]:
         """Look, remember, and sweep what has not changed for long enough; gives the folders that are gone."""
@@ -64,6 +74,8 @@ class DeadAttempts:
         swept = sweep(self._catalog, own_attempts=dead) if dead else []
         for folder in swept:
             _log.info("removed %s, left by a save that never committed", folder)
+        if swept:
+            tidy_blobs(self._catalog.storage)
         return swept
 
     def _tidy_probes(self, names: Sequence[str], uploads: Mapping[str, str], now: float) -> None:
@@ -86,11 +98,17 @@ class DeadAttempts:
             asides = [parse_aside(name) for name in names if name.endswith("/")]
             return [_Attempt(a.step, a.attempt, a.folder) for a in asides if a is not None and a.kind == "tmp"]
         found = {_Attempt.of(key.split("/")): None for key in uploads}
-        for folder in names:
-            inside = storage.list(folder) if folder.endswith("/") and parse_step(folder) is not None else []
+        self._looks += 1
+        steps = [name for name in names if name.endswith("/") and parse_step(name) is not None]
+        due = [name for name in steps if self._looks - self._tidy.get(name, -_TURNS) >= _TURNS]
+        known, self._tidy = self._tidy, {name: self._tidy[name] for name in set(steps).difference(due)}
+        for folder, inside in zip(due, each(storage.list, due), strict=True):
             attempts = [name for name in inside if name.endswith("/")]
             if len(attempts) > 1 or MANIFEST not in inside:  # else it is the one of the record
                 found |= {_Attempt.of([folder.rstrip("/"), name.rstrip("/"), ""]): None for name in attempts}
+            else:
+                # The first time at a look of its own, so that not all are due again in one.
+                self._tidy[folder] = self._looks - (0 if folder in known else crc32(folder.encode()) % _TURNS)
         return [attempt for attempt in found if attempt is not None]
 
     def _content(self, attempt: _Attempt) -> _Content:

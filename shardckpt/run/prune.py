@@ -23,7 +23,7 @@ from shardckpt.run.deletion import delete_step, preserve_model
 from shardckpt.run.keeping.metrics import read_metrics
 from shardckpt.run.keeping.pins import pinned_steps
 from shardckpt.run.requests import each
-from shardckpt.run.retention import NOTHING, Decision, Policy, StepFacts, decide
+from shardckpt.run.retention import NOTHING, SCORE, Decision, KeepBest, Policy, StepFacts, decide
 from shardckpt.run.scores import Scores, read_scores
 from shardckpt.run.shared.sweeping import tidy_blobs
 
@@ -70,7 +70,12 @@ def fates(decision: Decision, policy: Policy) -> list[Fate]:
 
 
 def retain(
-    catalog: Catalog, policy: Policy, *, preserve_model: bool = False, protected: Mapping[int, str] = NOTHING
+    catalog: Catalog,
+    policy: Policy,
+    *,
+    preserve_model: bool = False,
+    protected: Mapping[int, str] = NOTHING,
+    best_by: KeepBest | None = None,
 ) -> list[Deleted]:
     """Delete what the policy does not keep, oldest first, as `plan_retention` says.
 
@@ -85,8 +90,10 @@ def retain(
     (its own `step` is the first of them). `CheckpointLoadError` if it cannot be told what is there; then nothing was
     deleted.
     """
+    if policy.keeps_all:
+        return []
     entries = catalog.entries()
-    decision = _decide(catalog, policy, entries, protected)
+    decision = _decide(catalog, policy, entries, protected, best_by)
     reason, deleted, errors = f"not kept by {policy}", list[Deleted](), dict[int, CheckpointError]()
     for entry in (entry for entry in entries if entry.step in decision.doomed):
         try:
@@ -107,17 +114,25 @@ def retain(
     return deleted
 
 
-def plan_retention(catalog: Catalog, policy: Policy, *, protected: Mapping[int, str] = NOTHING) -> Decision:
+def plan_retention(
+    catalog: Catalog, policy: Policy, *, protected: Mapping[int, str] = NOTHING, best_by: KeepBest | None = None
+) -> Decision:
     """What `retain` would keep, and why, and what it would delete or reduce to its model. Only looks.
 
     Besides what `decide` keeps, these stay: the newest sound step that has more than its model (if none has, the newest
-    sound one), pinned ones, and, if the policy looks at scores or metrics, steps whose own are damaged, for they may be
-    the best.
+    sound one), pinned ones, the best one by `best_by`, if that is given, and those whose score or metrics are to be
+    compared and are damaged: they may be the best.
     """
-    return _decide(catalog, policy, catalog.entries(), protected)
+    return _decide(catalog, policy, catalog.entries(), protected, best_by)
 
 
-def _decide(catalog: Catalog, policy: Policy, entries: Sequence[Entry], protected: Mapping[int, str]) -> Decision:
+def _decide(
+    catalog: Catalog,
+    policy: Policy,
+    entries: Sequence[Entry],
+    protected: Mapping[int, str],
+    best_by: KeepBest | None,
+) -> Decision:
     scores = read_scores(catalog.storage, entries) if "score" in policy.uses else Scores()
     created = _times(catalog, entries) if "created" in policy.uses else {}
     metrics = read_metrics(catalog.storage, entries) if "metrics" in policy.uses else {}
@@ -136,7 +151,30 @@ def _decide(catalog: Catalog, policy: Policy, entries: Sequence[Entry], protecte
     step, why = _resume_point(catalog, entries)
     if step in decision.doomed:
         stay[step] = why
+    stay |= _best(catalog, entries, decision.doomed, best_by) if best_by is not None else {}
     return decide(policy, history, protected=stay)
+
+
+def _best(catalog: Catalog, entries: Sequence[Entry], doomed: Sequence[int], rule: KeepBest) -> dict[int, str]:
+    """The best step, and what may be it, of those that would go. As long as none of these was measured: nothing else is
+    looked at."""
+    going, staying = ([entry for entry in entries if (entry.step in doomed) is gone] for gone in (True, False))
+    values, damaged = _measured(catalog, going, rule)
+    if values:
+        values |= _measured(catalog, staying, rule)[0]
+        best = rule.ranking(values)[0]
+        damaged |= {best: f"the best by {rule.metric}: {values[best]}"} if best in doomed else {}
+    return damaged
+
+
+def _measured(catalog: Catalog, entries: Sequence[Entry], rule: KeepBest) -> tuple[dict[int, float], dict[int, str]]:
+    """By step what is compared; and why that of others cannot be read."""
+    if rule.metric == SCORE:
+        scores = read_scores(catalog.storage, entries)
+        return dict(scores.by_step), dict.fromkeys(scores.damaged, "its score cannot be read")
+    found = read_metrics(catalog.storage, entries)
+    values = {step: metrics[rule.metric] for step, metrics in found.items() if metrics and rule.metric in metrics}
+    return values, {step: "its metrics cannot be read" for step, metrics in found.items() if metrics is None}
 
 
 def _resume_point(catalog: Catalog, entries: Sequence[Entry]) -> tuple[int, str]:

@@ -52,6 +52,11 @@ class Policy(ABC):
     def uses(self) -> frozenset[Fact]:
         return frozenset()
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it keeps every step, whatever there is: then nobody need look."""
+        return False
+
     def __or__(self, other: Policy) -> KeepAny:
         if not isinstance(other, Policy):
             return NotImplemented
@@ -61,6 +66,10 @@ class Policy(ABC):
 @dataclass(frozen=True)
 class KeepAll(Policy):
     """Nothing is ever deleted."""
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
         return {facts.step: "all are kept" for facts in history}
@@ -163,6 +172,10 @@ class KeepAny(Policy):
     def uses(self) -> frozenset[Fact]:
         return frozenset[Fact]().union(*(policy.uses for policy in self.policies))
 
+    @property
+    def keeps_all(self) -> bool:
+        return any(policy.keeps_all for policy in self.policies)
+
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
         return _joined([policy.keep(history) for policy in self.policies])
 
@@ -184,8 +197,7 @@ def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[i
     """What to keep and what to delete.
 
     The last committed step, pinned ones and protected ones stay whatever the policy says. `protected` gives a reason
-    for each such step ("resumed from", "just saved"); steps that are not in the history are passed over. The
-    best-scored step needs no rule here: a policy that looks at scores keeps it (`KeepBest`, n >= 1).
+    for each such step ("resumed from", "just saved", "the best"); steps that are not in the history are passed over.
     """
     ordered = sorted(history, key=lambda facts: facts.step)
     steps = [facts.step for facts in ordered]

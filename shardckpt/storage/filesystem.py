@@ -23,13 +23,12 @@ from shardckpt.storage.objects.secrecy import Redactor, redact
 from shardckpt.storage.objects.translate import absent_if_no_file, service_codes, translate
 from shardckpt.storage.retrying import Retrier, RetryPolicy
 from shardckpt.storage.transfer.amounts import Transfers
+from shardckpt.storage.transfer.deleting import DeletePace
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
 from shardckpt.storage.transfer.ranges import Run, as_bytes, merge
 
 T = TypeVar("T")
 _Entries: TypeAlias = list[tuple[str, bool]]
-
-_DELETES_PER_CALL = 1000
 
 
 class FsspecStorage:
@@ -61,6 +60,7 @@ class FsspecStorage:
         self._redacted = Redactor(url=shown, options=[fs.storage_options, list(fs.storage_args)])
         self._url = self._redacted(redact(shown))
         self._transfers = transfers or Transfers()
+        self._deletes = DeletePace(self._transfers.deletes_per_second)
         self._in_memory = "memory" in protocols(fs)
         self._remote = bool(fs.async_impl)
         self._whole = publishes_whole(fs)
@@ -234,10 +234,9 @@ class FsspecStorage:
         return []
 
     def delete(self, keys: Iterable[str]) -> None:
-        paths = iter([self._path(checked(check_key(key))) for key in keys])
-        while batch := list(islice(paths, _DELETES_PER_CALL)):
+        for batch in self._deletes.batches([self._path(checked(check_key(key))) for key in keys]):
             what = f"cannot delete {len(batch)} objects in {self._url}, the first of them {batch[0]!r}"
-            self._call(what, partial(self._delete_objects, paths=batch))
+            self._call(what, partial(self._deletes.request, self._delete_objects, paths=batch))
 
     _delete_objects = staticmethod(delete_objects)
 

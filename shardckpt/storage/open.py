@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.objects.backend import trying_once
+from shardckpt.storage.objects.parts import LEAST
 from shardckpt.storage.objects.secrecy import Redactor, redact
+from shardckpt.storage.transfer.amounts import Transfers
 
 # What to install for a protocol: our own extra where there is one, else the package that fsspec names.
 _PACKAGES = {
@@ -24,6 +29,7 @@ _PACKAGES = {
     "ssh": "paramiko",
     "smb": "smbprotocol",
 }
+_LARGEST_PART = 1 << 30
 _LOCAL = re.compile(r"(?:file|local)://(?:localhost(?=/))?")
 
 
@@ -33,7 +39,9 @@ def open_storage(
     """The storage at a path ("~/runs/a") or URL ("s3://bucket/runs/a", "memory://a"); called on every rank.
 
     Opening touches nothing: a root that is not there yet is made by the first put. `storage_options` go to the fsspec
-    file system, but for one: on S3 `{"client": "direct"}` moves parts and ranges past s3fs, for less processor time.
+    file system, but for three. On S3 `{"client": "direct"}` moves parts and ranges past s3fs, for less processor time,
+    and `{"part_nbytes": 64 << 20}` sends fewer and larger parts (`objects/PREFIXES.md`). On any object store
+    `{"deletes_per_second": 1000}` limits how fast old steps are deleted.
     `ValueError` for a URL that cannot be served, `ImportError` if its package is not installed; neither they nor
     anything else shows what the URL or the options keep secret.
     """
@@ -58,6 +66,27 @@ def _local(path: str, options: Mapping[str, object] | None) -> Storage:
     return LocalStorage(path)
 
 
+def _amounts(options: dict[str, object], *, in_s3: bool) -> dict[str, Any]:
+    """What is said of amounts, taken out of the options."""
+    taken: dict[str, Any] = {}
+    limit = options.pop("deletes_per_second", None)
+    if limit is not None:
+        if not isinstance(limit, int | float) or isinstance(limit, bool) or not 0 < limit < math.inf:
+            raise ValueError(f"deletes_per_second is a number of objects, more than 0; not {limit!r:.40}")
+        taken["deletes_per_second"] = limit
+    nbytes = options.pop("part_nbytes", None) if in_s3 else None
+    if nbytes is not None:
+        if not isinstance(nbytes, int) or not LEAST <= nbytes <= _LARGEST_PART:
+            raise ValueError(f"part_nbytes is a number of bytes from {LEAST} to {_LARGEST_PART}, not {nbytes!r:.40}")
+        # What fits in one part goes out in one; and four are under way, whatever that takes.
+        taken |= {
+            "part_nbytes": nbytes,
+            "whole_nbytes": max(nbytes, 16 << 20),
+            "wave_nbytes": max(4 * nbytes, 64 << 20),
+        }
+    return taken
+
+
 def _remote(url: str, options: dict[str, object]) -> Storage:
     import fsspec
 
@@ -67,6 +96,7 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
     protocol = url.partition("://")[0]
     in_s3 = protocol in ("s3", "s3a")
     client = options.pop("client", "s3fs") if in_s3 else "s3fs"
+    amounts = _amounts(options, in_s3=in_s3)
     direct = client == "direct"
     if not direct and client != "s3fs":
         raise ValueError(f"cannot open {redact(url)}: `client` must be 's3fs' or 'direct'")
@@ -76,11 +106,12 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
     try:
         fs, root = fsspec.url_to_fs(url, **{**(trying_once(options, direct=direct) if in_s3 else options), **fresh})
         if in_s3:
-            from shardckpt.storage.s3 import S3Storage
+            from shardckpt.storage.s3 import TRANSFERS, S3Storage
 
             fs.retries = 1
-            return S3Storage(fs, root, url=url, client="direct" if direct else "s3fs")
-        return FsspecStorage(fs, root, url=url)
+            transfers = replace(TRANSFERS, **amounts)
+            return S3Storage(fs, root, url=url, transfers=transfers, client="direct" if direct else "s3fs")
+        return FsspecStorage(fs, root, url=url, transfers=Transfers(**amounts))
     except ImportError as error:
         package = _PACKAGES.get(protocol)
         advice = f"install it with `pip install '{package}'`" if package else redacted(str(error))

@@ -91,7 +91,7 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
-        self.filenos = _descriptors() - open_before
+        self.filenos = frozenset(fileno for fileno, _ in _descriptors() - open_before)
         """Of the connection, and those by which `multiprocessing` watches the process, of which it tells only one."""
 
     def close(self, *, kill: bool) -> None:
@@ -246,11 +246,17 @@ def _outcome(rank: int, worker: _Worker, answer: Returned | Raised | None) -> Ou
     return Outcome(rank, error=error, trace=faults, output=output)
 
 
-def _descriptors() -> frozenset[int]:
-    """The file descriptors that are open in this process; none where the system does not tell."""
+def _descriptors() -> frozenset[tuple[int, str]]:
+    """The file descriptors that are open in this process, with what each is; none where the system does not tell.
+
+    With that, for a thread of somebody else's may close one whose number is then taken again.
+    """
     folder = Path("/proc/self/fd")
-    names = os.listdir(folder) if folder.is_dir() else []
-    return frozenset(int(name) for name in names if (folder / name).is_symlink())  # not the one that listed them
+    found = set[tuple[int, str]]()
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        with suppress(OSError):  # the one that listed them
+            found.add((int(name), os.readlink(folder / name)))
+    return frozenset(found)
 
 
 def _tail(file: Path) -> str:

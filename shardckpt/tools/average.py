@@ -1,22 +1,25 @@
-"""Average: the models of several committed steps as one, tensor by tensor. One process, no group."""
+"""Average: the models of several checkpoints as one, tensor by tensor. One process, no group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from shardckpt.errors import CheckpointNotFoundError
-from shardckpt.tools.convert import sink_of
-from shardckpt.tools.export import PASSES
-from shardckpt.tools.moving.seam import TensorSink
+from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
+from shardckpt.storage.objects.secrecy import redact
+from shardckpt.tools.convert import PASSES, sink_of
+from shardckpt.tools.moving.folders import find
+from shardckpt.tools.moving.seam import TensorSink, TensorSource
 from shardckpt.tools.moving.step import StepSource
 from shardckpt.tools.moving.writing.averaged import AveragedSource, Integers, rates_of
 from shardckpt.tools.moving.writing.told import Means, ToldSource
 from shardckpt.tools.place import Where
 
 AverageForm: TypeAlias = Literal["shardckpt", "safetensors", "pt"]
+FORMS: tuple[AverageForm, ...] = ("shardckpt", "safetensors", "pt")
 _PART = "model"
 
 
@@ -58,8 +61,8 @@ def average(
     `InvalidStateError` if tensors that are no real or complex numbers differ; else as `export`.
 
     Args:
-        sources: runs, of which the newest step is meant, or steps; each a path, URL or `Storage`, or that of a run with
-            the number of a step.
+        sources: runs, of which the newest step is meant, or steps, or checkpoints of any form that `convert` reads;
+            each a path, URL or `Storage`, or that of a run with the number of a step.
         to: the run, folder or file to write.
         weights: one for each; they need not add up to 1. If not given, all count alike.
         decay: instead, an exponential moving average in the given order, `mean = decay * mean + (1 - decay) * value`.
@@ -71,22 +74,22 @@ def average(
     means = means or Means()
     if not sources:
         raise ValueError("there is nothing to be averaged")
-    if form not in PASSES:
-        raise ValueError(f"{form!r} is no form of an average: name one of {', '.join(PASSES)}")
+    if form not in FORMS:
+        raise ValueError(f"{form!r} is no form of an average: name one of {', '.join(FORMS)}")
     if integers not in ("equal", "last"):
         raise ValueError(f'integers are "equal" or "last", not {integers!r}')
     rates = rates_of(len(sources), weights=weights, decay=decay)
     with ExitStack() as stack:
-        steps = [stack.enter_context(_opened(source, means, len(sources))) for source in sources]
-        number = steps[-1].manifest.step if step is None else step
-        mean = AveragedSource(steps, rates, integers=integers)
+        models = [_opened(stack, source, means, len(sources)) for source in sources]
+        number = models[-1].step if step is None else step
+        mean = AveragedSource([model.source for model in models], rates, integers=integers)
         nbytes = sum(facts.nbytes for facts in mean.tensors.values())
         total = nbytes * PASSES[form]
         told = ToldSource(mean, lambda count: means.told(number, count, total))
         numbered: dict[str, Any] = {"step": number} if form == "shardckpt" else {}
         sink: TensorSink = sink_of(form)(to, storage_options=means.storage_options, **numbered)
         sink.write(told, budget_nbytes=means.budget_nbytes // _WIDER)
-        urls = tuple(source.url for source in steps)
+        urls = tuple(model.url for model in models)
         return AverageReport(urls, _shares(rates), form, number, len(mean.tensors) + len(mean.ties), nbytes)
 
 
@@ -94,14 +97,37 @@ _WIDER = 4
 """What is read at once needs memory as it is, in float32, and as the mean."""
 
 
-def _opened(source: Where | tuple[Where, int], means: Means, count: int) -> StepSource:
+@dataclass(frozen=True, slots=True)
+class _Model:
+    source: TensorSource
+    url: str
+    step: int
+
+
+def _opened(stack: ExitStack, source: Where | tuple[Where, int], means: Means, count: int) -> _Model:
+    """The model of a committed step, or of a checkpoint of another program."""
     where, step = source if isinstance(source, tuple) else (source, None)
     budget, options = max(means.budget_nbytes // 4 // count, 1 << 20), means.storage_options
-    opened = StepSource.open(where, step=step, part=_PART, budget_nbytes=budget, storage_options=options)
-    if not opened.tensors:
-        opened.close()
-        raise CheckpointNotFoundError(f"step {opened.manifest.step} at {opened.url} has no {_PART!r}")
-    return opened
+    try:
+        own = StepSource.open(where, step=step, part=_PART, budget_nbytes=budget, storage_options=options)
+    except CheckpointNotFoundError as missing:
+        return _foreign(stack, where, step, options, missing)
+    stack.callback(own.close)
+    if not own.tensors:
+        raise CheckpointNotFoundError(f"step {own.manifest.step} at {own.url} has no {_PART!r}")
+    return _Model(own, own.url, own.manifest.step)
+
+
+def _foreign(
+    stack: ExitStack, where: Where, step: int | None, options: Mapping[str, object] | None, missing: Exception
+) -> _Model:
+    try:
+        found = find(where, parts=[_PART], step=step, storage_options=options)
+    except (CheckpointNotFoundError, CheckpointLoadError) as error:
+        raise (missing if type(error) is CheckpointNotFoundError else error) from None
+    stack.callback(found.source.close)
+    url = redact(os.fspath(where)) if isinstance(where, (str, os.PathLike)) else where.url
+    return _Model(found.source, url, found.step or 0)
 
 
 def _shares(rates: Sequence[float]) -> tuple[float, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardckpt.format.layout import MANIFEST, SET_ASIDE, is_attempt, parse_aside, parse_step
+from shardckpt.format.layout import MANIFEST, SET_ASIDE, Aside, is_attempt, parse_aside, parse_step
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
 from shardckpt.storage.base import RenamingStorage, Storage
@@ -23,13 +24,15 @@ class Found:
     attempt: str | None = None
 
 
-def leftovers(storage: Storage, committed: Sequence[Entry]) -> list[Found]:
-    """What looks like a step and is not in force, by folder."""
+def leftovers(storage: Storage, committed: Sequence[Entry], *, since: int | None = None, of: str = "") -> list[Found]:
+    """What looks like a step and is not in force, by folder; from the step `since` on, or in this folder alone."""
     in_force = {entry.folder for entry in committed}
     found, look = list[Found](), list[str]()
     renames = isinstance(storage, RenamingStorage)  # a look at a protocol takes 50 us, and there may be many steps
     for name in (name.rstrip("/") for name in storage.list() if name.endswith("/")):
         aside, step = parse_aside(name), parse_step(name)
+        if (of or name) != name or (since is not None and _number(aside, step) < since):
+            continue
         if name.startswith(SET_ASIDE):
             found.append(Found(parse_step(name.removeprefix(SET_ASIDE).partition(".")[0]), name, "set aside"))
         elif aside is not None and name not in in_force:
@@ -43,6 +46,12 @@ def leftovers(storage: Storage, committed: Sequence[Entry]) -> list[Found]:
     for more in each(lambda folder: _attempts(storage, folder, named), look):
         found += more
     return found
+
+
+def _number(aside: Aside | None, step: int | None) -> float:
+    """Of what has none, one that is never too low."""
+    number = step if aside is None else aside.step
+    return math.inf if number is None else number
 
 
 def _attempts(storage: Storage, folder: str, named: set[str]) -> list[Found]:

@@ -9,11 +9,13 @@ from typing import Any
 
 from shardckpt.errors import CheckpointLoadError
 from shardckpt.tools.moving.folders import find
-from shardckpt.tools.moving.seam import TensorSink
+from shardckpt.tools.moving.seam import TensorSink, TensorSource
+from shardckpt.tools.moving.writing.told import Means, ToldSource
 from shardckpt.tools.place import Where
+from shardckpt.tools.report import ADDED
 
-BUDGET = 256 << 20
-"""Bytes of tensors in memory at once, if nothing is said."""
+PASSES = {"safetensors": 1, "pt": 2, "shardckpt": 2, "dcp": 1}
+"""How often a sink reads every byte: where sums stand before the data, once more."""
 
 SINKS: dict[str, tuple[str, str]] = {
     "shardckpt": ("step_sink", "StepSink"),
@@ -41,7 +43,7 @@ class ConvertReport:
     """Of the tensors, tied ones once."""
     parts: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """What was not converted, and why."""
+    """What was not converted, and why; what was added."""
 
 
 def convert(
@@ -52,8 +54,8 @@ def convert(
     step: int | None = None,
     from_step: int | None = None,
     parts: Collection[str] | None = None,
-    budget_nbytes: int = BUDGET,
-    storage_options: Mapping[str, object] | None = None,
+    add: Mapping[str, Any] | None = None,
+    means: Means | None = None,
 ) -> ConvertReport:
     """Read whatever checkpoint lies at `source`, and write it at `target` in the form `to`, by bounded pieces.
 
@@ -72,23 +74,37 @@ def convert(
         step: the number that it gets; if not given, the one that the source tells, or else 0.
         from_step: which step to read, where there are several; if not given, the last.
         parts: only these of "model", "optimizer", ...; what the others lie in is not read where it can be avoided.
-        budget_nbytes: of tensors in memory at once; beside it, up to 64 MiB for those that do not lie row by row.
-        storage_options: for fsspec, at both places; never logged.
+        add: parts that are not in it, by name: another checkpoint that has such a part, or a state, or an object with
+            `state_dict`, such as `RngState()`. So a checkpoint becomes one that a job can go on from; the new step
+            says in its metadata what was added.
+        means: memory, storage options, who hears of progress.
     """
-    make = sink_of(to)
-    found = find(source, parts=parts, step=from_step, storage_options=storage_options)
+    make, means, own = sink_of(to), means or Means(), to == "shardckpt"
+    options = means.storage_options
+    found = find(source, parts=parts, step=from_step, storage_options=options)
+    whole: TensorSource = found.source
     try:
-        number = step if step is not None else found.step or 0
-        numbered = {"step": number} if to == "shardckpt" else {}
-        sink: TensorSink = make(target, storage_options=storage_options, **numbered)
-        sink.write(found.source, budget_nbytes=budget_nbytes)
-        tensors = found.source.tensors
-        count, nbytes = len(tensors) + len(found.source.ties), sum(facts.nbytes for facts in tensors.values())
-        return ConvertReport(found.kind, to, number, count, nbytes, tuple(found.source.tree), found.notes)
+        number, told = step if step is not None else found.step or 0, dict[str, str]()
+        if add:
+            from shardckpt.tools.moving.writing.completed import completed
+
+            whole, told = completed(found.source, add, storage_options=options)
+        nbytes = sum(facts.nbytes for facts in whole.tensors.values())
+        total = nbytes * PASSES[to]
+        metadata = {"metadata": {ADDED: told}} if told else {}
+        numbered: dict[str, Any] = {"step": number, **metadata} if own else {}
+        sink: TensorSink = make(target, storage_options=options, **numbered)
+        heard = ToldSource(whole, lambda count: means.told(number, count, total))
+        sink.write(heard, budget_nbytes=means.budget_nbytes)
+        count = len(whole.tensors) + len(whole.ties)
+        notes = (*found.notes, *(f"{part} was added, from {origin}" for part, origin in told.items()))
+        return ConvertReport(found.kind, to, number, count, nbytes, tuple(whole.tree), notes)
     except OSError as error:
         raise CheckpointLoadError(f"the checkpoint could not be converted: {error}") from error
     finally:
-        found.source.close()
+        whole.close()
+        if whole is not found.source:
+            found.source.close()
 
 
 def sink_of(to: str) -> Any:

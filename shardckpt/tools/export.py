@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.layout import CARBON_COPY
-from shardckpt.tools.convert import sink_of
+from shardckpt.tools.convert import PASSES, sink_of
 from shardckpt.tools.moving.seam import TensorSink, TensorSource
 from shardckpt.tools.moving.step import StepSource
 from shardckpt.tools.moving.writing.cast import CastSource
@@ -20,13 +20,11 @@ from shardckpt.tools.place import Where
 
 Form: TypeAlias = Literal["safetensors", "pt"]
 FORMS: tuple[Form, ...] = ("safetensors", "pt")
-PASSES = {"safetensors": 1, "pt": 2, "shardckpt": 2}
-"""How often a sink reads every byte: where sums stand before the data, once more."""
 
 BESIDE = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece*", "chat_template*"),
-    *("preprocessor_config.json", "processor_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "adapter_config.json"),
 )
 """What `from_pretrained` looks for beside a model."""
 _LARGE = 256 << 20
@@ -96,11 +94,11 @@ def export(
         total = nbytes * PASSES[form]
         source = ToldSource(source, lambda count: means.told(number, count, total))
         kind = sink_of(form)
-        beside = {} if names_file(to, kind.ENDINGS) else dict(_beside(own))
-        sink: TensorSink = kind(to, beside=beside, storage_options=means.storage_options, **options)
+        others = {} if names_file(to, kind.ENDINGS) else dict(beside(own))
+        sink: TensorSink = kind(to, beside=others, storage_options=means.storage_options, **options)
         sink.write(source, budget_nbytes=means.budget_nbytes // (1 if dtype is None else 2))
         count = len(own.tensors) + len(own.ties)
-        return ExportReport(own.url, number, form, count, nbytes, tuple(beside), _notes(own))
+        return ExportReport(own.url, number, form, count, nbytes, tuple(others), _notes(own))
 
 
 def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
@@ -113,7 +111,7 @@ def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
     return {"max_file_nbytes": max_file_nbytes}
 
 
-def _beside(source: StepSource) -> Iterator[tuple[str, bytes]]:
+def beside(source: StepSource) -> Iterator[tuple[str, bytes]]:
     """The copies of `cc/` that belong to a model, as they are in the record."""
     for file in source.manifest.files:
         if file.kind != CARBON_COPY or not any(fnmatchcase(file.name, pattern) for pattern in BESIDE):

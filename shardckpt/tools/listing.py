@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from shardckpt.format.layout import parse_aside, parse_step
@@ -64,23 +65,37 @@ class Listing:
 
 
 def list_checkpoints(
-    where: Where, *, keep: Policy | None = None, storage_options: Mapping[str, object] | None = None
+    where: Where,
+    *,
+    keep: Policy | None = None,
+    last: int | None = None,
+    storage_options: Mapping[str, object] | None = None,
 ) -> Listing:
     """The steps of a run, ascending, with what is not in force; of a folder of runs, the runs.
 
     Errors as in `verify`, but an empty folder is an empty listing. `keep`: a policy, to say why each step would stay.
+    `last`: only so many committed steps of the highest numbers, and what is not in force from the first of them on;
+    the others are not looked at.
     """
     with opened(where, storage_options) as place:
         storage = place.storage
-        entries = Catalog(storage).entries()
-        if place.folder:
-            step = parse_step(place.folder)
-            entries = [entry for entry in entries if entry.step == step]
-        lines = [*_committed(storage, entries, keep), *map(_leftover, leftovers(storage, entries))]
+        entries = _entries(Catalog(storage), place.folder, last)
+        since = entries[0].step if entries and last is not None else None
+        others = leftovers(storage, entries, since=since, of=place.folder)
+        lines = [*_committed(storage, entries, keep), *map(_leftover, others)]
         if place.folder:
             lines = [line for line in lines if line.folder.partition("/")[0] == place.folder]
         lines.sort(key=lambda line: (-1 if line.step is None else line.step, line.folder))
         return Listing(storage.url, tuple(lines), () if lines or place.folder else tuple(_runs(storage)))
+
+
+def _entries(catalog: Catalog, folder: str, last: int | None) -> list[Entry]:
+    if folder:
+        step = parse_step(folder)
+        return [catalog.entry(step)] if step is not None and catalog.has(step) else []
+    if last is None:
+        return catalog.entries()
+    return [*islice(catalog.newest_first(), last)][::-1]
 
 
 def _committed(storage: Storage, entries: Sequence[Entry], keep: Policy | None) -> list[StepLine]:

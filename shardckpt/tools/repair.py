@@ -3,6 +3,7 @@
 - A record with a flipped bit is mended; its SHA-256 proves that it is again what was written.
 - A record that is lost, or damaged beyond that, is made anew from what the files say of themselves, all of which must
   be sound to the last byte. That none is missing is proven by another step of the run whose files are just like these.
+  In a run with `blobs/` such a witness is needed, and that but one content of the shared files can be meant.
   Without such a witness a person must say so: how many ranks there were (`ranks`), and that what is there is all.
 - An attempt that was written and never committed becomes a checkpoint in the same way, by the engine's own commit.
 - A step with damaged files cannot be mended: its folder gets a name that is never offered; nothing of it is deleted.
@@ -179,16 +180,16 @@ def _anew(storage: Storage, found: Found, ranks: int | None, kind: Kind, old: by
     step, attempt, folder = found.step, found.attempt, found.folder
     assert step is not None
     assert attempt is not None
-    if any(name.endswith("/") for name in storage.list(BLOBS)):
-        raise CheckpointDamagedError(
-            f"no record can be made for {folder}: files that steps share lie in {BLOBS}/ of this run, and which of "
-            "them belong to it only its own record could say",
-            step=step,
-        )
     evidence = gather(storage, folder, step=step)
     manifest = rebuild_like_another(storage, evidence, step=step, attempt=attempt)
     lost: tuple[str, ...] = LOST_TO_LIKENESS
     if manifest is None or (ranks is not None and ranks != manifest.world_size):
+        if any(name.endswith("/") for name in storage.list(BLOBS)):
+            raise CheckpointDamagedError(
+                f"no record can be made for {folder}: files that steps share lie in {BLOBS}/ of this run, and no other "
+                "step has just such files as this one and shows which of them belong to it",
+                step=step,
+            )
         if ranks is None:
             raise InvalidOperationError(_ask(folder, evidence.owns), step=step)
         if missing := missing_beside_others(storage, evidence, step=step, ranks=ranks):
@@ -200,6 +201,8 @@ def _anew(storage: Storage, found: Found, ranks: int | None, kind: Kind, old: by
     encode_manifest(manifest)  # or it could not be stored
     like = "; another step has just such files" if lost is LOST_TO_LIKENESS else ""
     doubt = f"; {len(evidence.copies)} other files are taken as they are" if evidence.copies else ""
+    shared = sum(bool(file.blob) for file in manifest.files)
+    like += f"; {shared} of them are shared with other steps" if shared else ""
     what = f"a record for {folder} from its {len(manifest.files)} files, saved by {manifest.world_size} ranks"
     return _Plan(RepairReport(storage.url, step, kind, f"{what}{like}{doubt}", lost), manifest, folder, old=old)
 

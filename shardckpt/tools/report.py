@@ -10,6 +10,8 @@ from shardckpt.run.choosing.parts import CALLED
 
 REBUILT = "rebuilt"
 """Key in the metadata of a record that `repair` has made: from what, when, and what is lost."""
+ADDED = "added"
+"""Key in the metadata of a record that `convert` has made: which parts it was given that were not there, from where."""
 PARTS = ("model", "optimizer", "scheduler", "rng", "data", "progress", "config")
 """What a training job needs to go on; a report says of each whether it is there."""
 

@@ -25,7 +25,7 @@ from shardckpt.tools.checking.locate import locate
 from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import Found, committed, files_below, foreign_folders, is_archive, leftovers
 from shardckpt.tools.place import Place, Where, opened
-from shardckpt.tools.report import REBUILT, Problem, RunReport, StepReport, judge, parts_of, parts_of_files
+from shardckpt.tools.report import ADDED, REBUILT, Problem, RunReport, StepReport, judge, parts_of, parts_of_files
 
 Told: TypeAlias = Callable[[int, int, int], None]
 """What hears of progress: the step, how many bytes of it have just been read, and how many it has."""
@@ -146,7 +146,7 @@ def verify_step(
 def _parts(manifest: Manifest) -> tuple[dict[str, bool], tuple[str, ...]]:
     own = {file.kind for file in manifest.files}
     keys = tuple("model" if part == manifest.model_key else part for part in manifest.parts)
-    told = bool(manifest.metadata.keys() - {REBUILT})
+    told = bool(manifest.metadata.keys() - {REBUILT, ADDED})
     return parts_of(keys, config=told or not own.isdisjoint((METADATA, CARBON_COPY)))
 
 

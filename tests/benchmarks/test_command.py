@@ -145,21 +145,17 @@ def test_the_stall_of_two_ranks(tmp_path: Path) -> None:
     assert len(samples["stall"]["phases"]) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(400)  # two starts of torchrun
-def test_a_peer_saves_while_two_ranks_train(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_the_pool")
+def test_a_peer_saves_while_two_ranks_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, engines = tmp_path / "results.json", ("shardckpt", "dcp.async_save, thread")
     options = ["--engines", *engines, "--measures", "loop", "--ranks", "2"]
-    places = ["--root", str(tmp_path), "--json", str(file)]
-    command = [sys.executable, "-m", "benchmarks", *TINY, *options, *places]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)
-    assert ended.returncode == 0, ended.stderr
+    assert main([*TINY, *options, "--root", str(tmp_path), "--json", str(file)]) == 0
     values = {sample.engine: sample.values for sample in Results.decode(file.read_text()).samples}
     assert set(values) == set(engines)
     for told in values.values():
         assert told["verified"]
         assert told["bare_file_nbytes"] >= told["state_nbytes"], "of both ranks"
-    assert "| dcp.async_save, thread | files, not folders |" in ended.stdout
+    assert "| dcp.async_save, thread | files, not folders |" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("in_this_process")

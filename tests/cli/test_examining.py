@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from shardckpt.cli.main import app
+from shardckpt.cli.commands import app
 from shardckpt.storage.open import open_storage
 from shardckpt.tools.examining import place
 from tests.cli.test_listing import run

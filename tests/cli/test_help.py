@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from shardckpt.cli.main import app
+from shardckpt.cli.commands import app
 from tests.cli.schema import BEGIN, PAGE, REPORTS, described
 
 COMMANDS = {command.name: command for command in typer.main.get_command(app).commands.values()}

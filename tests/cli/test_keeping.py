@@ -108,5 +108,5 @@ def test_a_link_to_a_step_that_is_deleted_goes_with_it(tmp_path: Path) -> None:
             checkpoints.save(step, {"model": torch.ones(2)})
             checkpoints.save_score(-step, step=step)
     assert (tmp_path / "best").resolve().name == "step_1"
-    assert run("prune", tmp_path, "--keep-last", 1, "--apply")[0] == 0
+    assert run("prune", tmp_path, "--keep-last", 1, "--lower-better", "--apply")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_2"]

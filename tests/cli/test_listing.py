@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import shardckpt as sc
-from shardckpt.cli.main import app
+from shardckpt.cli.commands import app
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing.faults import RecordingStorage, flip_byte
@@ -194,7 +194,7 @@ def test_looking_needs_no_torch(tmp_path: Path, arguments: list[str]) -> None:
     save(tmp_path, 1)
     code = f"import sys; sys.argv = {['shardckpt', *arguments, str(tmp_path)]!r}\n" + (
         "from shardckpt.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
-        "assert not {'torch', 'numpy', 'fsspec', 's3fs', 'yaml'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'fsspec', 's3fs', 'yaml', 'pydantic'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100, capture_output=True)
 

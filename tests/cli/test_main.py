@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import shardckpt.demo.__main__
-from shardckpt.cli.main import app, main
+from shardckpt.cli.commands import app
+from shardckpt.cli.main import main
 
 
 def test_the_version_is_that_of_the_package() -> None:

@@ -87,10 +87,10 @@ def test_it_fails_when_the_resumed_run_has_lost_its_random_streams(text, tempora
 def test_an_error_of_the_ranks_is_told_without_a_traceback(temporary, tmp_path):
     short = tmp_path / "short"
     short.write_text("to be")
-    show = demo(*SMALL, "--mesh", "2x1", "--text", short, temporary=temporary)
+    show = demo(*SMALL, "--mesh", "1x1", "--text", short, temporary=temporary)
     output, _ = show.communicate(timeout=100)
     assert show.returncode == 1, output
-    assert re.search(r"rank 0(, 1)?: ValueError: .*holds 5 bytes; a text of at least 4096 is needed", output)
+    assert re.search(r"rank 0: ValueError: .*holds 5 bytes; a text of at least 4096 is needed", output)
     assert "Traceback" not in output
 
 

@@ -147,3 +147,33 @@ def test_a_kill_is_noticed_though_a_child_holds_the_connections(ranks: ProcessPo
             assert outcome.error is None, str(outcome)
             assert outcome.value["absent"] == (victim,)
             assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"
+
+
+def die_in_a_tree(rank: int, size: int, folder: Path, victim: int) -> Any:
+    """In the groups 0-2 and 3-4: while the others wait for its value."""
+    gangs = Gangs.from_env()
+    known: Any = gangs.root
+    tree = StoreGang(known._make_store, rank=rank, size=size, nonce="tree", roll=known._meeting.roll, flat=2)
+
+    def work() -> None:
+        if rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        tree.enter("work", timeout=LONG)
+        return refusal(lambda: together(tree, work, phase="write", timeout=LONG))
+    finally:
+        tree.close()
+        gangs.close()
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("victim", [0, 3, 4])
+def test_a_kill_is_noticed_wherever_in_a_tree(ranks: ProcessPool, victim: int) -> None:
+    outcomes = ranks.run_settled(5, die_in_a_tree, victim)
+    assert isinstance(outcomes[victim].error, RankLostError)
+    for outcome in outcomes:
+        if outcome.rank != victim:
+            assert outcome.error is None, str(outcome)
+            assert outcome.value["absent"] == (victim,)
+            assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"

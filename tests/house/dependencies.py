@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tests.house.source import Source, imports
 
-OUTSIDE = {"botocore": "s3fs", "aiohttp": "s3fs", "yaml": "pyyaml"}
+OUTSIDE = {
+    "aiohttp": "s3fs",
+    "botocore": "s3fs",
+    "mlflow": "mlflow_skinny",
+    "opentelemetry": "opentelemetry_sdk",
+    "typing_extensions": "torch",
+    "yaml": "pyyaml",
+}
 """Imported name -> what brings it, where the names differ."""
 
 FOR_TESTS = ("shardckpt/testing/", {"pytest"})

@@ -36,7 +36,14 @@ TOP: dict[str, set[str]] = {
 }
 """The same for the top floor, whose rooms may also use the public face, `import shardckpt`, as a user does."""
 
+FRAMEWORKS = (
+    *("accelerate", "datasets", "lightning", "peft", "torchdata", "torchtitan", "transformers"),
+    *("mlflow", "opentelemetry", "prometheus_client", "tensorboard", "wandb"),
+)
+"""Of training, and of watching it. `dependencies.py` sees that they are imported in functions only."""
+
 POWERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FRAMEWORKS, ("shardckpt/integrations/",)),
     "torch.distributed": (
         "shardckpt/gang/",
         "shardckpt/demo/",

@@ -11,9 +11,12 @@ import pytest
 
 import shardckpt
 from tests.house.source import ROOT, imports, sources
+from tests.house.storeys import FRAMEWORKS
 
 HEAVY = {"torch", "numpy", "fsspec", "s3fs", "aiohttp", "botocore", "rich", "typer", "multiprocessing", "asyncio"}
 """From 20 ms (typer) to 2 s (torch)."""
+HEAVY |= {*FRAMEWORKS}
+INTEGRATIONS = [".".join(source.parts) for source in sources(ROOT, "shardckpt/integrations")]
 
 
 def loaded_by(code: str, *, prints: bool = False) -> set[str]:
@@ -41,9 +44,11 @@ def test_the_bare_import_brings_nothing_heavy_and_few_modules_in_all() -> None:
     [
         ("import shardckpt.errors", HEAVY),
         ("import shardckpt.storage", {"torch", "fsspec", "s3fs"}),
-        ("import shardckpt.cli.main", HEAVY - {"rich", "typer"}),
+        ("import shardckpt.cli.main", HEAVY),
+        ("import shardckpt.cli.commands", HEAVY - {"typer"}),
         ("from shardckpt import CheckpointManager", {"s3fs", "rich", "typer"}),
         ("import shardckpt.testing.pool", {"s3fs", "rich", "typer", "pytest"}),
+        (f"import {', '.join(INTEGRATIONS)}", {"s3fs", "rich", "typer", *FRAMEWORKS}),
     ],
 )
 def test_an_import_leaves_out_what_it_does_not_need(code: str, absent: set[str]) -> None:

@@ -61,6 +61,8 @@ def test_imports_go_down_only() -> None:
         ("gang/store.py", "from os import environ", "os.environ is for"),
         ("storage/a.py", "import os\nx = os.getenv('HOME')", "os.getenv is for"),
         ("manager.py", "import rich.table", "rich is for"),
+        ("tools/a.py", "def f():\n    from transformers import Trainer", "transformers is for"),
+        ("manager/a.py", "from shardckpt.integrations import frameworks", "manager must not import integrations"),
     ],
 )
 def test_an_import_that_goes_up_is_found(tmp_path: Path, path: str, text: str, said: str) -> None:

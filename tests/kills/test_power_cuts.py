@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,6 +45,16 @@ def mounted(image: Path, place: Path) -> Iterator[Path]:
         yield place
     finally:
         run("umount", str(place))
+        await_release(image)
+
+
+def await_release(image: Path) -> None:
+    """Until nothing holds the file system any more: a process that got a namespace of its own meanwhile (another test's
+    `ip netns exec`) has a copy of the mount, and who mounts again then gets the one that has lost its power."""
+    deadline = time.monotonic() + 60
+    while subprocess.run(["losetup", "-j", str(image)], capture_output=True, check=True, timeout=60).stdout:
+        assert time.monotonic() < deadline, f"something still holds {image}"
+        time.sleep(0.02)
 
 
 def cut_the_power(place: Path) -> None:

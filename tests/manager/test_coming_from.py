@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import shardckpt as sc
-from shardckpt.cli.main import app
+from shardckpt.cli.commands import app
 from shardckpt.manager.steps.scheduling import Schedule
 
 ROOT = Path(__file__).parents[2]

@@ -147,8 +147,10 @@ def test_a_manager_says_why_each_step_stays_or_goes(storage: Storage) -> None:
         assert checkpoints.steps() == [1, 2, 3, 4, 5]
         assert [fate.step for fate in checkpoints.prune() if not fate.kept] == [1]
         checkpoints.unpin(4)
-        assert [fate.step for fate in checkpoints.prune(sc.KeepLast(1)) if not fate.kept] == [2, 4]
-        assert checkpoints.steps() == [3, 5]
+        last = checkpoints.prune(sc.KeepLast(1))
+        assert [(fate.step, fate.kept) for fate in last] == [(2, True), (3, True), (4, False), (5, True)]
+        assert last[0].reason == "the best by loss: 0.0"  # as the manager's own policy says
+        assert checkpoints.steps() == [2, 3, 5]
 
 
 def test_all_ranks_hear_the_same() -> None:

@@ -106,6 +106,25 @@ def test_the_newest_step_with_a_sound_record_stays(storage: Storage) -> None:
     assert [deleted.step for deleted in retain(catalog, KeepLast(2))] == [10, 20]
 
 
+def test_the_best_step_stays_whatever_a_policy_says(storage: Storage) -> None:
+    catalog = make_run(storage, [0.9, 0.5, 0.1, None])
+    plan = plan_retention(catalog, KeepLast(1), best_by=KeepBest(1))
+    assert (list(plan.kept), plan.kept[10], plan.doomed) == ([10, 40], "the best by score: 0.9", (20, 30))
+    lower = KeepBest(1, lower_better=True)
+    assert plan_retention(catalog, KeepLast(1), best_by=lower).doomed == (10, 20)
+    assert [deleted.step for deleted in retain(catalog, KeepLast(1), best_by=lower)] == [10, 20]
+    damage(storage, f"{catalog.entry(30).attempt_folder}/score.txt")
+    kept = plan_retention(catalog, KeepLast(1), best_by=lower).kept
+    assert kept[30] == "its score cannot be read"  # so it may be the best
+
+
+def test_scores_are_not_looked_at_while_nothing_that_would_go_has_one(storage: Storage) -> None:
+    recording = RecordingStorage(make_run(storage, [None] * 4).storage)
+    assert plan_retention(Catalog(recording), KeepLast(2), best_by=KeepBest(1)).doomed == (10, 20)
+    asked = [operation.key for operation in recording.operations if operation.key.endswith("score.txt")]
+    assert len(asked) == 2
+
+
 def test_a_step_whose_score_is_damaged_may_be_the_best_and_stays(storage: Storage) -> None:
     catalog = make_run(storage, [0.9, 0.5, 0.1, None])
     damage(storage, score_key(catalog.entry(10)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import stat
@@ -353,6 +354,7 @@ def test_opening_touches_nothing_and_chdir_moves_nothing(tmp_path: Path, monkeyp
 def test_no_descriptor_and_no_thread_is_left(root: Path) -> None:
     storage = LocalStorage(root, write=WriteMethod("direct", threads=4, piece_nbytes=PAGE))
     storage.put("warm", [b"1"])
+    gc.collect()  # or what earlier tests have left to the collector closes meanwhile
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def broken():

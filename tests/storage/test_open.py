@@ -12,6 +12,8 @@ import pytest
 
 import shardckpt.storage
 from shardckpt.storage import FsspecStorage, LocalStorage, RenamingStorage, open_storage
+from shardckpt.storage.base import SharedPuts
+from tests.storage.s3server import S3Server
 
 
 def test_paths_and_file_urls_are_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +107,22 @@ def test_every_public_name_is_there() -> None:
         assert getattr(shardckpt.storage, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = shardckpt.storage.no_such_name
+
+
+@pytest.mark.parametrize("nbytes", [1 << 20, 2 << 30, "8MiB", 0.5])
+def test_a_size_that_s3_knows_no_parts_of_is_refused(nbytes: object) -> None:
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'shardckpt[s3]'")
+    with pytest.raises(ValueError, match="part_nbytes is a number of bytes"):
+        open_storage("s3://bucket/a", storage_options={"part_nbytes": nbytes})
+
+
+def test_what_is_put_into_s3_goes_out_in_parts_of_the_size_that_was_asked_for(s3: S3Server, s3_url: str) -> None:
+    content = bytes(48 << 20)
+    for options, expected in (({}, 6), ({"part_nbytes": 24 << 20}, 2)):
+        storage = open_storage(s3_url, storage_options={**s3.options, **options})
+        assert isinstance(storage, SharedPuts)
+        upload = storage.begin_upload("large")
+        parts = storage.put_parts("large", upload, [content], numbers=range(1, 100))
+        assert len(parts) == expected
+        storage.abort_upload("large", upload)
+        storage.close()

@@ -95,10 +95,13 @@ def test_what_others_wrote_is_text_and_long_runs_stay_small() -> None:
     saves = [saved(step, ranks=50) for step in range(3000)]
     saves.append(saved(3000, total_s=9.0, ranks=50))
     saves.append(SaveLine("failed", 3001, 1e300, error=bad))
+    saves.append(SaveLine("subscriber failed", 3001, 1.0, error="upload: no network"))
     facts = RunFacts(bad, "now", (), {bad: 5, OTHER: 1}, 3000, (*saves, saved(3002)), "log")
     document = page(facts)
     checked = Checked(document)
     assert bad in checked.text
+    assert "Callbacks and subscribers that failed" in checked.text
+    assert "upload: no network" in checked.text
     assert "<script>" not in document
     assert "The save that took longest, step 3000 (9 s)" in checked.text
     assert "18 faster ranks are not shown" in checked.text

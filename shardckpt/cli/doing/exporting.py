@@ -68,7 +68,7 @@ def average(
     """Average the models of several steps, tensor by tensor, into a new step or into files.
 
     It is calculated in float32 (float64 for float64), and dtypes stay as they are. The steps may be of any meshes, and
-    lie in any places, but must have the same tensors.
+    lie in any places, but must have the same tensors; so may files and folders of other programs that `convert` reads.
 
     Ends with 0 if it was written, 1 if a step is not there or is damaged, 2 if they do not fit or it cannot be written.
 

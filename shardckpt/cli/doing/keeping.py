@@ -76,8 +76,8 @@ def prune(
 ) -> None:
     """Delete the steps that no rule keeps. A dry run, with the reason for each step, unless --apply is given.
 
-    Whatever the rules say, the last step, pinned ones, and the newest that a job can go on from stay. A step whose
-    record is damaged is left to `shardckpt repair`. Nobody may be saving one of the steps meanwhile.
+    Whatever the rules say, the last step, the best one, pinned ones, and the newest that a job can go on from stay. A
+    step whose record is damaged is left to `shardckpt repair`. Nobody may be saving one of the steps meanwhile.
 
     Ends with 0 if nothing is left to be deleted, 1 if something is, 2 for wrong usage.
 
@@ -87,16 +87,21 @@ def prune(
         from shardckpt.run.catalog import Catalog
         from shardckpt.run.keeping.links import sweep_links
         from shardckpt.run.prune import Deleted, PruneReport, fates, plan_retention, retain
+        from shardckpt.run.retention import KeepBest
+        from shardckpt.run.shared.sweeping import tidy_blobs
         from shardckpt.storage.open import open_storage
 
         policy = _policy(keep_last, keep_best, keep_every, metric=metric, lower_better=lower_better)
         storage = open_storage(url)
         try:
             catalog = Catalog(storage)
-            told = fates(plan_retention(catalog, policy), policy)
-            deleted: list[Deleted] = retain(catalog, policy) if apply else []
+            best_by = KeepBest(1, lower_better=lower_better, metric=metric)
+            told = fates(plan_retention(catalog, policy, best_by=best_by), policy)
+            deleted: list[Deleted] = retain(catalog, policy, best_by=best_by) if apply else []
             if deleted:
                 sweep_links(catalog)
+            if apply:
+                tidy_blobs(storage)  # also of what was deleted long ago, and of saves that died
         finally:
             storage.close()
     gone = {one.step: one.nbytes for one in deleted}

@@ -88,12 +88,13 @@ def report(
     keep_last: Annotated[int | None, typer.Option("--keep-last", min=1, help="Show what this would keep.")] = None,
     keep_best: Annotated[int | None, typer.Option("--keep-best", min=1, help="The same, by score.")] = None,
     lower_better: Annotated[bool, typer.Option("--lower-better", help="Of scores.")] = False,
+    png: Annotated[str | None, typer.Option("--png", metavar="FOLDER", help="Pictures of it, by Chromium.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make one page of HTML of a run: sizes, timings, each rank's part in a save, space by part, what is kept and why.
 
     The page needs no network and no other file. Timings come from the log that `sc.SaveLog` writes while training;
-    without it they are left out.
+    without it they are left out. --png has an installed Chromium take it as a phone and a desk show it, light and dark.
 
     Ends with 0, or 1 if there is nothing at that place, 2 if it cannot be reached or the page not be written.
 
@@ -103,6 +104,7 @@ def report(
         from shardckpt.run.retention import KeepBest, KeepLast, Policy
         from shardckpt.tools.page.facts import gather, without_phases
         from shardckpt.tools.page.page import page
+        from shardckpt.tools.page.pictures import pictures
 
         rules: list[Policy] = [] if keep_last is None else [KeepLast(keep_last)]
         rules += [] if keep_best is None else [KeepBest(keep_best, lower_better=lower_better)]
@@ -115,3 +117,5 @@ def report(
             with open(to, "w", encoding="utf-8") as file:
                 file.write(page(facts))
             say(f"{to} has been written")
+        for path in pictures(page(facts), png) if png is not None else ():
+            say(f"{path} has been written")

@@ -32,7 +32,14 @@ Step = Annotated[int | None, typer.Option("--step", min=0, help="Only this step.
 _MARKS = {"COMPLETE": "green", "PARTIAL": "yellow", "DAMAGED": "bold red"}
 
 
-def ls(url: Url, *, as_json: AsJson = False) -> None:
+def ls(
+    url: Url,
+    *,
+    last: Annotated[
+        int | None, typer.Option("--last", min=1, help="Only so many steps of the highest numbers; looks at no others.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the steps of a run, or the runs below a folder.
 
     State: committed; model only; damaged record; or, of folders that are never offered for loading, uncommitted,
@@ -43,7 +50,7 @@ def ls(url: Url, *, as_json: AsJson = False) -> None:
     with explaining():
         from shardckpt.tools.listing import list_checkpoints
 
-        listing = list_checkpoints(url)
+        listing = list_checkpoints(url, last=last)
     if as_json:
         print_json(listing)
         return

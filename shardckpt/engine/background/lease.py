@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from shardckpt.engine.patience import LAST_WORD, Limit
-from shardckpt.gang.base import Gang, Json
+from shardckpt.gang.base import Fold, Gang, Json
 from shardckpt.gang.wire.mailbox import Line
 
 _GRACE_S = 3.0
@@ -123,9 +123,9 @@ class LeasedGang:
         with self._lease.held():
             self._gang.enter(scope, timeout=timeout)
 
-    def gather(self, value: Json, *, timeout: timedelta) -> list[Json] | None:
+    def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:
         with self._lease.held():
-            return self._gang.gather(value, timeout=timeout)
+            return self._gang.gather(value, timeout=timeout, fold=fold)
 
     def broadcast(self, value: Json, *, timeout: timedelta) -> Json:
         with self._lease.held():

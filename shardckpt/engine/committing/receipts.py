@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shardckpt.engine.committing.bundles import differing
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.write import Receipt, Sealed, SealedFile
@@ -76,9 +78,18 @@ def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
 
 def disagreements(receipts: Sequence[Receipt]) -> list[str]:
     """The files of which two ranks hold different content although it was taken to be the same."""
-    holding = {group: _expected(group, receipts) for receipt in receipts for group in receipt.alike}
-    seen = {group: {receipt.alike.get(group) for receipt in those} for group, those in holding.items()}
-    return sorted(group for group, digests in seen.items() if len(digests) > 1)
+    holding: dict[str, list[Receipt]] = {}
+    for receipt in receipts:
+        for group in receipt.alike:
+            holding.setdefault(group, []).append(receipt)
+    in_shard = Counter(receipt.shard for receipt in receipts)
+    found = []
+    for group, those in holding.items():
+        shard = None if " " in group else those[0].shard
+        digests = [receipt.alike[group] for receipt in those if shard in (None, receipt.shard)]
+        if len(set(digests)) > 1 or (shard is not None and len(digests) < in_shard[shard]):
+            found.append(group)
+    return sorted(found)
 
 
 def _expected(group: str, receipts: Sequence[Receipt]) -> list[Receipt]:
@@ -90,9 +101,19 @@ def _expected(group: str, receipts: Sequence[Receipt]) -> list[Receipt]:
 
 
 def compose_manifest(
-    step: int, attempt: str, created: str, receipts: Sequence[Receipt], tables: Merged, metadata: dict[str, Any]
+    step: int,
+    attempt: str,
+    created: str,
+    receipts: Sequence[Receipt],
+    tables: Merged,
+    metadata: dict[str, Any],
+    *,
+    differ: Sequence[str] | None = None,
 ) -> Manifest:
-    """The record of all receipts. On rank 0. `ValueError` if some bytes of a file were written twice or by nobody."""
+    """The record of all receipts. On rank 0. `ValueError` if some bytes of a file were written twice or by nobody.
+
+    `differ`: the keys that differ between ranks, if the receipts do not say it themselves.
+    """
     files = sorted((file for receipt in receipts for file in receipt.files), key=lambda file: file.name)
     _check_written(files, receipts)
     return Manifest(
@@ -104,7 +125,7 @@ def compose_manifest(
         meshes=tables.meshes,
         layouts=tables.layouts,
         tables=tables.tables,
-        differ=_differing(receipts),
+        differ=differing(receipts) if differ is None else tuple(differ),
         mesh_sizes=_sizes(receipts),
         versions={"shardckpt": _version(), "torch": torch.__version__, "python": platform.python_version()},
         metadata=metadata,
@@ -181,16 +202,17 @@ def explain(held: Sequence[Any], receipts: Sequence[Receipt]) -> str:
         for group, keys in groups.items():
             for key, digest in keys.items():
                 seen.setdefault((group, key), {}).setdefault(digest, []).append(rank)
-    differing: dict[str, str] = {}
+    expected = {group: [receipt.rank for receipt in _expected(group, receipts)] for group, _ in seen}
+    different: dict[str, str] = {}
     for (group, key), ranks_by_digest in sorted(seen.items()):
         having = {rank for ranks in ranks_by_digest.values() for rank in ranks}
-        lacking = [receipt.rank for receipt in _expected(group, receipts) if receipt.rank not in having]
+        lacking = [rank for rank in expected[group] if rank not in having]
         if lacking:
-            differing.setdefault(key, f"{key} (rank {min(having)} has it, rank {lacking[0]} does not)")
+            different.setdefault(key, f"{key} (rank {min(having)} has it, rank {lacking[0]} does not)")
         elif len(ranks_by_digest) > 1:
             one, other, *_ = sorted(ranks[0] for ranks in ranks_by_digest.values())
-            differing.setdefault(key, f"{key} (for example ranks {one} and {other})")
-    lines = [line for _, line in sorted(differing.items())]
+            different.setdefault(key, f"{key} (for example ranks {one} and {other})")
+    lines = [line for _, line in sorted(different.items())]
     what = "; ".join(lines[:10]) + (f"; and {len(lines) - 10} more" if len(lines) > 10 else "")
     return (
         "ranks hold different values of what is stored once for them, because it was declared replicated, or belongs "
@@ -252,16 +274,6 @@ def merge_tables(tables: Tables) -> Merged:
         tensors = {name: replace(entry, layout=numbers[entry.layout]) for name, entry in table.tensors.items()}
         merged.append(spelled(replace(table, tensors=tensors)))
     return Merged(tuple(meshes), tuple(layouts), tuple(merged))
-
-
-def _differing(receipts: Sequence[Receipt]) -> tuple[str, ...]:
-    seen: dict[tuple[str, str], set[str]] = {}
-    kinds = {file.name: file.kind for receipt in receipts for file in receipt.files}
-    for receipt in receipts:
-        for file, keys in receipt.digests.items():
-            for key, digest in keys.items():
-                seen.setdefault((kinds[file], key), set()).add(digest)
-    return tuple(sorted({key for (_, key), digests in seen.items() if len(digests) > 1}))
 
 
 def _sizes(receipts: Sequence[Receipt]) -> dict[str, int]:

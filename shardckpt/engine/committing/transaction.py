@@ -19,12 +19,13 @@ from functools import partial
 from typing import Any
 
 from shardckpt.engine.background.lease import Lease, LeasedGang
+from shardckpt.engine.committing.bundles import as_bundle, fold_bundles, open_bundles
 from shardckpt.engine.committing.commit import abandon_attempt, attempt_prefix, begin_attempt, commit_attempt
 from shardckpt.engine.committing.receipts import TableBook, compose_manifest, disagreements, explain, held_of
 from shardckpt.engine.patience import Limit, within
 from shardckpt.engine.progress import OtherRank
 from shardckpt.engine.saving.plan import SavePlan
-from shardckpt.engine.saving.write import Receipt, decode_receipt
+from shardckpt.engine.saving.write import Receipt
 from shardckpt.engine.splits.pieces import check_agreed
 from shardckpt.errors import CheckpointSaveError, CommitUnknownError, GangError, RootNotSharedError
 from shardckpt.format.checksum import crc32
@@ -72,7 +73,8 @@ class Transaction:
         """On rank 0, by rank, once they have met."""
         self._prefix = ""
         self._attempt = ""
-        self._receipts: list[Receipt] | None = None
+        self._receipts: Sequence[Receipt] | None = None
+        self._differ: Sequence[str] = ()
         self._uploads: dict[str, UploadId] = {}
         self._known: bytes | None = None
         """On rank 0, on an object store: the step's record that was in force when the attempt began."""
@@ -123,15 +125,17 @@ class Transaction:
 
     def write(self, work: Callable[[str], Receipt]) -> None:
         """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
+        terms: dict[str, Any] = {"phase": "write", "fold": fold_bundles, **self._terms}
         gathered: Any
         try:
-            gathered = together_gather(self._gang, lambda: work(self._prefix).encode(), phase="write", **self._terms)
+            gathered = together_gather(self._gang, lambda: as_bundle(work(self._prefix)), **terms)
         except GangError as error:
             kinds = {failure.kind for failure in error.failures.values()}
             self._is_apart = RootNotSharedError.__name__ in kinds
             raise
         if gathered is not None:
-            self._receipts = [decode_receipt(receipt) for receipt in gathered]
+            bundle = open_bundles(gathered)
+            self._receipts, self._differ = bundle.receipts, bundle.differ
 
     def compare(self, alike: Alike) -> None:
         """Raise on all ranks, naming keys and ranks, if two of them hold different values of what is stored once."""
@@ -155,7 +159,8 @@ class Transaction:
             receipts = self._receipts or []
             check_agreed(tables.tables, tables.layouts)
             created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            manifest = compose_manifest(self._step, self._attempt, created, receipts, tables, dict(metadata))
+            facts = (self._step, self._attempt, created, receipts, tables, dict(metadata))
+            manifest = compose_manifest(*facts, differ=self._differ)
             manifest = self._of_model_only(replace(manifest, model_key=model_key))
             if not any(table.tensors or table.values for table in manifest.tables):
                 raise CheckpointSaveError("the state that was given is empty on all ranks", step=self._step)

@@ -18,6 +18,7 @@ from shardckpt.engine.loading.integrity import Region
 from shardckpt.engine.loading.sources import BelongsToRankError, Chunk, Sources
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError
 from shardckpt.format.manifest import Manifest
+from shardckpt.format.placement import Box
 from shardckpt.storage import Storage
 
 
@@ -31,7 +32,7 @@ class OwnOrigin:
         self._at = at
         self._sources = Sources(manifest, at)
         self._contents = Contents(storage, folder, manifest)
-        self._chunks: dict[str, dict[tuple[int, ...], Chunk]] = {}
+        self._chunks: dict[tuple[str, tuple[int, ...]], Chunk] = {}
         self._leaves: dict[int, Any] = {}
 
     @property
@@ -76,17 +77,20 @@ class OwnOrigin:
         return stream
 
     def _chunk(self, item: ReadItem) -> Chunk:
-        """The file and the box that an item's storage index means."""
-        name, offset = item.storage_index.fqn, item.storage_index.offset
-        if name not in self._chunks:
+        """The file and the box that an item's storage index means: the box that begins there."""
+        name, offset = item.storage_index.fqn, tuple(item.storage_index.offset or ())
+        key = (name, offset)
+        if key not in self._chunks:
+            place = Box(offset, (1,) * len(offset), (0,) * len(offset))
             try:
-                self._chunks[name] = {box.offsets: (file, box) for file, box in self._sources.chunks(name, "fail")}
+                near = self._sources.chunks(name, "fail", parts=(place,))
             except BelongsToRankError as error:
                 raise self._per_rank(name) from error
-        try:
-            return self._chunks[name][tuple(offset or ())]
-        except KeyError:
-            raise CheckpointLoadError(f"{self.url}: {name} has no part that begins at {offset}") from None
+            found = next((chunk for chunk in near if chunk[1].offsets == offset), None)
+            if found is None:
+                raise CheckpointLoadError(f"{self.url}: {name} has no part that begins at {list(offset)}")
+            self._chunks[key] = found
+        return self._chunks[key]
 
     def _rank_of(self, key: str) -> int:
         """The rank, of those that saved, whose value this rank takes."""

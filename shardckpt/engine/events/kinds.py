@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardckpt.engine.progress import OtherRank, SaveReport
@@ -57,6 +58,9 @@ class SaveOver(Event):
 class Committed(SaveOver):
     """The step is a checkpoint."""
 
+    url: str = ""
+    """Where it lies, without credentials: an absolute path, or a URL."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSkipped(SaveOver):
@@ -78,6 +82,19 @@ class SaveFailed(SaveOver):
 class Deleted(Event):
     """A committed step was deleted, or all of it but its model. Told by rank 0."""
 
+    url: str = ""
+    """Where it lay."""
+    reason: str = ""
+    model_kept: bool = False
+    """Whether its model is still there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured(Event):
+    """A committed step was given numbers: its `score`, or metrics by name. Told by rank 0."""
+
+    metrics: Mapping[str, float]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded(Event):
@@ -95,3 +112,16 @@ class StopAgreed(Event):
     reason: str
     absent: tuple[int, ...] = ()
     """Ranks that did not answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriberFailed(Event):
+    """A subscriber, or a callback, has raised, or does not return. All others are told; no checkpoint is concerned."""
+
+    subscriber: str
+    """What it is called in the program."""
+    heard: str
+    """The class name of the event that it was told of `step`."""
+    error: str
+    kind: str
+    """The class name of the error; `TimeoutError` if it does not return."""

@@ -6,19 +6,20 @@ import json
 import os
 from typing import Any
 
-from shardckpt.engine.events.kinds import Deleted, Event, Loaded, SaveFailed, SaveOver, SaveSkipped
+from shardckpt.engine.events.facts import costs_of, name_of, problem_of
+from shardckpt.engine.events.kinds import Deleted, Event, Loaded, Measured, SaveOver, SubscriberFailed
 from shardckpt.engine.progress import OtherRank
-from shardckpt.errors import CommitUnknownError
 
 
 class SaveLog:
     """Subscribe it (`checkpoints.subscribe(SaveLog("runs/a/saves.jsonl"))`) on all ranks; rank 0 writes, for all.
 
     A later job of the same run goes on in the same file. Each line is an object with `event` ("committed", "failed",
-    "skipped", "unknown" where nobody knows whether it was committed; "deleted"; "loaded"), `step` and `at` (seconds
-    since 1970). Of saves it has `nbytes` of the whole checkpoint, `stall_s`, `overlap_s`, `stage_s`, `write_s`,
-    `commit_s`, `total_s`, `rate`, `retries`, `slowest_rank`, `slowest_s`, `error`, and `ranks`: of each, as far as
-    rank 0 has met it, `[rank, began, [[phase, began, seconds], ...]]`, by that rank's clock.
+    "skipped", "unknown" where nobody knows whether it was committed; "deleted"; "loaded"; "measured", with `metrics`;
+    "subscriber failed", with `error`), `step` and `at` (seconds since 1970). Of saves it has `nbytes` of the whole
+    checkpoint, `stall_s`, `overlap_s`, `stage_s`, `write_s`, `commit_s`, `total_s`, `rate`, `retries`, `slowest_rank`,
+    `slowest_s`, `error`, and `ranks`: of each, as far as rank 0 has met it, `[rank, began, [[phase, began, seconds],
+    ...]]`, by that rank's clock.
 
     A line is appended by one write: a process that is killed leaves at most its last line cut off, and the next job
     begins a new one. Two jobs that write to the same file at once do not mix within lines, on a local file system.
@@ -36,24 +37,22 @@ class SaveLog:
     def __call__(self, event: Event) -> None:
         if event.rank != 0:
             return
-        about: dict[str, Any] = {"step": event.step, "at": round(event.at, 3)}
+        about = {"event": name_of(event), "step": event.step, "at": round(event.at, 3)}
         if isinstance(event, SaveOver):
-            self._append({"event": _outcome(event)} | about | self._facts(event))
+            self._append(about | self._facts(event))
         elif isinstance(event, Deleted):
-            self._append({"event": "deleted"} | about)
+            self._append(about)
         elif isinstance(event, Loaded):
-            self._append({"event": "loaded"} | about | {"nbytes": event.nbytes, "total_s": round(event.seconds, 6)})
+            self._append(about | {"nbytes": event.nbytes, "total_s": round(event.seconds, 6)})
+        elif isinstance(event, Measured):
+            self._append(about | {"metrics": dict(event.metrics)})
+        elif isinstance(event, SubscriberFailed):
+            self._append(about | {"error": problem_of(event)})
 
     def _facts(self, event: SaveOver) -> dict[str, Any]:
-        report = event.report
-        facts: dict[str, Any] = {"nbytes": report.total_nbytes}
-        names = ("stall_s", "overlap_s", "stage_s", "write_s", "commit_s", "total_s", "rate", "slowest_s")
-        facts |= {name: round(getattr(report, name), 6) for name in names}
-        facts |= {"retries": report.retries, "slowest_rank": report.slowest_rank}
-        if isinstance(event, SaveFailed):
-            facts["error"] = event.error
-        elif isinstance(event, SaveSkipped):
-            facts["error"] = event.reason
+        facts: dict[str, Any] = costs_of(event.report) | {"slowest_rank": event.report.slowest_rank}
+        if problem_of(event):
+            facts["error"] = problem_of(event)
         return facts | {"ranks": self._phases(event)}
 
     def _phases(self, event: SaveOver) -> list[list[Any]]:
@@ -81,12 +80,6 @@ class SaveLog:
 def _writing(rank: OtherRank) -> float:
     """Of other ranks only these phases are known to be over."""
     return sum(phase.seconds for phase in rank.phases if phase.name in ("seal", "put"))
-
-
-def _outcome(event: SaveOver) -> str:
-    if isinstance(event, SaveFailed):
-        return "unknown" if event.kind == CommitUnknownError.__name__ else "failed"
-    return "skipped" if isinstance(event, SaveSkipped) else "committed"
 
 
 def _ms(seconds: float) -> float:

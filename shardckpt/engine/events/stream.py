@@ -7,67 +7,88 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from queue import SimpleQueue
 from typing import Any
 
-from shardckpt.engine.events.kinds import Event
+from shardckpt.engine.events.kinds import Event, SubscriberFailed
+from shardckpt.engine.events.listener import Listener, Subscriber
 
 _log = logging.getLogger(__name__)
 
-Subscriber = Callable[[Event], object]
-
 _PATIENCE = timedelta(seconds=5)
-"""How long `close` waits for subscribers to hear what was told."""
+"""How long a subscriber may take over an event, and how long `close` waits for it, if nothing else was said."""
 
 
 class EventStream:
-    """One per manager and rank. Any thread may tell; subscribers are called one after the other in a thread of its own.
+    """One per manager and rank. Any thread may tell; each subscriber is called in a thread of its own.
 
-    So a subscriber that hangs, or takes long, keeps nothing but other subscribers waiting. The thread starts with the
-    first subscriber; without any, telling costs nothing.
+    So one that hangs, or takes long, keeps nobody waiting. Without any subscriber, telling costs nothing.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._subscribers: tuple[Subscriber, ...] = ()
+        self._listeners: tuple[Listener, ...] = ()
         self._lock = threading.Lock()
-        self._told: SimpleQueue[Event | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
 
-    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Have it called with every event from now on; call what is given back to end that."""
+    def subscribe(
+        self,
+        subscriber: Subscriber,
+        *kinds: type[Event],
+        patience: timedelta | None = None,
+        holds: bool = False,
+    ) -> Callable[[], None]:
+        """Have it called with every event of these kinds (of all, if none is given) from now on, in their order.
+
+        Call what is given back to end that. `patience`, `holds`: see `Listener`.
+        """
+        terms: dict[str, Any] = {"patience": patience or _PATIENCE, "holds": holds, "on_failure": self._failed}
+        listener = Listener(subscriber, kinds or (Event,), **terms)
         with self._lock:
-            self._subscribers = (*self._subscribers, subscriber)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="shardckpt-events", daemon=True)
-                self._thread.start()
+            self._listeners = (*self._listeners, listener)
 
         def unsubscribe() -> None:
             with self._lock:
-                self._subscribers = tuple(each for each in self._subscribers if each is not subscriber)
+                self._listeners = tuple(each for each in self._listeners if each is not listener)
+            listener.leave()
 
         return unsubscribe
 
     def tell(self, kind: type[Event], step: int, /, **what: Any) -> None:
         """Something has happened, here and now."""
-        if self._thread is not None and self._subscribers:
-            self._told.put(kind(step=step, rank=self._rank, at=time.time(), **what))
+        if self._listeners:
+            event = kind(step=step, rank=self._rank, at=time.time(), **what)
+            for listener in self._listeners:
+                listener.hear(event)
 
-    def close(self) -> None:
-        """Let subscribers hear what was told so far; one that hangs is left behind. May be called twice."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is None or thread is threading.current_thread():
+    def held(self) -> dict[int, str]:
+        """The steps that are to stay as long as a callback is at work on them, and why."""
+        return {step: f"{each.name} is at work on it" for each in self._listeners for step in each.holds()}
+
+    def close(self, *, limit: timedelta | None = None) -> None:
+        """Let subscribers hear what was told so far, each as long as its patience lasts, and all of them no longer than
+        the limit; those that hang are left behind. May be called twice."""
+        until = float("inf") if limit is None else time.monotonic() + limit.total_seconds()
+        for listener in self._listeners:
+            listener.drain(until)
+        with self._lock:  # only now, so that they have heard of each other's failures
+            listeners, self._listeners = self._listeners, ()
+        for listener in listeners:
+            listener.drain(until)
+            listener.end()
+
+    def _failed(self, listener: Listener, event: Event, error: BaseException) -> None:
+        """In its thread, or, if it does not return, in that of whoever tells something."""
+        what = "%s failed at %s of step %d; no checkpoint is concerned"
+        _log.error(what, f"a subscriber failed: {listener.name}", type(event).__name__, event.step, exc_info=error)
+        if isinstance(event, SubscriberFailed):
             return
-        self._told.put(None)
-        thread.join(_PATIENCE.total_seconds())
-        if thread.is_alive():
-            _log.warning("a subscriber to events did not return in time; it is left behind")
-
-    def _run(self) -> None:
-        while (event := self._told.get()) is not None:
-            for subscriber in self._subscribers:
-                try:
-                    subscriber(event)
-                except Exception:
-                    _log.exception("a subscriber failed at %s of step %d", type(event).__name__, event.step)
+        text = str(error).partition("\n")[0]
+        about = {
+            "subscriber": listener.name,
+            "heard": type(event).__name__,
+            "error": text,
+            "kind": type(error).__name__,
+        }
+        told = SubscriberFailed(step=event.step, rank=self._rank, at=time.time(), **about)
+        for other in self._listeners:
+            if other is not listener:
+                other.hear(told)

@@ -9,9 +9,9 @@ import os
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+from shardckpt.engine.events.facts import name_of
 from shardckpt.engine.events.kinds import Committed, Event, Loaded, SaveFailed, SaveOver, SaveSkipped, StopAgreed
 from shardckpt.engine.progress import OtherRank, Phase
-from shardckpt.errors import CommitUnknownError
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +70,7 @@ class Trace:
         elif isinstance(event, Loaded):
             yield from self._phases(0, [Phase("load", event.at - event.seconds, event.seconds, "training")], step)
         if isinstance(event, Committed | SaveFailed | StopAgreed):
-            name = {Committed: "committed", SaveFailed: "failed", StopAgreed: "stop agreed"}[type(event)]
-            mark = {"name": f"step {event.step} {name}", "cat": "checkpoint", "ph": "i", "s": "p"}
+            mark = {"name": f"step {event.step} {name_of(event)}", "cat": "checkpoint", "ph": "i", "s": "p"}
             yield {**mark, "ts": _us(event.at), "pid": 0, "tid": 0}
 
     def _bar(self, save: OtherRank, end: float, what: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -131,12 +130,10 @@ class Trace:
 
 
 def _outcome(event: SaveOver) -> dict[str, str]:
+    outcome = {"outcome": name_of(event)}
     if isinstance(event, SaveFailed):
-        outcome = "unknown" if event.kind == CommitUnknownError.__name__ else "failed"
-        return {"outcome": outcome, "error": event.error}
-    if isinstance(event, SaveSkipped):
-        return {"outcome": "skipped", "reason": event.reason}
-    return {"outcome": "committed"}
+        return outcome | {"error": event.error}
+    return outcome | {"reason": event.reason} if isinstance(event, SaveSkipped) else outcome
 
 
 def _meta(kind: str, rank: int, thread: int, **what: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import ArchiveIndex, StoredBox, StoredRecord, decode_index
 from shardckpt.format.manifest import FileEntry, Manifest
+from shardckpt.format.record.columns import FilesByName, loose
 from shardckpt.format.record.files import keys_in
 from shardckpt.format.tree import decode_tree, map_leaves
 from shardckpt.state import Path, join_path
@@ -27,9 +28,9 @@ class Contents:
     def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
         self._storage = storage
         self._step = manifest.step
-        self.key_of = keys_in(folder, manifest.files)
+        self.key_of = keys_in(folder, loose(manifest.files))
         """From the name of a file in the record to its key in the storage."""
-        self._files: dict[str, FileEntry] = {file.name: file for file in manifest.files}
+        self._files = FilesByName(manifest.files)
         self._indexes: dict[str, ArchiveIndex] = {}
         self._by_name: dict[str, Mapping[str, list[StoredBox]]] = {}
         self._trees: dict[str, Any] = {}
@@ -37,11 +38,9 @@ class Contents:
 
     def assigned(self, rank: int, world_size: int) -> list[str]:
         """The files that this rank looks after: it checks their sizes, and the bytes that belong to no tensor."""
-        names = sorted(self._files)
-        writers = {file.writer for file in self._files.values()}
-        if max(writers, default=0) < world_size:  # whoever wrote it most likely reads it now
-            return [name for name in names if self._files[name].writer == rank]
-        return names[rank::world_size]
+        if self._files.last_writer < world_size:  # whoever wrote it most likely reads it now
+            return self._files.written_by(rank)
+        return self._files.every(world_size, start=rank)
 
     def check_sizes(self, names: Iterable[str]) -> None:
         """Raise `CheckpointDamagedError` for a file that is missing or of another size."""
@@ -85,7 +84,7 @@ class Contents:
         """Reads of all bytes of these files that belong to no tensor: headers, padding, index, tree, directory."""
         reads = []
         for name in names:
-            entry, position = self._files[name], 0
+            entry, position = self._entry(name), 0
             records = sorted(self._indexes[name].records, key=lambda r: r.at) if name in self._indexes else []
             gaps: list[tuple[int, bytearray]] = []
             for start, end in [*((r.at, r.at + r.nbytes) for r in records), (entry.nbytes, entry.nbytes)]:
@@ -99,7 +98,7 @@ class Contents:
 
     def damaged_frames(self, names: Iterable[str]) -> list[str]:
         """The files whose digest does not follow from these bytes and the CRCs of their tensors."""
-        return [name for name in names if self._file_crc(name) != self._files[name].crc]
+        return [name for name in names if self._file_crc(name) != self._entry(name).crc]
 
     def leaves(self, names: Iterable[str]) -> dict[str, tuple[Path, Any]]:
         """All leaves of the trees of these files, by flat name; the first file that has one gives it."""
@@ -140,7 +139,7 @@ class Contents:
             raise self._damaged(name, f"has a damaged {what}")
         try:
             if what == "index":
-                self._indexes[name] = decode_index(content, self._files[name].nbytes)
+                self._indexes[name] = decode_index(content, self._entry(name).nbytes)
             else:
                 self._trees[name] = decode_tree(content)
         except ValueError as error:
@@ -153,10 +152,10 @@ class Contents:
             raise self._damaged(name, "has no index") from None
 
     def _entry(self, name: str) -> FileEntry:
-        try:
-            return self._files[name]
-        except KeyError:
-            raise self._damaged(name, "is needed, but the record does not name it") from None
+        entry = self._files.get(name)
+        if entry is None:
+            raise self._damaged(name, "is needed, but the record does not name it")
+        return entry
 
     def _damaged(self, name: str, problem: str) -> CheckpointDamagedError:
         return CheckpointDamagedError(

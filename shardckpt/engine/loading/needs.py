@@ -23,7 +23,7 @@ def needs_of(fit: Fit, sources: Sources) -> list[Wanted]:
     """The regions that fill the tensors of a rank."""
     needs = []
     for position, wanted in enumerate(fit.tensors):
-        chunks = sources.chunks(wanted.name, wanted.rule, whole=wanted.is_whole)
+        chunks = sources.chunks(wanted.name, wanted.rule, whole=wanted.is_whole, parts=wanted.boxes)
         for (file, box), region, target in overlaps(wanted, chunks):
             needs.append((position, file, box, region, target))
     return needs

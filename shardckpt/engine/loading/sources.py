@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.sharding import mesh_coordinate, replica_number
+from shardckpt.engine.loading.finding.shards import Shards
 from shardckpt.format.manifest import HOMES, OF_RANK, Home, LayoutEntry, Manifest, Table, TensorEntry
-from shardckpt.format.placement import Box, shard_boxes
+from shardckpt.format.placement import Box, Piece
+from shardckpt.format.record.columns import FilesByName
 from shardckpt.format.record.homes import home_file
 from shardckpt.state import NewWorld
 
@@ -41,12 +42,15 @@ class Sources:
         self.at = at
         self._differ = frozenset(manifest.differ)
         inside = f"{manifest.attempt}/"  # on object stores files lie below their attempt
-        self._folder = inside if any(file.name.startswith(inside) for file in manifest.files) else ""
+        self._files = FilesByName(manifest.files)
+        self._folder = inside if self._files.begins_with(inside) else ""
         self._same_ranks = at.world_size == manifest.world_size
         self._same_shards = at.shards == manifest.shards
         own = [table for table in manifest.tables if self._same_ranks and at.rank in table.ranks]
         self._tables = own + [table for table in manifest.tables if table not in own]
-        self._chunks: dict[tuple[int, tuple[int, ...], int, bool], list[Chunk]] = {}
+        self._shards = Shards(manifest, at.shard)
+        self._chunks: dict[tuple[int, tuple[int, ...], int, bool, Sequence[Box] | None], list[Chunk]] = {}
+        self._nearest: dict[int, int] = {}
         self._trees: dict[int, list[str]] = {}
         self._under: dict[str, list[str]] = {}
 
@@ -92,8 +96,10 @@ class Sources:
             found |= {(piece.rank, layouts[number].home) for number in numbers for piece in layouts[number].pieces}
         return frozenset(self.files_of(rank, home) for rank, home in found)
 
-    def chunks(self, name: str, rule: Whose, *, whole: bool = True) -> list[Chunk]:
-        """Files and boxes that together make up the tensor, each box once.
+    def chunks(
+        self, name: str, rule: Whose, *, whole: bool = True, parts: tuple[Box, ...] | None = None
+    ) -> list[Chunk]:
+        """Files and boxes that together make up the tensor, each box once; or these parts of it, and perhaps more.
 
         Of copies in several files a rank that reads the tensor `whole` gets the near one. Ranks that read parts of it
         all get the same one: from parts of different copies no checksum of a record could be put together.
@@ -105,10 +111,13 @@ class Sources:
             shape = found.entry.shape
             zeros = (0,) * len(shape)
             return [(self._plain_file(name, found, rule, whole=whole), Box(zeros, shape, zeros))]
-        key = (found.entry.layout, found.entry.shape, found.entry.replica, whole)
+        key = (found.entry.layout, found.entry.shape, found.entry.replica, whole, parts)
         if key not in self._chunks:
-            pieces = found.layout.pieces
-            self._chunks[key] = self._in_pieces(found.layout) if pieces else self._sharded(found, whole=whole)
+            self._chunks[key] = (
+                self._in_pieces(found.layout, parts)
+                if found.layout.pieces
+                else self._sharded(found, parts, whole=whole)
+            )
         return self._chunks[key]
 
     def part_rank(self, keys: Sequence[str], rule: NewWorld, *, alike: bool = False) -> int | None:
@@ -164,10 +173,13 @@ class Sources:
     def trees_of(self, rank: int) -> list[str]:
         """The files whose trees together hold what that rank held, its own first."""
         if rank not in self._trees:
-            present = {file.name for file in self._manifest.files if file.tree is not None and file.kind in HOMES}
             names = [*(self.files_of(rank, home) for home in HOMES), *self._elsewhere(rank)]
-            self._trees[rank] = [name for name in dict.fromkeys(names) if name in present]
+            self._trees[rank] = [name for name in dict.fromkeys(names) if self._has_tree(name)]
         return self._trees[rank]
+
+    def _has_tree(self, name: str) -> bool:
+        file = self._files.get(name)
+        return file is not None and file.tree is not None and file.kind in HOMES
 
     def files_of(self, rank: int, home: Home) -> str:
         """The file of that kind that belongs to a rank of those that saved."""
@@ -215,13 +227,18 @@ class Sources:
 
     def _near(self, table: Table) -> int:
         """This rank's counterpart among those that saved: the same number, else one of the same shard, else any."""
-        if self.at.rank in table.ranks and (self._same_ranks or not self._same_shards):
+        if id(table) not in self._nearest:  # asked for every key, and there may be 10,000 ranks to look at
+            self._nearest[id(table)] = self._nearest_in(table.ranks)
+        return self._nearest[id(table)]
+
+    def _nearest_in(self, ranks: Sequence[int]) -> int:
+        if self.at.rank in ranks and (self._same_ranks or not self._same_shards):
             return self.at.rank
         if self._same_shards:
-            same = [rank for rank in table.ranks if self._manifest.shard_of[rank] == self.at.shard]
+            same = [rank for rank in ranks if self._manifest.shard_of[rank] == self.at.shard]
             if same:
                 return same[self.at.rank % len(same)]
-        return table.ranks[self.at.rank % len(table.ranks)]
+        return ranks[self.at.rank % len(ranks)]
 
     def _same_position(self, home: Home) -> bool:
         return self._same_ranks and self._same_shards if home in OF_RANK else self._same_shards
@@ -259,25 +276,21 @@ class Sources:
         holders = [t for t in tables if name in t.tensors and layouts[t.tensors[name].layout].home == home]
         return min(table.ranks[0] for table in holders)
 
-    def _sharded(self, found: _Found, *, whole: bool) -> list[Chunk]:
-        assert found.layout.mesh is not None
-        mesh = self._manifest.meshes[found.layout.mesh]
-        chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk] = {}
-        for position, rank in enumerate(mesh.ranks):
-            coordinate = mesh_coordinate(mesh, position)
-            replica = replica_number(mesh.shape, found.layout.placements, coordinate)
-            if found.layout.home in OF_RANK and replica != found.entry.replica:
-                continue
-            file = self.files_of(rank, found.layout.home)
-            near = whole and self._manifest.shard_of[rank] == self.at.shard
-            for box in shard_boxes(found.entry.shape, mesh.shape, found.layout.placements, coordinate):
-                key = (box.offsets, box.lengths)
-                if key not in chunks or near:
-                    chunks[key] = (file, box)
-            if len(chunks) > _MOST_CHUNKS:
-                raise ValueError(f"the record says that a tensor lies in more than {_MOST_CHUNKS} pieces")
-        return list(chunks.values())
+    def _sharded(self, found: _Found, parts: tuple[Box, ...] | None, *, whole: bool) -> list[Chunk]:
+        entry, home = found.entry, found.layout.home
+        zeros = (0,) * len(entry.shape)
+        parts = (Box(zeros, entry.shape, zeros),) if parts is None else parts
+        ranks = self._shards.of(entry, parts, near=whole, most=_MOST_CHUNKS)
+        return [(self.files_of(rank, home), box) for rank, box in ranks]
 
-    def _in_pieces(self, layout: LayoutEntry) -> list[Chunk]:
+    def _in_pieces(self, layout: LayoutEntry, parts: tuple[Box, ...] | None) -> list[Chunk]:
+        pieces = layout.pieces
+        if parts is not None:  # a look at each, once for all tensors that lie and are wanted alike
+            pieces = tuple(piece for piece in pieces if any(_overlap(piece, part) for part in parts))
         zeros = (0,) * len(layout.pieces[0].offsets)
-        return [(self.files_of(p.rank, layout.home), Box(p.offsets, p.lengths, zeros)) for p in layout.pieces]
+        return [(self.files_of(p.rank, layout.home), Box(p.offsets, p.lengths, zeros)) for p in pieces]
+
+
+def _overlap(one: Piece, other: Box) -> bool:
+    rows = zip(one.offsets, one.lengths, other.offsets, other.lengths, strict=True)
+    return all(a < b + m and b < a + n for a, n, b, m in rows)

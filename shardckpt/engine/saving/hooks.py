@@ -32,8 +32,22 @@ class StepHooks:
             handle.remove()
         self._handles.clear()
 
-    def _before_step(self, *_: Any) -> None:
-        self._wait()
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Torch's own optimizers change nothing before they have called the closure, if they are given one. That is
+        where the forward and backward of a step may be (Lightning has them there), and those need not wait."""
+        closure = kwargs.get("closure", args[1] if len(args) == 2 else None)
+        if closure is None or not f"{type(optimizer).__module__}.".startswith("torch.optim."):
+            self._wait()
+            return None
+
+        def then_wait() -> Any:
+            loss = closure()
+            self._wait()
+            return loss
+
+        return (args[:1], {**kwargs, "closure": then_wait})
 
 
 def memory_of_optimizers(parts: Sequence[Part]) -> frozenset[int]:

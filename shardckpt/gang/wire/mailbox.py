@@ -19,13 +19,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from shardckpt.gang.base import Json
 from shardckpt.gang.wire.ending import close_at_the_end, join_at_the_end
-from shardckpt.gang.wire.messages import decode, encode
+from shardckpt.gang.wire.messages import decode, pack
 from shardckpt.gang.wire.vain import Ended, VainError, nobody, wait_for
 
 _T = TypeVar("_T")
 _C = TypeVar("_C")
 
-_LAST_S = 0.3
+LAST_S = 0.3
 """How long the others may still take when it is known that somebody will not come."""
 _SLACK_S = 1.0
 """How much longer than its own timeout a store call may take before it is abandoned."""
@@ -36,9 +36,11 @@ _END_S = 10.0
 class Store(Protocol):
     """What is used of `torch.distributed.Store`. Every error of torch's stores is a `RuntimeError`."""
 
-    def set(self, key: str, value: str, /) -> None: ...
+    def set(self, key: str, value: str | bytes, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
     def check(self, keys: list[str], /) -> bool: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
     def delete_key(self, key: str, /) -> bool: ...
     def multi_get(self, keys: list[str], /) -> list[bytes]: ...
@@ -169,7 +171,7 @@ class Mailbox:
 
     def put(self, key: str, value: Json, *, timeout_s: float) -> None:
         """Write a key, and know that it is there: a TCPStore's `set` returns as if all were well on a dead line."""
-        text, doomed = encode(value), self._doomed
+        text, doomed = pack(value), self._doomed
         self._doomed = []
         self.own(key)
 
@@ -198,7 +200,7 @@ class Mailbox:
             try:
                 return self.run(wait, timeout_s=left_s, ended=in_vain)
             except VainError as error:
-                there = self.run(partial(_collect, keys=keys, timeout_s=_LAST_S), timeout_s=_LAST_S)
+                there = self.run(partial(_collect, keys=keys, timeout_s=LAST_S), timeout_s=LAST_S)
                 if not error.ranks <= there.keys():
                     return there
                 passed |= error.ranks  # they have said what they had to say
@@ -248,6 +250,19 @@ def _collect(store: Store, keys: Mapping[int, str], timeout_s: float) -> dict[in
     missing = _wait(store, list(keys.values()), timeout_s)
     there = {rank: key for rank, key in keys.items() if key not in missing}
     return dict(zip(there, map(decode, _read(store, list(there.values()))), strict=True))
+
+
+def there(store: Store, keys: Sequence[str]) -> dict[str, Any]:
+    """The values of those of the keys that are there now. One that is deleted meanwhile is not, or reads as nothing."""
+    missing = _missing(store, list(keys)) if keys else set[str]()
+    found = [key for key in keys if key not in missing]
+    texts = store.multi_get(found) if found and store.has_extended_api() else _read(store, found)
+    return {key: decode(text) for key, text in zip(found, texts, strict=True) if text}
+
+
+def waited(store: Store, *, key: str, timeout_s: float) -> bool:
+    """Wait for it; False if it is not there at the timeout."""
+    return not _wait(store, [key], timeout_s)
 
 
 def _wait(store: Store, keys: list[str], timeout_s: float) -> set[str]:

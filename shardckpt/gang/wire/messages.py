@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,26 @@ _REMEMBERED = 8
 """How many scopes a rank remembers having been in: enough to tell who is behind after a few failures in a row."""
 
 
+_LONG = 2048
+_PACKED = b"\0z"
+"""How a packed message begins; no text of JSON does."""
+
+
 def encode(value: Json) -> str:
     """JSON text of a message. `TypeError` if it holds something else than JSON."""
     return json.dumps(value, separators=(",", ":"))
 
 
+def pack(value: Json) -> str | bytes:
+    """A message for a store, where thousands may lie at once: long ones are compressed, for they repeat themselves."""
+    text = encode(value)
+    return text if len(text) < _LONG else _PACKED + zlib.compress(text.encode(), 1)
+
+
 def decode(text: str | bytes) -> Any:
-    """The value of a message; it is what `encode` was given, but for tuples, which come back as lists."""
+    """The value of a message, packed or not; it is what was given, but for tuples, which come back as lists."""
+    if isinstance(text, bytes) and text.startswith(_PACKED):
+        text = zlib.decompress(text[len(_PACKED) :])
     return json.loads(text)
 
 

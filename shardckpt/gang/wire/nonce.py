@@ -13,6 +13,8 @@ from shardckpt.gang.wire.messages import ranks_text
 from shardckpt.gang.wire.roll import Roll, own_process
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
+_BLOCK = 64
+"""Ranks whose words are repeated in one place."""
 
 
 def agree_on_nonce(
@@ -50,8 +52,9 @@ def _draw(mailbox: Mailbox, size: int, nonce: str, end: float) -> str:
     keys = {rank: mailbox.key(nonce, rank) for rank in range(1, size)}
     words = mailbox.collect(keys, timeout_s=_left_s(end))
     absent = [rank for rank in keys if rank not in words]
-    heard = {str(rank): word for rank, word in words.items()}
-    mailbox.put(mailbox.key(nonce, "heard"), [heard, absent], timeout_s=_left_s(end))
+    for block in range(0, size, _BLOCK):
+        heard = {str(rank): words[rank] for rank in range(block, min(block + _BLOCK, size)) if rank in words}
+        mailbox.put(_heard(mailbox, nonce, block), [heard, absent], timeout_s=_left_s(end))
     if absent:
         raise _missing(absent)
     return nonce
@@ -66,7 +69,7 @@ def _learn(mailbox: Mailbox, rank: int, end: float) -> str:
             mailbox.put(mailbox.key(answered, "process", rank), own_process(), timeout_s=_left_s(end))
             mailbox.put(mailbox.key(answered, rank), word, timeout_s=_left_s(end))
         if answered:
-            verdict = mailbox.peek(mailbox.key(answered, "heard"), timeout_s=_left_s(end))
+            verdict = mailbox.peek(_heard(mailbox, answered, rank), timeout_s=_left_s(end))
             if verdict and verdict[0].get(str(rank)) == word:
                 if verdict[1]:
                     raise _missing(verdict[1])
@@ -75,6 +78,11 @@ def _learn(mailbox: Mailbox, rank: int, end: float) -> str:
         time.sleep(pause_s)  # polls, because what changes is the value of a key, and a store only waits for new keys
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     raise _missing([0])
+
+
+def _heard(mailbox: Mailbox, nonce: str, rank: int) -> str:
+    """Where rank 0 repeats the words of a rank and some others: all in one place would be read by all of them."""
+    return mailbox.key(nonce, "heard", rank // _BLOCK)
 
 
 def _missing(absent: list[int]) -> GangError:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
+from datetime import timedelta
 from typing import TypeAlias
 
 from shardckpt.gang.wire.messages import ranks_text
@@ -39,3 +40,20 @@ def wait_for(done: threading.Event, within_s: float, ended: Ended) -> bool:
         if ranks := ended():
             raise VainError(ranks)
     return True
+
+
+class Deadline:
+    """When an operation must have ended on rank 0, and, a little later, on the others."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._began = time.monotonic()
+        self._timeout_s = timeout.total_seconds()
+        self._grace_s = min(10.0, max(1.0, self._timeout_s / 10))
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def left_s(self, rank: int) -> float:
+        """Seconds until `rank` gives up; never negative."""
+        return max(0.0, self._timeout_s + (self._grace_s if rank else 0.0) - self.waited_s)

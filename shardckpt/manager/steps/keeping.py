@@ -61,8 +61,8 @@ class KeepingFace:
 
     def prune(self, policy: Policy | None = None, *, dry_run: bool = False) -> list[Fate]:
         """Delete what the policy (the manager's own, if none is given) does not keep, and say of each step why it stays
-        or goes; with `dry_run` only say so. The last step, the one that was resumed from, and pinned ones stay whatever
-        it says; the best one if a `KeepBest` is in it."""
+        or goes; with `dry_run` only say so. The last step, the one that was resumed from, the one that `best` names and
+        pinned ones stay, whatever it says."""
         self._saver.drain()  # a step that is being replaced must not be deleted
         act = partial(self._history.plan if dry_run else self._history.apply, policy)
         return [Fate(**fate) for fate in self._do("prune", lambda: [asdict(fate) for fate in act()])]

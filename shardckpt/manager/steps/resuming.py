@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -89,16 +89,16 @@ class ResumingFace(ABC):
         if which == "best":
             metric, steps = self._best_first()
             return self._first_good(steps, load, reason=f"the best by {metric}", fresh=allow_fresh_start)
-        steps = self.steps()[::-1]
-        return self._first_good(steps, load, reason="the newest", fresh=allow_fresh_start)
+        newest = self._finder.newest_first()
+        return self._first_good(newest, load, reason="the newest", fresh=allow_fresh_start)
 
     def _first_good(
-        self, steps: Sequence[int], load: _Load, *, reason: str, fresh: bool, finder: Finder | None = None
+        self, steps: Iterable[int], load: _Load, *, reason: str, fresh: bool, finder: Finder | None = None
     ) -> CheckpointInfo | None:
         load = partial(load, finder=finder or self._finder, unasked=True)
         found = (finder or self._finder).first_good(steps, load, fresh=fresh)
         if found is None:
-            _log.info("nothing is resumed: %s", "no step is good" if steps else "there is no step")
+            _log.info("nothing is resumed: there is no step, or none that is good")
             return None
         info = found[1]
         passed = f" of the good ones, {len(info.skipped)} passed over" if info.skipped else ""
@@ -131,10 +131,8 @@ class ResumingFace(ABC):
             finder = Finder(storage, catalog, self._talk, self._at, self._events.tell)
             if step is not None:
                 return self._resumed(load(step, finder=finder), "asked for by its place", here=False)
-            self._talk.enter("elsewhere")
-            steps = self._talk.from_rank_0(lambda: catalog.steps()[::-1], "list the steps")
             reason = "the newest of the run that was asked for"
-            info = self._first_good(steps, load, reason=reason, fresh=False, finder=finder)
+            info = self._first_good(finder.newest_first(), load, reason=reason, fresh=False, finder=finder)
         finally:
             storage.close()
         if info is None:
@@ -204,7 +202,7 @@ class ResumingFace(ABC):
 
     def latest(self) -> int | None:
         """The newest committed step, whether it is sound or not; None if there is none."""
-        return max(self.steps(), default=None)
+        return next(self._finder.newest_first(), None)
 
 
 def split_step(where: str) -> tuple[str, int | None]:

@@ -18,3 +18,5 @@ class Transfers:
     """Longer ranges are read by several requests at once."""
     wave_nbytes: int = 128 * _MiB
     concurrency: int = 16
+    deletes_per_second: float | None = None
+    """Objects that are deleted per second at most, by all threads of a storage together."""

@@ -144,11 +144,16 @@ def _retention(facts: RunFacts) -> Iterator[str]:
 
 
 def _failures(facts: RunFacts) -> Iterator[str]:
-    lost = [save for save in facts.saves if save.event in ("failed", "unknown", "skipped")]
+    yield from _lost(facts, "Saves that were not committed", "failed", "unknown", "skipped")
+    yield from _lost(facts, "Callbacks and subscribers that failed", "subscriber failed")
+
+
+def _lost(facts: RunFacts, title: str, *events: str) -> Iterator[str]:
+    lost = [save for save in facts.saves if save.event in events]
     if lost:
         rows = [(str(save.step), _time(save.at), save.event, save.error) for save in reversed(lost[-_MOST_ROWS:])]
         shown = table(("step", "when", "what", "why"), rows, numbers=frozenset({0}))
-        yield _section("Saves that were not committed", shown, _of(len(rows), len(lost), "such saves"))
+        yield _section(title, shown, _of(len(rows), len(lost), "such events"))
 
 
 def _score(step: StepLine) -> str:

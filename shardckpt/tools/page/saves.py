@@ -32,10 +32,10 @@ class RankSpans:
 
 @dataclass(frozen=True, slots=True)
 class SaveLine:
-    """A save that is over, or a step that was loaded or deleted."""
+    """A save that is over, or what else has happened to a step."""
 
     event: str
-    """"committed", "failed", "unknown", "skipped", "deleted", "loaded"."""
+    """"committed", "failed", "unknown", "skipped", "deleted", "loaded", "measured", "subscriber failed"."""
     step: int
     at: float
     """Seconds since 1970."""

@@ -12,9 +12,10 @@ CSS = """
   --line: #333a41; --c0: #6aa9e9; --c1: #f0a35a; --c2: #6bc48e; --c3: #cf8fcc; --c4: #ef8079; --c5: #8f969f;
   --c6: #dcc35a; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
 main { max-width: 68rem; margin: 0 auto; padding: 1.2rem clamp(.8rem, 3vw, 2rem) 3rem; }
-h1 { font-size: 1.3rem; margin: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.3rem; margin: 0; }
 h2 { font-size: 1.05rem; margin: 0 0 .6rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem;
   margin-top: 1rem; }
@@ -50,7 +51,7 @@ th, td { text-align: left; padding: .28rem .7rem .28rem 0; border-top: 1px solid
 th { border-top: 0; color: var(--soft); font-weight: 600; white-space: nowrap; }
 td:not(:last-child) { white-space: nowrap; }
 td.n, th.n { text-align: right; width: 1%; }
-td:last-child { overflow-wrap: anywhere; min-width: 9rem; }
+td:last-child { min-width: 9rem; }
 @media (max-width: 34rem) { .row { grid-template-columns: 4.2rem minmax(0, 1fr) 3.9rem; gap: .35rem; } }
 .bad { color: var(--c4); font-weight: 600; }
 """

@@ -6,10 +6,10 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE
+from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SCORE, wanted_file
 from shardckpt.format.manifest import FileEntry
 from shardckpt.storage.base import Storage
 from shardckpt.tools.checking.archives import Window, check_archive
@@ -20,6 +20,7 @@ from shardckpt.tools.repairing.content import Content, content_of
 from shardckpt.tools.report import Problem
 
 _OURS = re.compile(r"(?P<kind>model|replicated|metadata)(\.(0|[1-9][0-9]*))?\.pt|rank_(0|[1-9][0-9]*)\.pt")
+_WANTED = wanted_file("")
 _KEPT_RECORD = re.compile(re.escape(MANIFEST) + r"\.damaged-[0-9a-z]+")
 
 
@@ -34,6 +35,8 @@ class Evidence:
     """Of the same, but for the user's own metadata."""
     copies: Mapping[str, tuple[int, int]]
     """Files that are no archives of ours: bytes and CRC as they are now, which nothing can be held against."""
+    wanted: Mapping[str, str] = field(default_factory=dict)
+    """Of files that other steps may have as well: name to digest, where the step says so itself."""
 
 
 def kind_of(name: str) -> str:
@@ -60,6 +63,8 @@ def _writer(name: str) -> int:
 def gather(storage: Storage, folder: str, *, step: int) -> Evidence:
     """Read and check all of them. `CheckpointDamagedError` names every file that cannot be used, and why."""
     names = [name for name in files_below(storage, folder) if not _is_beside(name)]
+    wanted = {name: storage.read(f"{folder}/{name}").decode("ascii", "replace") for name in names if _says(name)}
+    names = [name for name in names if name not in wanted]
     problems, owns, copies = list[Problem](), dict[str, Own](), list[tuple[str, int]]()
     for name in names:
         key = f"{folder}/{name}"
@@ -74,7 +79,8 @@ def gather(storage: Storage, folder: str, *, step: int) -> Evidence:
     if problems or not owns:
         what = "; ".join(map(str, problems)) or "it has no file of a checkpoint"
         raise CheckpointDamagedError(f"no record can be made for {storage.url}/{folder}: {what}", step=step)
-    return Evidence(folder, owns, _contents(folder, owns, step), _summed(storage, folder, copies))
+    said = {name.removesuffix(_WANTED): digest for name, digest in wanted.items()}
+    return Evidence(folder, owns, _contents(folder, owns, step), _summed(storage, folder, copies), said)
 
 
 def _contents(folder: str, owns: Mapping[str, Own], step: int) -> dict[str, Content]:
@@ -98,6 +104,11 @@ def _problems(storage: Storage, key: str, name: str, nbytes: int) -> Sequence[Pr
 def _is_beside(name: str) -> bool:
     """What lies in a step's folder and is not part of it."""
     return name in (MANIFEST, SCORE, METRICS) or _KEPT_RECORD.fullmatch(name) is not None
+
+
+def _says(name: str) -> bool:
+    """Whether it says which content of a file that steps share its step has."""
+    return name.endswith(_WANTED) and "/" not in name
 
 
 def _summed(storage: Storage, folder: str, copies: list[tuple[str, int]]) -> dict[str, tuple[int, int]]:

@@ -7,9 +7,10 @@ that its record says of ranks, meshes and placements then holds here, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 from shardckpt.errors import CheckpointError
 from shardckpt.format.checksum import crc32
@@ -20,6 +21,7 @@ from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Read, Storage
 from shardckpt.tools.repairing.content import Content, content_of
 from shardckpt.tools.repairing.evidence import Evidence, entries_of
+from shardckpt.tools.repairing.sharing import Shared, find_shared
 from shardckpt.tools.report import REBUILT
 
 LOST_TO_LIKENESS = ("metadata of the user", "time of the save")
@@ -30,7 +32,10 @@ _WITNESSES = 3
 def rebuild_like_another(storage: Storage, evidence: Evidence, *, step: int, attempt: str) -> Manifest | None:
     """The record of these files if another step is a witness for it, else None."""
     for folder, witness in _witnesses(storage, step):
-        if _is_alike(storage, folder, witness, evidence):
+        if not _is_alike(storage, folder, witness, evidence):
+            continue
+        shared = _shared(storage, folder, witness, evidence, step=step)
+        if shared is not None:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             kinds = {_name(witness, file): file.kind for file in witness.files if file.kind == CONSOLIDATED}
             story = {"from": "the files of the step", "like": witness.step, "at": now, "lost": list(LOST_TO_LIKENESS)}
@@ -39,8 +44,8 @@ def rebuild_like_another(storage: Storage, evidence: Evidence, *, step: int, att
                 step=step,
                 attempt=attempt,
                 created=now,
-                files=entries_of(evidence, kinds),
-                differ=_differing(witness, evidence),
+                files=tuple(sorted((*entries_of(evidence, kinds), *_entries(shared)), key=lambda file: file.name)),
+                differ=_differing(witness, evidence, shared),
                 metadata={REBUILT: story},
             )
     return None
@@ -68,8 +73,28 @@ def _witnesses(storage: Storage, step: int) -> Iterator[tuple[str, Manifest]]:
             yield folder, witness
 
 
+def _shared(
+    storage: Storage, folder: str, witness: Manifest, evidence: Evidence, *, step: int
+) -> dict[str, Shared] | None:
+    """By name, what the step has of the files that steps share; None if it has not what the witness has."""
+    found = {}
+    for file in (file for file in witness.files if file.blob):
+        name, content = _name(witness, file), _content(storage, folder, file)
+        terms: dict[str, Any] = {"name": name, "wanted": evidence.wanted, "step": step}
+        shared = None if content is None else find_shared(storage, file, content, **terms)
+        if shared is None:
+            return None
+        found[name] = shared
+    return found if found.keys() >= evidence.wanted.keys() else None
+
+
+def _entries(shared: Mapping[str, Shared]) -> Iterator[FileEntry]:
+    return (found.entry for found in shared.values())
+
+
 def _is_alike(storage: Storage, folder: str, witness: Manifest, evidence: Evidence) -> bool:
-    files = {_name(witness, file): file for file in witness.files if file.kind != CARBON_COPY}
+    own = (file for file in witness.files if file.kind != CARBON_COPY and not file.blob)
+    files = {_name(witness, file): file for file in own}
     if files.keys() != evidence.owns.keys():
         return False
     for name, file in files.items():
@@ -85,7 +110,7 @@ def _content(storage: Storage, folder: str, file: FileEntry) -> Content | None:
     if file.index is None or file.tree is None:
         return None
     index, tree = (bytearray(extent[1]) for extent in (file.index, file.tree))
-    key = f"{folder}/{file.name}"
+    key = file.key_in(folder)
     try:
         storage.read_into([Read(key, file.index[0], memoryview(index)), Read(key, file.tree[0], memoryview(tree))])
         if (crc32(index), crc32(tree)) != (file.index[2], file.tree[2]):
@@ -95,13 +120,13 @@ def _content(storage: Storage, folder: str, file: FileEntry) -> Content | None:
         return None
 
 
-def _differing(witness: Manifest, evidence: Evidence) -> tuple[str, ...]:
+def _differing(witness: Manifest, evidence: Evidence, shared: Mapping[str, Shared]) -> tuple[str, ...]:
     """The keys that several files of a kind hold with different content, as a commit finds them."""
     layouts = witness.layouts
     plain = {n for t in witness.tables for n, entry in t.tensors.items() if layouts[entry.layout].mesh is None}
     seen: dict[tuple[str, str], set[str]] = {}
     kinds = {_name(witness, file): file.kind for file in witness.files}
-    for name, content in evidence.contents.items():
+    for name, content in (*evidence.contents.items(), *((name, found.content) for name, found in shared.items())):
         digests = content.values | {tensor: content.digest(tensor) for tensor in content.tensors if tensor in plain}
         for key, digest in digests.items():
             seen.setdefault((kinds[name], key), set()).add(digest)

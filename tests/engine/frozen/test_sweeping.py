@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import shardckpt as sc
 from shardckpt.format.layout import BLOBS, MANIFEST, aside_folder
 from shardckpt.run.catalog import Catalog
+from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.shared.references import UnknownReferencesError, references
 from shardckpt.run.shared.sweeping import sweep_blobs
 from shardckpt.storage import LocalStorage, MemoryObjects
@@ -219,9 +221,66 @@ def test_on_an_object_store_the_attempt_is_seen_before_it_has_a_file() -> None:
     assert looked
 
 
-def test_a_lost_record_is_not_made_up_where_steps_share_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_lost_record_comes_back_with_the_files_that_steps_share(storage: Storage, how: str) -> None:
+    save(storage, (1, 1.0), (2, 1.0))
+    written = Catalog(storage).record(2)[1]
+    storage.delete([f"step_2/{MANIFEST}"])
+    if how == "damaged":
+        storage.put(f"step_2/{MANIFEST}", [b'{"format": 2, "st'])
+    assert "are shared with other steps" in repair(storage, step=2).what
+    report = repair(storage, step=2, apply=True)
+    assert report.after is not None
+    assert (report.applied, report.after.verdict) == (True, "PARTIAL")
+    made = Catalog(storage).record(2)[1]
+    assert (made.files, made.tables, made.layouts) == (written.files, written.tables, written.layouts)
+    with sc.CheckpointManager(storage) as checkpoints:
+        loaded = state()
+        checkpoints.load(2, loaded)
+    assert torch.equal(loaded["model"]["base"], torch.ones(500))
+    assert sweep_blobs(storage) == []
+
+
+def test_where_bases_differ_only_what_says_itself_which_it_has_is_repaired(storage: Storage) -> None:
+    """On an object store every step does; on a file system nothing is made up."""
+    save(storage, (1, 1.0), (2, 2.0))
+    written = Catalog(storage).record(2)[1]
+    storage.delete([f"step_2/{MANIFEST}"])
+    if isinstance(storage, RenamingStorage):
+        with pytest.raises(sc.CheckpointDamagedError, match=r"2 versions of frozen\.pt"):
+            repair(storage, step=2, apply=True)
+        return
+    assert repair(storage, step=2, apply=True).applied
+    assert Catalog(storage).record(2)[1].files == written.files
+
+
+@pytest.mark.parametrize("hurt", ["gone", "damaged", "about to go"])
+def test_a_lost_record_stays_lost_without_its_base(tmp_path: Path, hurt: str) -> None:
     storage = LocalStorage(tmp_path)
     save(storage, (1, 1.0), (2, 1.0))
+    base = named(storage, 2)
     storage.delete([f"step_2/{MANIFEST}"])
-    with pytest.raises(sc.CheckpointDamagedError, match="files that steps share"):
-        repair(storage, step=2, ranks=1)
+    if hurt == "about to go":
+        storage.put(f"{base.rpartition('/')[0]}.0123456789.doomed", [b""])
+    else:
+        good = storage.read(base)
+        storage.delete([base])
+        if hurt == "damaged":
+            storage.put(base, [good[:-200], b"x", good[-199:]])
+    for ranks in (None, 1):
+        with pytest.raises(sc.CheckpointDamagedError, match="files that steps share"):
+            repair(storage, step=2, apply=True, ranks=ranks)
+
+
+def test_blobs_of_a_dead_save_go_with_it(tmp_path: Path) -> None:
+    """Not only when a policy deletes a step."""
+    storage, now = LocalStorage(tmp_path), [0.0]
+    save(storage, (1, 1.0), (2, 2.0))
+    storage.rename_folder("step_2", aside_folder(2, "0123456789", "tmp"))
+    storage.delete([f"{aside_folder(2, '0123456789', 'tmp')}/{MANIFEST}"])
+    dead = DeadAttempts(Catalog(storage), grace=timedelta(hours=1), clock=lambda: now[0])
+    assert dead.tidy() == []
+    assert len(blobs(storage)) == 2
+    now[0] = 3601.0
+    assert len(dead.tidy()) == 1
+    assert blobs(storage) == [named(storage, 1)]

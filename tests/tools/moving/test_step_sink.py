@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import shardckpt as sc
-from shardckpt.cli.main import app
+from shardckpt.cli.commands import app
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointSaveError, InvalidStateError
 from shardckpt.storage.base import Buffer
 from shardckpt.storage.local import LocalStorage

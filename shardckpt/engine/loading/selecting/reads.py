@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from shardckpt.engine.loading.fit import Fit
 from shardckpt.engine.loading.integrity import Region, runs_of
@@ -13,6 +14,7 @@ from shardckpt.engine.loading.selecting.report import FileReads, RankReads
 from shardckpt.engine.loading.sources import Chunk, Sources
 from shardckpt.format.index import ITEMSIZE, StoredRecord
 from shardckpt.format.manifest import Manifest
+from shardckpt.format.record.columns import FilesByName
 
 
 def reads_of(fit: Fit, sources: Sources, manifest: Manifest, rank: int) -> RankReads:
@@ -22,13 +24,15 @@ def reads_of(fit: Fit, sources: Sources, manifest: Manifest, rank: int) -> RankR
     for position, file, _, region, _ in needs_of(fit, sources):
         wanted = fit.tensors[position]
         if position not in shapes:
-            shapes[position] = _shapes(sources.chunks(wanted.name, wanted.rule, whole=wanted.is_whole))
+            terms: dict[str, Any] = {"whole": wanted.is_whole, "parts": wanted.boxes}
+            shapes[position] = _shapes(sources.chunks(wanted.name, wanted.rule, **terms))
         count = math.prod(region.lengths) * ITEMSIZE[wanted.dtype]
         nbytes[file] += count
         ranges[file] += _ranges(wanted.dtype, shapes[position][file], region) if count else 0
     trees = {file for saver in tree_ranks_of(fit, sources) for file in sources.trees_of(saver)}
-    about = [file.index for file in manifest.files if file.name in nbytes]
-    about += [file.tree for file in manifest.files if file.name in trees]
+    named = FilesByName(manifest.files)
+    about = [entry.index for name in nbytes if (entry := named.get(name))]
+    about += [entry.tree for name in trees if (entry := named.get(name))]
     files = tuple(FileReads(file, ranges[file], nbytes[file]) for file in sorted({*nbytes, *trees}))
     return RankReads(rank, files, sum(extent[1] for extent in about if extent is not None))
 

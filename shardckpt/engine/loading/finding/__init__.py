@@ -1,0 +1,1 @@
+"""Which ranks of those that saved have what of a sharded tensor."""

@@ -1,0 +1,1 @@
+"""From a part of a tensor back to the ranks that hold it."""

@@ -1,0 +1,1 @@
+"""Training frameworks: their own vocabulary over the engine. Importing any of these modules imports no framework."""

@@ -1,0 +1,220 @@
+"""A gang of which rank 0 hears few: it is as one of which it hears all, whoever fails on the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from shardckpt.gang import StoreGang, together
+from shardckpt.gang.wire.roll import Roll
+from shardckpt.gang.wire.tree import Gathering
+from shardckpt.testing.gang_acts import ENOUGH_S, LONG, refusal
+from shardckpt.testing.gang_suite import Play, TeamContract
+from shardckpt.testing.gangs import RanksError, run_threads
+from tests.gang.conftest import client
+
+
+def in_threads(store_of: Any, *, size: int, flat: int) -> Play:
+    nonce = uuid.uuid4().hex
+
+    def play(act: Any, *args: Any) -> list[Any]:
+        def on_rank(rank: int) -> Any:
+            gang = StoreGang(lambda: store_of(rank), rank=rank, size=size, nonce=nonce, flat=flat)
+            try:
+                return act(gang, *args)
+            finally:
+                gang.close()
+
+        settled = run_threads(size, on_rank)
+        errors = {rank: outcome for rank, outcome in enumerate(settled) if isinstance(outcome, BaseException)}
+        if errors:
+            raise RanksError(errors)
+        return settled
+
+    return play
+
+
+class TestTreeOnHashStore(TeamContract):
+    """Of four ranks: 0 and 1, 2 and 3."""
+
+    @pytest.fixture
+    def play(self) -> Play:
+        store = dist.HashStore()
+        return in_threads(lambda rank: store, size=4, flat=2)
+
+
+class TestTreeOnTcpStore(TeamContract):
+    @pytest.fixture
+    def play(self, port: int) -> Play:
+        return in_threads(lambda rank: client(port, rank), size=4, flat=2)
+
+
+MACHINES = 9
+"""Ranks of the gangs below: 0-2, 3-5, 6-8 are groups, and each group is a machine of its own."""
+
+
+class Died(BaseException):
+    """Ends a thread that stands for a process that is killed."""
+
+
+class Machine(Roll):
+    """What the ranks of one machine can see: which of its own have ended."""
+
+    def __init__(self, own: range, dead: set[int]) -> None:
+        super().__init__("", ())
+        self._own, self._dead = own, dead
+
+    def ended(self, ranks: Iterable[int]) -> set[int]:
+        return {rank for rank in ranks if rank in self._own and rank in self._dead}
+
+
+def on_machines(act: Callable[[StoreGang], Any], victim: int) -> list[Any]:
+    """What `act` returns on each rank; the victim raises `Died`, after which its machine knows it to have ended."""
+    store: Any = dist.HashStore()
+    dead, nonce = set[int](), uuid.uuid4().hex
+
+    def on_rank(rank: int) -> Any:
+        first = rank - rank % 3
+        roll = Machine(range(first, first + 3), dead)
+        gang = StoreGang(lambda: store, rank=rank, size=MACHINES, nonce=nonce, flat=2, roll=roll)
+        try:
+            gang.enter("before", timeout=LONG)
+            return act(gang)
+        except Died:
+            dead.add(rank)
+            return None
+        finally:
+            gang.close()
+
+    settled = run_threads(MACHINES, on_rank)
+    errors = {rank: outcome for rank, outcome in enumerate(settled) if isinstance(outcome, BaseException)}
+    assert not errors, RanksError(errors)
+    return [outcome for rank, outcome in enumerate(settled) if rank != victim]
+
+
+@pytest.mark.parametrize("victim", [1, 3, 4, 8, 0])
+def test_a_death_is_noticed_wherever_it_can_be_seen(victim: int) -> None:
+    """In the group of rank 0, the first of another, the last of one, alone; and rank 0 itself, seen by its group."""
+
+    def act(gang: StoreGang) -> Any:
+        if gang.rank == victim:
+            raise Died
+        return refusal(lambda: together(gang, lambda: None, phase="write", timeout=LONG))
+
+    errors = on_machines(act, victim)
+    for error in errors:
+        assert error["absent"] == (victim,)
+        assert error["took_s"] < ENOUGH_S, "the timeout is longer"
+    assert victim == 0 or len({error["text"] for error in errors}) == 1
+
+
+@pytest.mark.parametrize("victim", [1, 3, 4])
+def test_a_death_after_the_vote_does_not_change_the_vote(victim: int) -> None:
+    def act(gang: StoreGang) -> Any:
+        values = gang.gather(gang.rank, timeout=LONG)
+        if gang.rank == victim:
+            raise Died
+        told = gang.broadcast(values, timeout=LONG)
+        return told, refusal(lambda: together(gang, lambda: None, phase="next", timeout=LONG))
+
+    for told, error in on_machines(act, victim):
+        assert told == list(range(MACHINES))
+        assert error["absent"] == (victim,)
+        assert error["took_s"] < ENOUGH_S
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_group_has_given_is_read_if_its_first_dies_before_it_hands_it_on(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """`late`: one of them gives its value only after that."""
+    died, wait = threading.Event(), Gathering._await
+
+    def die_at_the_bell(self: Gathering, key: str, *args: Any, **options: Any) -> None:
+        if key.endswith("bell/3") and self._rank == 3 and armed.is_set():
+            died.set()
+            raise Died
+        wait(self, key, *args, **options)
+
+    armed = threading.Event()
+    monkeypatch.setattr(Gathering, "_await", die_at_the_bell)
+
+    def act(gang: StoreGang) -> Any:
+        armed.set()
+        if gang.rank == 4 and late:
+            assert died.wait(LONG.total_seconds())
+            threading.Event().wait(0.5)  # rank 0 has looked meanwhile
+        began = time.monotonic()
+        values = gang.gather(gang.rank, timeout=LONG)
+        told = gang.broadcast(values, timeout=LONG)
+        return told, time.monotonic() - began
+
+    for told, took_s in on_machines(act, 3):
+        assert told == list(range(MACHINES))
+        assert took_s < ENOUGH_S
+
+
+def test_rank_0_hears_few_and_what_is_folded_is_short() -> None:
+    size, nonce = 60, uuid.uuid4().hex
+    store: Any = dist.HashStore()
+    counted: Any = Counted(store)
+
+    def on_rank(rank: int) -> Any:
+        gang = StoreGang(lambda: store if rank else counted, rank=rank, size=size, nonce=nonce, flat=8)
+        try:
+            gang.enter("scope", timeout=LONG)
+            counted.reset(rank)
+            plain = gang.gather(rank, timeout=LONG)
+            gang.broadcast(None, timeout=LONG)
+            counted.note("plain", rank)
+            folded = gang.gather({"all": rank}, timeout=LONG, fold=total)
+            gang.broadcast(None, timeout=LONG)
+            counted.note("folded", rank)
+            return plain, folded
+        finally:
+            gang.close()
+
+    outcomes: list[Any] = run_threads(size, on_rank)
+    errors = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, BaseException)}
+    assert not errors, RanksError(errors)
+    plain, folded = outcomes[0]
+    assert plain == list(range(size))
+    assert total(folded) == {"all": sum(range(size))}
+    assert len(folded) == 7 + 1 + 7, "eight ranks in a group: those of the first, and one for each other"
+    assert counted.values["plain"] == counted.values["folded"] <= 3 * 8
+    assert max(counted.calls.values()) <= 16
+
+
+def total(parts: Sequence[Any]) -> Any:
+    return {"all": sum(part["all"] for part in parts)}
+
+
+class Counted:
+    """The store as rank 0 uses it: how many requests, and how many values it reads."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._now = [0, 0]
+        self.values, self.calls = dict[str, int](), dict[str, int]()
+
+    def reset(self, rank: int) -> None:
+        if rank == 0:
+            self._now = [0, 0]
+
+    def note(self, what: str, rank: int) -> None:
+        if rank == 0:
+            (self.calls[what], self.values[what]), self._now = self._now, [0, 0]
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            self._now[0] += 1
+            self._now[1] += {"multi_get": lambda keys: len(keys), "get": lambda key: 1}.get(name, lambda *_: 0)(*args)
+            return getattr(self._store, name)(*args)
+
+        return call

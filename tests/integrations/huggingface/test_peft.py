@@ -1,0 +1,47 @@
+"""LoRA: the base is stored once, an adapter loads alone, and what PEFT reads lies beside each step."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.forks import Forks
+from tests.integrations.huggingface import jobs
+from tests.integrations.huggingface.jobs import Place
+
+pytestmark = pytest.mark.xdist_group("huggingface")
+
+
+def test_a_killed_training_of_an_adapter_goes_on_with_the_same_losses(forks: Forks, tmp_path: Path) -> None:
+    whole = Place(str(tmp_path / "whole"), tmp_path / "whole")
+    (expected,) = forks.run(1, jobs.lora, whole, None, False, preload=jobs.PRELOAD)
+    place = Place(str(tmp_path / "out"), tmp_path / "out")
+    (killed,) = forks.run_settled(1, jobs.lora, place, 4, False)
+    assert killed.killed == signal.SIGKILL
+    (seen,) = forks.run(1, jobs.lora, place, None, True)
+    assert seen.resumed in (2, 4)
+    assert seen.losses == expected.losses
+    assert len(expected.losses) == 8
+
+
+def test_the_base_is_stored_once_and_the_adapter_goes_alone(forks: Forks, tmp_path: Path) -> None:
+    place = Place(str(tmp_path), tmp_path)
+    (seen,) = forks.run(1, jobs.lora_looked_at, place, preload=jobs.PRELOAD)
+    assert seen == {
+        "adapter is that of the step": True,
+        "base stays as it was": True,
+        "no more is read": True,
+        "PEFT opens the copy": True,
+        "only the adapter is in it": True,
+        "a model without an adapter": "a GPT2LMHeadModel has no adapter of PEFT: give what get_peft_model returned",
+        "from_pretrained": "load it with adapter_only(model), or open its copy, <output_dir>/checkpoint-<step>, with "
+        "PeftModel.from_pretrained",
+    }
+    base, *steps = [
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in (tmp_path / "blobs", *sorted(tmp_path.glob("step_*")))
+    ]
+    assert len(steps) == 2
+    assert all(nbytes < base / 4 for nbytes in steps), (base, steps)
