@@ -98,10 +98,15 @@ class Torchrun:
                     self._agents[node] = start_agent(self._program, mark=self._mark, output=log)
 
     def lose(self, pid: int, *, back_after_s: float) -> None:
-        agent = psutil.Process(pid).ppid()
-        for each in (agent, pid):
-            os.kill(each, signal.SIGKILL)
-        node = next(node for node, it in enumerate(self._agents) if it is not None and it.pid == agent)
+        above = psutil.Process(pid).ppid()
+        node = next((node for node, it in enumerate(self._agents) if it is not None and it.pid == above), None)
+        if node is None:  # its agent has ended this very moment
+            os.kill(pid, signal.SIGKILL)
+            return
+        # With all that is on it: the agent may just have started another worker.
+        for each in (above, *(child.pid for child in psutil.Process(above).children(recursive=True))):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
         self._due[node] = time.monotonic() + back_after_s
 
     def ended_well(self) -> bool:

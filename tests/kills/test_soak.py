@@ -47,6 +47,8 @@ def test_the_judge_finds_what_is_wrong() -> None:
     for step in (1, 2, 3):
         judge.hear(line("loss", step, judge.truth.loss(step).hex()))
         judge.hear(line("told", step))
+    for pid in (2, 3):
+        judge.hear(line("load", 0, pid=pid))
     judge.hear(line("resumed", 3, pid=2))
     judge.hear(line("loss", 2, judge.truth.loss(2).hex()))
     judge.hear(line("ended", 3, judge.truth.total(3).hex()))

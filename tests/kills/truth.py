@@ -78,6 +78,9 @@ class Judge:
     """By rank."""
     gap_s: float = 0.0
     """The longest time without a step that was new."""
+    _promised_before: dict[int, int] = field(default_factory=dict)
+    """By process, when it began to look. (torchrun may have two lives at once, each of a node that takes the other for
+    dead: what the other was promised since is no fault.)"""
     _advanced_at: float = field(default_factory=time.monotonic)
 
     def hear(self, line: Line) -> None:
@@ -85,8 +88,11 @@ class Judge:
         self.last[line.pid] = line
         if line.word == "told":
             self.promised = max(self.promised, line.step)
-        elif line.word == "resumed" and line.step < self.promised:
-            self.wrong.append(f"step {self.promised} was promised, and rank {line.rank} goes on from {line.step}")
+        elif line.word == "load":
+            self._promised_before[line.pid] = self.promised
+        elif line.word == "resumed" and line.step < self._promised_before[line.pid]:
+            promised = self._promised_before[line.pid]
+            self.wrong.append(f"step {promised} was promised, and rank {line.rank} goes on from {line.step}")
         elif line.word == "loss":
             self._compare("loss", line, self.truth.loss(line.step))
             if line.step > self.furthest:
