@@ -13,8 +13,9 @@ nothing, `.old` has been removed by then, so the second rename is done, and the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, Aside, is_attempt, parse_aside, parse_step, step_folder
@@ -41,6 +42,12 @@ class Entry:
         return f"{self.folder}/{MANIFEST}"
 
 
+_Look: TypeAlias = Callable[[Sequence[int], Sequence[int]], tuple[list[Entry], Sequence[int]]]
+
+_LOOKS = 10
+"""At a root in which the newest steps vanish under one's eyes."""
+
+
 class Catalog:
     """What is committed below a root, found anew by every call.
 
@@ -59,8 +66,7 @@ class Catalog:
 
     def entries(self) -> list[Entry]:
         """The committed steps and where they lie, ascending by step."""
-        plain, replaced = _candidates(self._names())
-        return self._found(plain, {*plain, *replaced})
+        return self._listed(lambda plain, steps: (self._found(plain, steps), []))[0]
 
     def entry(self, step: int) -> Entry:
         """Where this step lies, without listing the root in the usual case. `CheckpointNotFoundError` if nowhere."""
@@ -88,13 +94,38 @@ class Catalog:
     def newest_first(self) -> Iterator[Entry]:
         """The committed steps, descending, for a search that mostly ends at the first: one request for the root, then
         one for each step that is looked at, which is not many more than are taken from this."""
-        plain, replaced = _candidates(self._names())
-        steps, at = sorted({*plain, *replaced}, reverse=True), 0
-        while at < len(steps):
+        found, steps = self._listed(self._newest_of)
+        yield from reversed(found)
+        for at in range(0, len(steps), AT_ONCE):
+            yield from reversed(self._found(block := steps[at : at + AT_ONCE], block))
+
+    def _newest_of(self, _: Sequence[int], steps: Sequence[int]) -> tuple[list[Entry], Sequence[int]]:
+        """The first that are committed, and the steps after these that have not been looked at."""
+        found, at = list[Entry](), 0
+        while at < len(steps) and not found:
             # The newest by name has mostly a record of its own: then no other need be looked at yet.
             block = steps[at : at + (AT_ONCE if at else 1)]
             at += len(block)
-            yield from reversed(self._found(block, block))
+            found = self._found(block, block)
+        return found, steps[at:]
+
+    def _listed(self, look: _Look) -> tuple[list[Entry], Sequence[int]]:
+        """What that finds of a listing, given the steps that may have folders of their own, and all, descending.
+
+        Steps above the newest that it finds are saves under way; or a job has saved and pruned on meanwhile, and what
+        was found is the past (2026-11: seen beside five saves a second, of which three were kept). The former are
+        listed a second time as well.
+        """
+        gone: set[int] = set()
+        for _ in range(_LOOKS):
+            plain, replaced = _candidates(self._names())
+            steps = sorted({*plain, *replaced}, reverse=True)
+            found, rest = look(plain, steps)
+            newest = found[-1].step if found else -1
+            before, gone = gone, {step for step in steps if step > newest}
+            if not gone or gone == before:
+                break
+        return found, rest
 
     def _names(self) -> list[str]:
         try:

@@ -16,7 +16,7 @@ from shardckpt.errors import (
     CheckpointLoadError,
     CheckpointNotFoundError,
 )
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.format.reduced import NoModelError
 from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import delete_step, preserve_model
@@ -26,6 +26,7 @@ from shardckpt.run.requests import each
 from shardckpt.run.retention import NOTHING, SCORE, Decision, KeepBest, Policy, StepFacts, decide
 from shardckpt.run.scores import Scores, read_scores
 from shardckpt.run.shared.sweeping import tidy_blobs
+from shardckpt.storage.base import Storage
 
 _log = logging.getLogger(__name__)
 
@@ -119,9 +120,9 @@ def plan_retention(
 ) -> Decision:
     """What `retain` would keep, and why, and what it would delete or reduce to its model. Only looks.
 
-    Besides what `decide` keeps, these stay: the newest sound step that has more than its model (if none has, the newest
-    sound one), pinned ones, the best one by `best_by`, if that is given, and those whose score or metrics are to be
-    compared and are damaged: they may be the best.
+    Besides what `decide` keeps, these stay: the newest step that is whole by its record and the sizes of its files and
+    has more than its model (if none has, the newest whole one), pinned ones, the best one by `best_by`, if that is
+    given, and those whose score or metrics are to be compared and are damaged: they may be the best.
     """
     return _decide(catalog, policy, catalog.entries(), protected, best_by)
 
@@ -148,7 +149,7 @@ def _decide(
         return decision
     pinned = pinned_steps(catalog.storage)
     history = [replace(facts, pinned=facts.step in pinned) for facts in history]
-    step, why = _resume_point(catalog, entries)
+    step, why = _resume_point(catalog, entries, protected)
     if step in decision.doomed:
         stay[step] = why
     stay |= _best(catalog, entries, decision.doomed, best_by) if best_by is not None else {}
@@ -177,16 +178,36 @@ def _measured(catalog: Catalog, entries: Sequence[Entry], rule: KeepBest) -> tup
     return values, {step: "its metrics cannot be read" for step, metrics in found.items() if metrics is None}
 
 
-def _resume_point(catalog: Catalog, entries: Sequence[Entry]) -> tuple[int, str]:
-    """The newest step that a job can go on from as far as its record tells, and why it stays; -1 if there is none."""
-    found = -1
+def _resume_point(catalog: Catalog, entries: Sequence[Entry], protected: Mapping[int, str]) -> tuple[int, str]:
+    """The newest step that a job can go on from as far as its record and the sizes of its files tell, and why it stays;
+    -1 if there is none. What is protected (it was just saved, or resumed from) is taken for whole."""
+    only_model, not_whole = -1, -1
     for entry in reversed(entries):
         record = _sound_record(catalog, entry)
-        if record is not None and not record.model_only:
-            return entry.step, "the newest one with a sound record and more than its model"
-        if record is not None:
-            found = max(found, entry.step)
-    return found, "the newest one with a sound record"
+        if record is None:
+            continue
+        if entry.step not in protected and not _is_whole(catalog.storage, entry, record):
+            not_whole = max(not_whole, entry.step)
+        elif not record.model_only:
+            return entry.step, "the newest whole one with more than its model"
+        else:
+            only_model = max(only_model, entry.step)
+    if only_model >= 0:
+        return only_model, "the newest whole one"
+    return not_whole, "the newest one with a sound record"
+
+
+def _is_whole(storage: Storage, entry: Entry, record: Manifest) -> bool:
+    def is_there(file: FileEntry) -> bool:
+        try:
+            return storage.size(file.key_in(entry.folder)) == file.nbytes
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            what = f"cannot tell whether step {entry.step} in {storage.url} is whole: {error}; nothing was deleted"
+            raise CheckpointLoadError(what, step=entry.step) from error
+
+    return all(each(is_there, record.files))
 
 
 def _times(catalog: Catalog, entries: Sequence[Entry]) -> dict[int, str]:

@@ -165,3 +165,25 @@ def test_a_policy_that_keeps_every_second_asks_about_those_alone() -> None:
         gone = retain(Catalog(many), KeepEvery(steps=2))
         assert len(gone) == MANY // 2 - 1, "the newest stays"
         assert requests(many, lambda storage: retain(Catalog(storage), KeepEvery(steps=2))) <= MANY // 2 + 4
+
+
+@pytest.mark.parametrize("make", [MemoryStorage, MemoryObjects])
+@pytest.mark.parametrize("ask", [lambda catalog: catalog.steps()[-1], lambda catalog: catalog.latest().step])
+def test_steps_that_are_pruned_while_one_looks_do_not_hide_newer_ones(
+    make: Callable[[str], Storage], ask: Callable[[Catalog], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process saves and prunes on after each listing; step 10 is pinned, so it is always there."""
+    storage = make("run")
+    for step in (10, 20):
+        commit(storage, step)
+    listed, turns = storage.list, iter([(20, 30), (30, 40), (40, 50)])
+
+    def list_and_go_on(prefix: str = "") -> list[str]:
+        names = listed(prefix)
+        if not prefix and (turn := next(turns, None)) is not None:
+            commit(storage, turn[1])
+            storage.delete_tree(f"step_{turn[0]}")
+        return names
+
+    monkeypatch.setattr(storage, "list", list_and_go_on)
+    assert ask(Catalog(storage)) == 50

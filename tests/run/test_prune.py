@@ -102,8 +102,30 @@ def test_the_newest_step_with_a_sound_record_stays(storage: Storage) -> None:
     catalog = make_run(storage, [None] * 5)
     for step in (40, 50):
         damage(storage, f"step_{step}/{MANIFEST}")
-    assert plan_retention(catalog, KeepLast(2)).kept[30] == "the newest one with a sound record and more than its model"
+    assert plan_retention(catalog, KeepLast(2)).kept[30] == "the newest whole one with more than its model"
     assert [deleted.step for deleted in retain(catalog, KeepLast(2))] == [10, 20]
+
+
+def test_a_step_that_lacks_a_file_is_not_the_one_to_go_on_from(storage: Storage) -> None:
+    catalog = make_run(storage, [None] * 4)
+    for step, harm in ((30, lambda key: damage(storage, key)), (40, lambda key: storage.delete([key]))):
+        folder, record = catalog.record(step)
+        harm(record.files[-1].key_in(folder))
+    assert plan_retention(catalog, KeepLast(1)).kept[20] == "the newest whole one with more than its model"
+    saved = plan_retention(catalog, KeepLast(1), protected={40: "the step that was just saved"})
+    assert 20 in saved.doomed, "nobody looks at files that were written a moment ago"
+    assert [deleted.step for deleted in retain(catalog, KeepLast(1))] == [10, 30]
+    assert catalog.steps() == [20, 40]
+
+
+def test_where_no_step_is_whole_the_newest_with_a_sound_record_stays(storage: Storage) -> None:
+    catalog = make_run(storage, [None] * 3)
+    for step in (10, 20):
+        folder, record = catalog.record(step)
+        storage.delete([record.files[-1].key_in(folder)])
+    damage(storage, f"step_30/{MANIFEST}")
+    assert plan_retention(catalog, KeepLast(1)).kept[20] == "the newest one with a sound record"
+    assert 20 in plan_retention(catalog, KeepLast(1), protected={10: "resumed from"}).doomed
 
 
 def test_the_best_step_stays_whatever_a_policy_says(storage: Storage) -> None:

@@ -226,7 +226,7 @@ def test_the_newest_full_step_outlives_newer_ones_of_which_only_the_model_is_lef
     assert next(step for step in catalog.full_steps() if step != 4) == 2
     assert catalog.steps() == ([1, 2, 3, 4] if keep_models else [2, 4])
     plan = plan_retention(catalog, KeepLast(1))
-    assert plan.kept[2] == "the newest one with a sound record and more than its model"
+    assert plan.kept[2] == "the newest whole one with more than its model"
 
 
 def test_where_only_models_are_left_the_newest_of_them_stays(storage: Storage) -> None:
@@ -234,7 +234,7 @@ def test_where_only_models_are_left_the_newest_of_them_stays(storage: Storage) -
     for step in (1, 2, 3):
         preserve_model(storage, catalog.entry(step))
     storage.replace(f"step_3/{MANIFEST}", b"damaged")
-    assert plan_retention(catalog, KeepLast(1)).kept[2] == "the newest one with a sound record"
+    assert plan_retention(catalog, KeepLast(1)).kept[2] == "the newest whole one"
     assert [gone.step for gone in retain(catalog, KeepLast(1))] == [1]
 
 
