@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -119,6 +120,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CARD] = Scorecard()
     config.stash[_BEGUN] = datetime.now(timezone.utc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only a larger run has: tests marked `larger`, and of one marked `sampled(n)` most cases."""
+    factor = config.getoption("--scale").factor
+    if factor is None or factor >= 2:
+        return
+    seen, left, kept = Counter[str](), list[pytest.Item](), list[pytest.Item]()
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        turn = 0
+        if marker is not None:
+            name = item.nodeid.partition("[")[0]
+            turn, seen[name] = seen[name] % marker.args[0], seen[name] + 1
+        (left if turn or item.get_closest_marker("larger") else kept).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")

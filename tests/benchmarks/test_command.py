@@ -185,7 +185,8 @@ def test_any_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(f"AWS_{'ACCESS_' if name == 'KEY_ID' else 'SECRET_'}{name}", value)
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
         file, root = tmp_path / "results.json", f"s3://{server.bucket}/runs"
-        arguments = ["--state", "D", "--engines", *engines, "torchsnapshot", "--root", root, "--json", str(file)]
+        arguments = ["--state", "D", "--engines", *engines, "torchsnapshot", "--root", root, "--json", str(file),
+                     "--measures", "limits", "save", "load", "cold"]  # fmt: skip
         assert main([*TINY, *arguments]) == 0
         assert not server.file_system.find(server.bucket), "something was left behind"
     results = Results.decode(file.read_text())

@@ -73,6 +73,7 @@ def test_it_trains_is_killed_resumes_on_two_meshes_and_finds_the_same_losses(tex
     assert all((run / step / "manifest.json").is_file() for step in ("step_2", "step_4", "step_6"))
 
 
+@pytest.mark.larger
 def test_it_fails_when_the_resumed_run_has_lost_its_random_streams(text, temporary):
     show = demo(*SMALL, "--mesh", "1x1", "--others", "none", "--text", text, "--forget", "rng", temporary=temporary)
     output, _ = show.communicate(timeout=200)

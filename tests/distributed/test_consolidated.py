@@ -59,7 +59,7 @@ def write_jobs(rank: int, world_size: int, folder: Path, layouts: list[Layout], 
 
 
 @pytest.mark.parametrize("world_size", [4, 2, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.larger)])
 def test_every_layout_gives_the_unsharded_model(ranks, world_size, dtype):
     layouts = [layout for layout in LAYOUTS if layout.ranks == world_size]
     assert set(ranks.run(world_size, write_jobs, layouts, dtype)) == {len(layouts)}

@@ -131,6 +131,7 @@ def write_odd(rank: int, world_size: int, folder: Path, use_orig_params: bool, n
     assert found["again.weight"].data_ptr() == found["twice.weight"].data_ptr()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_orig_params", [True, False])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("world_size", [3, 4])

@@ -78,6 +78,7 @@ def flip_together(file: Path, offset: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     ("saved_on", "saved", "loaded_on", "loaded"),

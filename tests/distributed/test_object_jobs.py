@@ -162,7 +162,13 @@ def sweep(storage: S3Storage) -> list[str]:
 
 @pytest.mark.crash
 @pytest.mark.parametrize(
-    ("before", "after"), [(Layout(1), Layout(2)), (Layout(2), Layout(2, 2)), (Layout(2, 2), Layout(1))], ids=str
+    ("before", "after"),
+    [
+        (Layout(1), Layout(2)),
+        (Layout(2), Layout(2, 2)),
+        pytest.param(Layout(2, 2), Layout(1), marks=pytest.mark.larger),
+    ],
+    ids=str,
 )
 def test_save_kill_resume_on_another_mesh_keep_the_last_export_and_verify(
     server: S3Server, ranks: ProcessPool, tmp_path: Path, before: Layout, after: Layout

@@ -107,6 +107,7 @@ class Training:
         self.optimizer.step()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("phase", "kind", "victim"), ROWS)
 def test_training_goes_on_and_the_next_save_commits(
     monkeypatch: pytest.MonkeyPatch, phase: str, kind: str, victim: int

@@ -20,6 +20,15 @@ def test_states(n, scale, scorecard):
     scorecard.add("crash states", runs=runs, torn=n == 3, notes="tiny | states")
     scorecard.add("kills", runs=1, lost=2)
     assert n != 3, "counted all the same"
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("n", range(7))
+def test_table(n, scorecard):
+    scorecard.add("table", runs=1)
+
+@pytest.mark.larger
+def test_more(scorecard):
+    scorecard.add("table", runs=100)
 """
 
 
@@ -38,6 +47,7 @@ def run(folder: Path, *arguments: str) -> str:
 def test_rows_are_added_up(tmp_path: Path, arguments: tuple[str, ...], runs: str) -> None:
     text = run(tmp_path, *arguments)
     assert f"| crash states | {runs} | 1 | 0 | 0 | 0 | 0 | tiny \\| states |\n" in text
+    assert f"| table | {107 if arguments else 3} | 0 |" in text
     assert "| kills | 4 | 0 | 8 | 0 | 0 | 0 |  |\n" in text
     assert f"scale {arguments[1] if arguments else 1}, " in text
     assert "1 tests failed" in text
