@@ -44,8 +44,8 @@ part "ruff check" ruff check
 part "ruff format" ruff format --check
 part "mypy" mypy -p shardckpt -p benchmarks -p tests
 part "shellcheck" shellcheck -x launch/*.sh launch/*/*.sh launch/slurm/train.sbatch docker/*.sh .ci/run
-# Four workers for two cores: nearly half of what the tests take is waiting, for deadlines, servers and disks.
-part "pytest" env OMP_NUM_THREADS=1 python -m pytest -n 4 --junitxml="$results/tests.xml" "$@"
+# Three workers for two cores: nearly half of what the tests take is waiting, for deadlines, servers and disks.
+part "pytest" env OMP_NUM_THREADS=1 python -m pytest -n 3 --junitxml="$results/tests.xml" "$@"
 printf '\n'
 count
 ((${#failed[@]} == 0))

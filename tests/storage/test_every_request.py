@@ -300,5 +300,5 @@ def test_that_an_error_was_swallowed_is_found(bench: Bench, monkeypatch: pytest.
 def test_that_a_page_was_taken_for_an_answer_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """As botocore takes it: a deletion that was not done, and a step of which only the record is left."""
     monkeypatch.setattr(requests, "_answered", lambda answer, name: answer.get(name))
-    rows = (bench.strike("prune", nth, (Harm.GARBAGE, False)) for nth in range(5, 8))
+    rows = (bench.strike("prune", nth, (Harm.GARBAGE, False)) for nth in range(6, 12))
     assert any(row is not None and row.torn for row in rows)

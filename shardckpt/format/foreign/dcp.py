@@ -109,13 +109,23 @@ def decode_dcp_metadata(data: bytes) -> DcpMetadata:
         raise ValueError(f"not the metadata of a DCP checkpoint: {type(error).__name__}: {error}") from error
 
 
+_NOTHING = Callee(lambda *_: None)
+
+
+def _member(owner: Any, name: Any) -> None:
+    """Of a memory format, as Python 3.11.0 to 3.11.3 pickle members of an Enum; of nothing else."""
+    if owner is not _NOTHING or type(name) is not str:
+        raise ValueError("builtins.getattr is not on the allow-list but for memory formats")
+
+
 @functools.lru_cache(maxsize=1)
 def _known() -> dict[str, Any]:
     """Everything that the file may name. Of paths (where it was written) and memory formats nothing is kept."""
     own = known_globals()
     plain = {name: value for name, value in own.items() if isinstance(value, torch.dtype)}
     calls = {name: own[name] for name in ("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict")}
-    nothing = dict.fromkeys((*_ENCODINGS, *_PATHS), Callee(lambda *_: None))
+    nothing = dict.fromkeys((*_ENCODINGS, *_PATHS), _NOTHING)
+    nothing["builtins.getattr"] = Callee(_member)
     records = {f"{module}.{kind}": RecordKind(kind) for module, kinds in _RECORDS.items() for kind in kinds}
     return {**plain, **calls, **nothing, **records}
 

@@ -6,7 +6,9 @@ import io
 import pickle
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -71,6 +73,36 @@ class Reduced:
 
 def own(**fields: Any) -> Metadata:
     return Metadata(**{"state_dict_metadata": {}, "storage_data": {}, **fields})
+
+
+class OldPickler(pickle._Pickler):
+    """Pickles members of an Enum as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_members_of_an_enum_by_their_names(sample: dict[str, bytes], protocol: int) -> None:
+    file = io.BytesIO()
+    OldPickler(file, protocol).dump(pickle.loads(sample[METADATA]))
+    assert b"getattr" in file.getvalue()
+    assert decode_dcp_metadata(file.getvalue()) == decode_dcp_metadata(sample[METADATA])
+
+
+@pytest.mark.parametrize("owner", [torch.float32, OrderedDict, torch.Size, Metadata, 3, "text"])
+def test_no_other_attribute_is_looked_at(owner: Any) -> None:
+    assert "getattr" in refused(pickle.dumps(Attribute(owner), protocol=2))
+
+
+class Attribute:
+    """Becomes an attribute of that when it is loaded."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, "__class__")
 
 
 def test_no_pickle_of_an_attacker_is_run() -> None:
