@@ -19,7 +19,7 @@ from shardckpt.errors import GangError
 from shardckpt.gang import Gangs, StoreGang, together
 from shardckpt.gang.wire.roll import UNKNOWN, Roll, has_ended, neighbours, own_process
 from shardckpt.testing.gang_acts import ENOUGH_S, LONG, await_marks, mark, refusal
-from shardckpt.testing.pool import ProcessPool, RankLostError
+from shardckpt.testing.pool import Outcome, ProcessPool, RankLostError
 
 
 @pytest.fixture
@@ -104,6 +104,16 @@ def die_at_leisure(rank: int, size: int, folder: Path, victim: int) -> Any:
         gangs.close()
 
 
+def assert_noticed(outcomes: list[Outcome], victim: int) -> None:
+    """The others name the one that was killed, long before the timeout."""
+    assert isinstance(outcomes[victim].error, RankLostError)
+    for outcome in outcomes:
+        if outcome.rank != victim:
+            assert outcome.error is None, str(outcome)
+            assert outcome.value["absent"] == (victim,)
+            assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"
+
+
 @pytest.mark.crash
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_rank_that_is_killed_between_two_conversations(ranks: ProcessPool, victim: int) -> None:
@@ -141,12 +151,7 @@ def die_and_leave_a_child(rank: int, size: int, folder: Path, victim: int) -> An
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_kill_is_noticed_though_a_child_holds_the_connections(ranks: ProcessPool, victim: int) -> None:
     outcomes = ranks.run_settled(3, die_and_leave_a_child, victim)
-    assert isinstance(outcomes[victim].error, RankLostError)
-    for outcome in outcomes:
-        if outcome.rank != victim:
-            assert outcome.error is None, str(outcome)
-            assert outcome.value["absent"] == (victim,)
-            assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"
+    assert_noticed(outcomes, victim)
 
 
 def die_in_a_tree(rank: int, size: int, folder: Path, victim: int) -> Any:
@@ -171,9 +176,4 @@ def die_in_a_tree(rank: int, size: int, folder: Path, victim: int) -> Any:
 @pytest.mark.parametrize("victim", [0, 3, 4])
 def test_a_kill_is_noticed_wherever_in_a_tree(ranks: ProcessPool, victim: int) -> None:
     outcomes = ranks.run_settled(5, die_in_a_tree, victim)
-    assert isinstance(outcomes[victim].error, RankLostError)
-    for outcome in outcomes:
-        if outcome.rank != victim:
-            assert outcome.error is None, str(outcome)
-            assert outcome.value["absent"] == (victim,)
-            assert outcome.value["took_s"] < ENOUGH_S, "the timeout is longer"
+    assert_noticed(outcomes, victim)

@@ -11,6 +11,7 @@ import torch
 import shardckpt as sc
 from shardckpt.storage.local import LocalStorage
 from shardckpt.tools.verify import verify
+from tests.engine.frozen.lora import is_adapter
 from tests.engine.frozen.test_frozen import blobs, nbytes
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
@@ -44,10 +45,6 @@ def train(state: dict[str, Any], steps: int) -> list[float]:
         state["optimizer"].zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def is_adapter(name: str) -> bool:
-    return "lora_" in name
 
 
 def test_ten_steps_take_less_than_a_seventh_of_the_bytes_and_go_on_to_the_last_bit(tmp_path: Path) -> None:
