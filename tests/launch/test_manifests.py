@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.resources
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -54,8 +57,6 @@ def test_what_kubernetes_does_not_take_is_found(key: str, value: str) -> None:
 @pytest.mark.usefixtures("kubernetes")
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_manifests_are_what_the_extensions_take(document: dict[str, Any]) -> None:
-    import jsonschema
-
     if "." not in document["apiVersion"]:
         pytest.skip("Kubernetes' own")
     schema = definitions(Path(os.environ[CRDS]))[document["apiVersion"], document["kind"]]
@@ -92,6 +93,20 @@ def test_the_image_is_made_by_the_same_script_of_what_its_build_is_given(tmp_pat
     project = (ROOT / "pyproject.toml").read_text()
     assert 'readme = "README.md"' in project  # the package is not built without it
     assert "README.md" in copied
+
+
+def test_compose_is_what_its_specification_takes() -> None:
+    """The schema of compose-spec, as the package check-jsonschema brings it."""
+    schema = json.loads(
+        (importlib.resources.files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text()
+    )
+    validator = jsonschema.Draft202012Validator(schema)
+    document = yaml.safe_load(COMPOSE.read_text())
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)] == []
+    for spoil in ({"healthcheck": {"test": 1}}, {"depends_on": {"store": {"condition": "awake"}}}, {"surprise": 1}):
+        spoiled = copy.deepcopy(document)
+        spoiled["services"]["node-1"] |= spoil
+        assert not validator.is_valid(spoiled), spoil
 
 
 def test_compose_waits_for_the_store_and_tells_who_is_well() -> None:
