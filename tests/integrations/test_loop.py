@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,10 @@ pytestmark = [pytest.mark.xdist_group("plain loop"), pytest.mark.timeout(120)]
 PROGRAM = ROOT / "launch" / "loop.py"
 LAST, KILLED_AT, RESUMED = 14, 13, (6, 11)
 Losses = dict[int, float]
+inductor = [
+    pytest.mark.larger,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's own backend needs a C++ compiler: g++"),
+]
 
 
 @dataclass
@@ -51,9 +56,9 @@ def train(
     rank: int, world_size: int, folder: Path, to: Path, arguments: list[str], killed_at: int, server: dict[str, str]
 ) -> None:
     """As `torchrun` would; the process group is there already. In a process that ends afterwards."""
-    os.environ.update(server)
+    os.environ.update(server, TORCHINDUCTOR_CACHE_DIR=str(to.parent / "inductor"), TORCHINDUCTOR_COMPILE_THREADS="1")
     dist.init_process_group = dist.destroy_process_group = lambda *args: None
-    sys.argv, sys.stdout = [str(PROGRAM), *arguments, "--compile", "eager"], Lines(to / f"rank_{rank}", killed_at)
+    sys.argv, sys.stdout = [str(PROGRAM), "--compile", "eager", *arguments], Lines(to / f"rank_{rank}", killed_at)
     runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
@@ -80,8 +85,15 @@ def run(forks: Forks, tmp_path: Path) -> Callable[..., Any]:
 @pytest.mark.s3
 @pytest.mark.parametrize(
     ("ranks", "where", "more"),
-    [(1, "file", ()), (1, "s3", ()), (2, "file", ("--fsdp",)), (2, "s3", ())],
-    ids=["alone-file", "alone-s3", "fsdp-file", "ddp-s3"],
+    [
+        (1, "file", ()),
+        (1, "s3", ()),
+        (2, "file", ("--fsdp",)),
+        (2, "s3", ()),
+        pytest.param(1, "file", ("--compile", "inductor"), marks=inductor),
+        pytest.param(2, "file", ("--compile", "inductor"), marks=inductor),
+    ],
+    ids=["alone-file", "alone-s3", "fsdp-file", "ddp-s3", "inductor", "inductor-ddp"],
 )
 def test_killed_and_run_again_it_has_the_losses_of_one_that_was_not(
     run: Callable[..., Any], tmp_path: Path, ranks: int, where: str, more: Any, s3: S3Server, place: Any
