@@ -233,7 +233,12 @@ class Catalog:
 
 
 def read_record(storage: Storage, entry: Entry) -> Manifest:
-    """The record that lies where the entry says; errors as in `Catalog.record`.
+    """The record that lies where the entry says; errors as in `Catalog.record`."""
+    return read_record_with_text(storage, entry)[1]
+
+
+def read_record_with_text(storage: Storage, entry: Entry) -> tuple[bytes, Manifest]:
+    """The same with its bytes, for who is to replace it and nothing that came after it.
 
     A record of another step than its folder's name says is refused as damaged, although somebody may just have
     renamed or copied the folder: storage does not turn one whole, digested record into another, but the training
@@ -241,7 +246,8 @@ def read_record(storage: Storage, entry: Entry) -> Manifest:
     """
     where = f"{storage.url}/{entry.record_key}"
     try:
-        manifest = decode_manifest(storage.read(entry.record_key))
+        text = storage.read(entry.record_key)
+        manifest = decode_manifest(text)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{where}: there is no such checkpoint any more", step=entry.step) from error
     except OSError as error:
@@ -260,7 +266,7 @@ def read_record(storage: Storage, entry: Entry) -> Manifest:
             f"the folder was renamed or copied. Rename it to {step_folder(manifest.step)!r} to use it",
             step=entry.step,
         )
-    return manifest
+    return text, manifest
 
 
 def _candidates(names: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -32,9 +32,10 @@ from shardckpt.format.layout import (
 )
 from shardckpt.format.manifest import FileEntry, Manifest, encode_manifest
 from shardckpt.format.reduced import NoModelError, Reduced, may_be_doomed, reduce_to_model
-from shardckpt.run.catalog import Entry, read_record
+from shardckpt.run.catalog import Entry, read_record, read_record_with_text
 from shardckpt.run.scores import score_key
 from shardckpt.storage.base import Read, RenamingStorage, Storage
+from shardckpt.storage.transfer.exchange import exchange
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def preserve_model(storage: Storage, entry: Entry, *, model_key: str | None = No
     Args:
         model_key: the key of the model's state, if the record does not say the right one.
     """
-    record = read_record(storage, entry)
+    known, record = read_record_with_text(storage, entry)
     if record.model_only:
         _remove_unnamed(storage, entry, record)
         return None
@@ -90,7 +91,7 @@ def preserve_model(storage: Storage, entry: Entry, *, model_key: str | None = No
             "delete the step, or keep it",
             step=entry.step,
         ) from error
-    _replace_record(storage, entry, reduced)
+    _replace_record(storage, entry, known, reduced)
     _log_preserved(storage, reduced)
     return reduced
 
@@ -178,10 +179,10 @@ def _read_index(storage: Storage, key: str, file: FileEntry) -> ArchiveIndex:
     return decode_index(bytes(content), file.nbytes)
 
 
-def _replace_record(storage: Storage, entry: Entry, reduced: Reduced) -> None:
+def _replace_record(storage: Storage, entry: Entry, known: bytes, reduced: Reduced) -> None:
     """Put the record of the model in force; then delete what it does not name."""
     try:
-        storage.replace(entry.record_key, encode_manifest(reduced.manifest))
+        exchange(storage, entry.record_key, known, encode_manifest(reduced.manifest))
         doomed = [f"{entry.folder}/{file.name}" for file in reduced.doomed if not file.blob]
         _delete_beside(storage, entry, reduced.manifest, doomed)
     except OSError as error:

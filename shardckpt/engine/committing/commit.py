@@ -18,14 +18,14 @@ between the exchange and the giving back, by chance both.)
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from dataclasses import replace
 
 from shardckpt.errors import CommitUnknownError, RootNotSharedError
 from shardckpt.format.layout import MANIFEST, step_folder
 from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
-from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
+from shardckpt.storage.base import RenamingStorage, Storage
+from shardckpt.storage.transfer.exchange import exchange, saved_meanwhile
 
 _log = logging.getLogger(__name__)
 
@@ -125,17 +125,17 @@ def _rename_into_place(
         return None
     except FileExistsError:
         if _record_in(storage, target) not in (None, known):
-            raise _saved_meanwhile(storage, target) from None
+            raise saved_meanwhile(storage, target) from None
         if storage.exchange_folders(prefix, target):
             if _is_another(storage, prefix, known):
                 _give_back(storage, prefix, target, manifest)
-                raise _saved_meanwhile(storage, target) from None
+                raise saved_meanwhile(storage, target) from None
             return prefix
     aside = _aside(target, manifest.attempt, "old")
     storage.rename_folder(target, aside)
     if _is_another(storage, aside, known):
         storage.rename_folder(aside, target)
-        raise _saved_meanwhile(storage, target)
+        raise saved_meanwhile(storage, target)
     storage.rename_folder(prefix, target)
     return aside
 
@@ -204,19 +204,10 @@ def _commit_by_record(storage: Storage, manifest: Manifest, target: str, known: 
 def _replace_record(storage: Storage, key: str, known: bytes, content: bytes) -> bool:
     """Put the record over the one that is known; False if that is gone, and `FileExistsError` if it is another now."""
     try:
-        if isinstance(storage, SharedPuts):
-            storage.swap(key, known, content)
-        elif storage.read(key) == known:
-            storage.replace(key, content)
-        else:
-            raise _saved_meanwhile(storage, key)
+        exchange(storage, key, known, content)
     except FileNotFoundError:
         return False
     return True
-
-
-def _saved_meanwhile(storage: Storage, what: str) -> OSError:
-    return OSError(errno.EEXIST, f"{what} in {storage.url}: the step was saved by somebody else in the meantime")
 
 
 def _settle(storage: Storage, key: str, content: bytes, step: int, error: OSError, *, survives: bool = True) -> None:
