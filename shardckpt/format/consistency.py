@@ -64,14 +64,14 @@ def check_manifest(manifest: Manifest) -> None:
 
 def _check_files(files: Sequence[FileEntry], world: int) -> None:
     """Families of files are called alike, in one folder, and are checked for themselves when they are read."""
-    alone, families = loose(files), files.families if isinstance(files, FileColumns) else ()
+    columns = files if isinstance(files, FileColumns) else FileColumns(files, ())
+    alone, families = columns.loose, columns.families
     names = {check_file_name(file.name) for file in alone}
-    if len(names) != len(alone) or any(family.place_of(name) is not None for family in families for name in names):
+    if len(names) != len(alone) or any(map(columns.in_family, names)):
         raise ValueError("a file is named twice")
     some = names | {family.name(0) for family in families}
     folders = {"/".join(parts[:depth]) for parts in (n.split("/") for n in some) for depth in range(1, len(parts))}
-    inside = any(family.place_of(folder) is not None for family in families for folder in folders)
-    if inside or not names.isdisjoint(folders) or MANIFEST in names:
+    if any(map(columns.in_family, folders)) or not names.isdisjoint(folders) or MANIFEST in names:
         raise ValueError("a file has the name of a folder or of the record itself")
     for family in families:
         if min(family.writers) < 0 or max(family.writers) >= world:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from shardckpt.errors import Failure, GangError
 from shardckpt.gang.base import Fold, Gang, GatherError, Json
 from shardckpt.gang.wire.messages import decode, encode, ranks_text
+from shardckpt.gang.wire.vain import Deadline
 
 _T = TypeVar("_T")
 
@@ -106,6 +107,7 @@ class _Attempt:
         self._timeout = timeout
         self._step = step
         self._began = time.monotonic()
+        self._deadline = Deadline(timeout)
 
     def settle(self, done: _Done[Any], value: Json) -> list[Json] | None:
         """Tell how it went here and learn how it went elsewhere; raises unless all is well everywhere."""
@@ -130,6 +132,7 @@ class _Attempt:
         try:
             gathered: Any = self._gang.gather([own, value], timeout=self._left(done), fold=self._fold)
             said = dict(enumerate(gathered))
+            said[0] = [own or self._waited_too_long(), value]
         except GatherError as error:
             said, absent = error.values, error.absent
         except GangError as error:
@@ -185,6 +188,14 @@ class _Attempt:
         if elapsed <= self._timeout.total_seconds():
             return []
         message = f"its work took {elapsed:.3g} s, more than the {self._timeout.total_seconds():.3g} s allowed"
+        return [_failure_to_json(Failure(0, "TimeoutError", message))]
+
+    def _waited_too_long(self) -> list[Json]:
+        """Rank 0 has heard all, but stood still meanwhile (stopped by a signal, on a machine that hung): what they said
+        was in its place long ago, and by now they have given up. To go on, and commit, alone would be wrong."""
+        if self._deadline.left_s(1):
+            return []
+        message = f"it came to hear the others only after {self._deadline.waited_s:.3g} s, when they had given up"
         return [_failure_to_json(Failure(0, "TimeoutError", message))]
 
     def _verdict(self, failures: list[Failure], absent: tuple[int, ...], trouble: str) -> _Verdict:

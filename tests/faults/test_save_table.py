@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import shardckpt as sc
+from shardckpt.engine.committing import receipts, transaction
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.testing.faults import FailingStorage, GatedStorage, on
-from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, Outcome, at_once, make_place, run_row
+from tests.faults.gangwork import PATIENT, PLACES, RANKS, SHORT, Outcome, at_once, make_place, make_state, run_row
 
 
 def check(
@@ -160,3 +163,47 @@ def test_rank_0_cannot_tell_whether_the_rename_is_durable(tmp_path: Path) -> Non
     for outcome in outcomes:
         assert isinstance(outcome.error, sc.CommitUnknownError)
         assert outcome.after == {"steps": [1, 2], 1: True, 2: True, 3: True}
+
+
+@pytest.mark.parametrize("function", ["open_bundles", "disagreements", "compose_manifest", "merge_tables"])
+def test_rank_0_cannot_make_a_record_of_what_was_said(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Receipts of another version, say. The others hear at once what is wrong, and do not wait for their deadline."""
+    armed, module = threading.Event(), receipts if function == "merge_tables" else transaction
+    real = getattr(module, function)
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        if armed.is_set():
+            armed.clear()
+            raise ValueError("of another version")
+        return real(*args, **options)
+
+    def spoil(state: dict[str, Any], rank: int) -> None:
+        state["new"] = rank  # so that there is a table to be told of
+        if rank == 0:
+            armed.set()
+
+    monkeypatch.setattr(module, function, refuse)
+    outcomes = run_row(make_place("objects", Path()), lambda manager, rank: None, spoil=spoil)
+    check(outcomes, 0)
+    assert all("of another version" in str(outcome.error) for outcome in outcomes)
+
+
+def test_rank_0_that_stood_still_before_the_record_does_not_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have given up, and on an object store the attempt's files may have been swept meanwhile."""
+    late_s, real = [0.0], transaction.check_agreed
+
+    def stand_still(*args: Any) -> None:
+        real(*args)
+        late_s[0] += stops.pop() if stops else 0.0
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s[0])
+    monkeypatch.setattr(transaction, "time", clock)
+    monkeypatch.setattr(transaction, "check_agreed", stand_still)
+    place, stops = make_place("objects", Path()), [3600.0, 0.0]
+    with sc.CheckpointManager(place, timeout=PATIENT) as checkpoints:
+        checkpoints.save(1, make_state(0, 1)).result()
+        with pytest.raises(sc.CheckpointSaveError, match=r"it took 3\.6e\+03 s to come to the record"):
+            checkpoints.save(2, make_state(0, 2)).result()
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, make_state(0, 2)).result()
+        assert checkpoints.steps() == [1, 2]

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from shardckpt.gang import StoreGang, together
+from shardckpt.gang.wire import mailbox, tree
 from shardckpt.gang.wire.roll import Roll
 from shardckpt.gang.wire.tree import Gathering
 from shardckpt.testing.gang_acts import ENOUGH_S, LONG, SHORT, go_on, refusal
@@ -159,6 +160,95 @@ def test_what_a_group_has_given_is_read_if_its_first_dies_before_it_hands_it_on(
     for told, took_s in on_machines(act, 3):
         assert told == list(range(MACHINES))
         assert took_s < ENOUGH_S
+
+
+@pytest.mark.parametrize("victim", [1, 3, 4, 8])
+def test_a_rank_that_dies_between_its_value_and_the_count_is_waited_for_by_nobody(
+    monkeypatch: pytest.MonkeyPatch, victim: int
+) -> None:
+    """What it has given counts. Nobody rings the bell of those who wait, for one is missing in the count."""
+    armed, count = threading.Event(), Gathering._count
+
+    def die(self: Gathering, first: int) -> None:
+        if self._rank == victim and armed.is_set():
+            raise Died
+        count(self, first)
+
+    monkeypatch.setattr(Gathering, "_count", die)
+
+    def act(gang: StoreGang) -> Any:
+        armed.set()
+        began = time.monotonic()
+        told = gang.broadcast(gang.gather(gang.rank, timeout=LONG), timeout=LONG)
+        return told, time.monotonic() - began
+
+    for told, took_s in on_machines(act, victim):
+        assert told == list(range(MACHINES))
+        assert took_s < ENOUGH_S
+
+
+def test_of_two_that_end_at_once_rank_0_is_told_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 4 gives nothing, rank 8 its value. Who tells of 8 does so after who tells of 4, and before rank 0 looks."""
+    armed, told = threading.Event(), {4: threading.Event(), 8: threading.Event()}
+    count, tell, wait = Gathering._count, Gathering._tell_of, Gathering._wait
+
+    def die(self: Gathering, first: int) -> None:
+        if self._rank == 8 and armed.is_set():
+            raise Died
+        count(self, first)
+
+    def in_turn(self: Gathering, ended: Any) -> None:
+        if 8 in ended:
+            assert told[4].wait(LONG.total_seconds())
+        tell(self, ended)
+        told[4 if 4 in ended else 8].set()
+
+    def late(self: Gathering, passed: Any) -> set[int]:
+        if armed.is_set():
+            assert told[8].wait(LONG.total_seconds())
+        return wait(self, passed)
+
+    for name, act in (("_count", die), ("_tell_of", in_turn), ("_wait", late)):
+        monkeypatch.setattr(Gathering, name, act)
+
+    def write(gang: StoreGang) -> Any:
+        armed.set()
+        if gang.rank == 4:
+            raise Died
+        return refusal(lambda: together(gang, lambda: None, phase="write", timeout=LONG))
+
+    errors = [error for error in on_machines(write, 4) if error is not None]
+    assert len(errors) == MACHINES - 2
+    assert all(error["absent"] == (4,) and error["took_s"] < ENOUGH_S for error in errors)
+
+
+def test_a_store_that_is_slow_has_all_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than what is read after a deadline may take: thousands of ranks may ask it at once."""
+    monkeypatch.setattr(tree, "_READ_S", 0.0)
+    monkeypatch.setattr(mailbox, "_SLACK_S", 0.05)
+    store, nonce = Slow(dist.HashStore()), uuid.uuid4().hex
+
+    def act(rank: int) -> Any:
+        gang = StoreGang(lambda: store, rank=rank, size=4, nonce=nonce, flat=2)  # type: ignore[arg-type,return-value]
+        try:
+            gang.enter("scope", timeout=LONG)
+            return gang.broadcast(gang.gather(rank, timeout=LONG), timeout=LONG)
+        finally:
+            gang.close()
+
+    assert run_threads(4, act) == [[0, 1, 2, 3]] * 4
+
+
+class Slow:
+    """A store that takes its time to give many values."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "multi_get":
+            threading.Event().wait(0.15)
+        return getattr(self._store, name)
 
 
 def test_rank_0_hears_few_and_what_is_folded_is_short() -> None:

@@ -32,9 +32,13 @@ def fold_bundles(bundles: Sequence[Any]) -> dict[str, Any]:
 
 
 def open_bundles(bundles: Sequence[Any]) -> Bundle:
-    """What all messages say. On rank 0."""
-    folded = fold_bundles(bundles)
-    return Bundle(tuple(map(decode_receipt, folded["receipts"])), _without_digest(folded["held"]))
+    """What all messages say. On rank 0. `ValueError` for what is no message of this version."""
+    try:
+        folded = fold_bundles(bundles)
+        return Bundle(tuple(map(decode_receipt, folded["receipts"])), _without_digest(folded["held"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"a receipt is not as this version has it ({reason}): all ranks must run the same") from error
 
 
 def differing(receipts: Iterable[Receipt]) -> tuple[str, ...]:

@@ -164,30 +164,39 @@ class TableBook:
         self._ranks_of: dict[str, list[int]] = {}
         self._merged = Merged((), (), ())
 
-    def exchange(
+    def ask(
         self, gang: Gang, plan: SavePlan, receipts: Sequence[Receipt] | None, *, timeout: timedelta, step: int
-    ) -> Merged:
-        """Rank 0 asks one rank of each kind that it does not know; gives the tables on rank 0, nothing elsewhere."""
-        ranks_of: dict[str, list[int]] = {}
-        for receipt in receipts or ():
-            ranks_of.setdefault(receipt.table, []).append(receipt.rank)
-        unknown = [ranks[0] for digest, ranks in ranks_of.items() if digest not in self._known]
+    ) -> Sequence[Any]:
+        """Rank 0 asks one rank of each kind that it does not know; gives there what they sent, for `learn`."""
+        kinds = _ranks_by_table(receipts or ())
+        unknown = [ranks[0] for digest, ranks in kinds.items() if digest not in self._known]
         asked = announce(gang, lambda: unknown, phase="tables", timeout=timeout, step=step)
-        if asked:
+        if not asked:
+            return ()
 
-            def own() -> Any:
-                return _encode_tables(plan) if gang.rank in asked else None
+        def own() -> Any:
+            return _encode_tables(plan) if gang.rank in asked else None
 
-            for content in together_gather(gang, own, phase="tables", timeout=timeout, step=step) or ():
-                if content is not None:
-                    self._known[_digest_of(content)] = content
-        if ranks_of != self._ranks_of:
-            self._known = {digest: self._known[digest] for digest in ranks_of}
-            self._merged = merge_tables(
-                _decode_tables(self._known[digest], ranks) for digest, ranks in ranks_of.items()
-            )
-            self._ranks_of = ranks_of
+        sent = together_gather(gang, own, phase="tables", timeout=timeout, step=step) or ()
+        return [content for content in sent if content is not None]
+
+    def learn(self, receipts: Sequence[Receipt], sent: Sequence[Any]) -> Merged:
+        """On rank 0: the tables of all ranks, of which those that it did not know were `sent`."""
+        self._known |= {_digest_of(content): content for content in sent}
+        kinds = _ranks_by_table(receipts)
+        if kinds != self._ranks_of:
+            self._known = {digest: self._known[digest] for digest in kinds}
+            self._merged = merge_tables(_decode_tables(self._known[digest], ranks) for digest, ranks in kinds.items())
+            self._ranks_of = kinds
         return self._merged
+
+
+def _ranks_by_table(receipts: Iterable[Receipt]) -> dict[str, list[int]]:
+    """Digest of a table to the ranks that hold it."""
+    kinds: dict[str, list[int]] = {}
+    for receipt in receipts:
+        kinds.setdefault(receipt.table, []).append(receipt.rank)
+    return kinds
 
 
 def held_of(files: Any, alike: Mapping[str, Mapping[str, str]]) -> Any:
@@ -202,7 +211,7 @@ def explain(held: Sequence[Any], receipts: Sequence[Receipt]) -> str:
         for group, keys in groups.items():
             for key, digest in keys.items():
                 seen.setdefault((group, key), {}).setdefault(digest, []).append(rank)
-    expected = {group: [receipt.rank for receipt in _expected(group, receipts)] for group, _ in seen}
+    expected = {group: [each.rank for each in _expected(group, receipts)] for group in {group for group, _ in seen}}
     different: dict[str, str] = {}
     for (group, key), ranks_by_digest in sorted(seen.items()):
         having = {rank for ranks in ranks_by_digest.values() for rank in ranks}

@@ -12,6 +12,7 @@ to the other ranks takes it back: a rank that does not hear of it raises `Commit
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -73,6 +74,8 @@ class Transaction:
         """On rank 0, by rank, once they have met."""
         self._prefix = ""
         self._attempt = ""
+        self._bundles: Sequence[Any] | None = None
+        """On rank 0, what all have said of what they wrote; opened where they hear if that goes wrong."""
         self._receipts: Sequence[Receipt] | None = None
         self._differ: Sequence[str] = ()
         self._uploads: dict[str, UploadId] = {}
@@ -124,7 +127,7 @@ class Transaction:
         return self._uploads
 
     def write(self, work: Callable[[str], Receipt]) -> None:
-        """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts."""
+        """Every rank does its `work`, given the prefix of the attempt; rank 0 gets the receipts, for `compare`."""
         terms: dict[str, Any] = {"phase": "write", "fold": fold_bundles, **self._terms}
         gathered: Any
         try:
@@ -133,16 +136,16 @@ class Transaction:
             kinds = {failure.kind for failure in error.failures.values()}
             self._is_apart = RootNotSharedError.__name__ in kinds
             raise
-        if gathered is not None:
-            bundle = open_bundles(gathered)
-            self._receipts, self._differ = bundle.receipts, bundle.differ
+        self._bundles = gathered
 
     def compare(self, alike: Alike) -> None:
         """Raise on all ranks, naming keys and ranks, if two of them hold different values of what is stored once."""
         self._lease.may_be_in_force = self._gang.rank > 0  # rank 0 asks nobody any more
 
         def differing() -> list[str]:
-            return disagreements(self._receipts or ())
+            bundle = open_bundles(self._bundles or ())
+            self._receipts, self._differ = bundle.receipts, bundle.differ
+            return disagreements(bundle.receipts)
 
         doubtful = announce(self._gang, differing, phase="compare", **self._terms)
         if not doubtful:
@@ -153,10 +156,12 @@ class Transaction:
 
     def commit(self, plan: SavePlan, metadata: Mapping[str, Any], *, model_key: str = "model") -> Committed:
         """The record is composed from the receipts and nothing else, and put in force."""
-        tables = self._book.exchange(self._gang, plan, self._receipts, **self._terms)
+        sent = self._book.ask(self._gang, plan, self._receipts, **self._terms)
 
         def commit() -> list[Any]:
+            began, patience_s = time.monotonic(), self._limit.talk.total_seconds()
             receipts = self._receipts or []
+            tables = self._book.learn(receipts, sent)
             check_agreed(tables.tables, tables.layouts)
             created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             facts = (self._step, self._attempt, created, receipts, tables, dict(metadata))
@@ -168,6 +173,10 @@ class Transaction:
             self._limit.check()
             self._lease.beat()
             within(self._limit.work, partial(self._finish_uploads, receipts), what="finishing the uploads")
+            if (took_s := time.monotonic() - began) > patience_s:
+                raise TimeoutError(
+                    f"it took {took_s:.3g} s to come to the record: this process stood still, or its storage"
+                )
             self._put_in_force(manifest)
             return [manifest.nbytes, created, slowest.rank, slowest.seconds["write"]]
 

@@ -45,7 +45,8 @@ class Sources:
         self._files = FilesByName(manifest.files)
         self._folder = inside if self._files.begins_with(inside) else ""
         self._same_ranks = at.world_size == manifest.world_size
-        self._same_shards = at.shards == manifest.shards
+        self._shard_count = manifest.shards  # a look at all ranks, and asked for each file
+        self._same_shards = at.shards == self._shard_count
         own = [table for table in manifest.tables if self._same_ranks and at.rank in table.ranks]
         self._tables = own + [table for table in manifest.tables if table not in own]
         self._shards = Shards(manifest, at.shard)
@@ -183,7 +184,7 @@ class Sources:
 
     def files_of(self, rank: int, home: Home) -> str:
         """The file of that kind that belongs to a rank of those that saved."""
-        return self._folder + home_file(home, rank, self._manifest.shard_of[rank], self._manifest.shards)
+        return self._folder + home_file(home, rank, self._manifest.shard_of[rank], self._shard_count)
 
     def _elsewhere(self, rank: int) -> Iterator[str]:
         """For each tensor that this rank held, and of which only others wrote pieces, a file that has one."""

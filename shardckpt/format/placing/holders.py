@@ -71,7 +71,7 @@ def holders(
 
 def _along(length: int, cuts: tuple[Cut, ...], low: int, high: int, *, most: int) -> Iterator[_Share]:
     """The shares of one dimension that overlap [low, high)."""
-    if low >= high:
+    if low >= min(high, length):
         return
     order = nested_order(cuts)
     if order is None:

@@ -57,13 +57,6 @@ class Family:
     def places(self) -> Mapping[int, int]:
         return {number: place for place, number in enumerate(self.numbers)}
 
-    def place_of(self, name: str) -> int | None:
-        """The place of the file of that name; None if it is none of these."""
-        parsed = parse_name(name)
-        if parsed is None or (parsed[0], parsed[2]) != (self.before, self.after):
-            return None
-        return self.places.get(parsed[1])
-
 
 class FileColumns(Sequence[FileEntry]):
     """The files of a record: first those that are told one by one, then families."""
@@ -103,11 +96,14 @@ class FileColumns(Sequence[FileEntry]):
 
     def named(self, name: str) -> FileEntry | None:
         """The file of that name; None if there is none."""
-        for family in self.families:
-            place = family.place_of(name)
-            if place is not None:
-                return family.entry(place)
-        return self._by_name.get(name)
+        return self.in_family(name) or self._by_name.get(name)
+
+    def in_family(self, name: str) -> FileEntry | None:
+        """The file of that name; None if there is none, or if it is told by itself. However many families there are."""
+        parsed = parse_name(name)
+        family = self._alike.get((parsed[0], parsed[2])) if parsed is not None else None
+        place = family.places.get(parsed[1]) if family is not None and parsed is not None else None
+        return None if family is None or place is None else family.entry(place)
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +112,10 @@ class FileColumns(Sequence[FileEntry]):
     @cached_property
     def _by_name(self) -> dict[str, FileEntry]:
         return {file.name: file for file in self.loose}
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, str], Family]:
+        return {(family.before, family.after): family for family in self.families}
 
     def _at(self, place: int) -> FileEntry:
         if not 0 <= place < self._size:

@@ -16,7 +16,7 @@ from typing import Any
 
 from shardckpt.gang.base import Fold, Json
 from shardckpt.gang.wire.mailbox import LAST_S, Mailbox, SilentError, Store, there, waited
-from shardckpt.gang.wire.messages import encode
+from shardckpt.gang.wire.messages import decode, encode
 from shardckpt.gang.wire.roll import Roll, neighbours
 from shardckpt.gang.wire.vain import VainError
 
@@ -27,7 +27,7 @@ ENDED = "\0shardckpt: rank 0 has ended"
 _PAUSE_S = 0.05
 """Between two looks, once somebody has ended who had given its value before."""
 _READ_S = 5.0
-"""How long rank 0 may take, after its deadline, to read what was never handed on."""
+"""How long it may take, after the deadline, to read what was never handed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +189,25 @@ class Gathering:
                 if 0 in seen and of_rank_0:
                     self._mailbox.run(lambda store: store.compare_set(key, "", encode(ENDED)), timeout_s=left_s)
                     return
-                left = [self._left_by(rank) for rank in seen - {0}]
-                if not self._mailbox.run(lambda store: store.check(left), timeout_s=left_s):  # noqa: B023 (called at once)
-                    self._mailbox.put(self._round.bell(0), sorted(seen), timeout_s=left_s)
+                self._tell_of(seen - {0})
 
-    def _wait(self, passed: Collection[int]) -> set[int]:
+    def _tell_of(self, ended: AbstractSet[int]) -> None:
+        """Rank 0 is told that these have ended; what it has been told of others stays. Also of one that has given its
+        value: it may have been killed before it was counted, and then no bell would ever ring."""
+        bell = self._round.bell(0)
+
+        def ring(store: Store) -> None:
+            said = ""
+            while not ended <= (known := set(decode(said)) if said else set()):
+                now = store.compare_set(bell, said, encode(sorted(known | ended))).decode()
+                if now == said:  # it is gone: this is over
+                    return
+                said = now
+
+        self._mailbox.own(bell)
+        self._mailbox.run(ring, timeout_s=self._enough_s)
+
+    def _wait(self, passed: AbstractSet[int]) -> set[int]:
         """Rank 0: until all is there, or the time is over; or else gives those of whom it is known that they ended."""
         everyone, bell = range(1, self._tree.size), self._round.bell(0)
 
@@ -206,20 +220,21 @@ class Gathering:
         try:
             rung = self._mailbox.run(wait, timeout_s=self._left_s(), ended=ended)
         except VainError as error:
+            self._tell_of(error.ranks)  # the client that was left behind waits no longer, either
             return set(error.ranks)
-        return set(self._mailbox.peek(bell, timeout_s=_READ_S) or ()) if rung else set()
+        return set(self._mailbox.peek(bell, timeout_s=self._enough_s) or ()) if rung else set()
 
-    def _poll(self, ended: Callable[[], set[int]], passed: Collection[int], within_s: float) -> set[int]:
-        """As `_wait`, without a bell; of groups whose first rank has ended, what each has given is enough."""
+    def _poll(self, ended: Callable[[], set[int]], passed: AbstractSet[int], within_s: float) -> set[int]:
+        """As `_wait`, without a bell; of groups of which one has ended, what each has given is enough."""
         end, bell = time.monotonic() + within_s, self._round.bell(0)
         needed = [self._round.own(rank) for rank in self._tree.group(0)[1:]]
         for first in self._tree.firsts:
             group = self._tree.group(first)
-            needed += map(self._round.own, group) if first in passed else [self._round.bundle(first)]
+            needed += [self._round.bundle(first)] if passed.isdisjoint(group) else map(self._round.own, group)
         while time.monotonic() < end:
-            if self._mailbox.run(lambda store: store.check(needed), timeout_s=_READ_S):
+            if self._mailbox.run(lambda store: store.check(needed), timeout_s=self._enough_s):
                 break
-            told = set(self._mailbox.peek(bell, timeout_s=_READ_S) or ())
+            told = set(self._mailbox.peek(bell, timeout_s=self._enough_s) or ())
             if dead := ended() | told.difference(passed):
                 return dead
             time.sleep(_PAUSE_S)
@@ -250,11 +265,12 @@ class Gathering:
         if bells:
             for bell in bells:
                 self._mailbox.own(bell)
-            self._mailbox.run(ring, timeout_s=_READ_S)
+            self._mailbox.run(ring, timeout_s=self._enough_s)
 
-    def _left_by(self, rank: int) -> str:
-        """What there is of a rank that has done its part."""
-        return self._round.bundle(rank) if rank in self._tree.firsts else self._round.own(rank)
+    @property
+    def _enough_s(self) -> float:
+        """For what needs no waiting: a store that thousands use at once may take its time."""
+        return max(self._left_s(), _READ_S)
 
     def _read_ranks(self, ranks: Collection[int]) -> dict[int, Any]:
         """What is there of what these ranks have given, in their order."""
@@ -262,4 +278,4 @@ class Gathering:
         return {keys[key]: value for key, value in self._read(list(keys)).items()}
 
     def _read(self, keys: Sequence[str]) -> dict[str, Any]:
-        return self._mailbox.run(lambda store: there(store, keys), timeout_s=_READ_S)
+        return self._mailbox.run(lambda store: there(store, keys), timeout_s=self._enough_s)

@@ -206,7 +206,7 @@ class StepSource:
         """The files that say where things belong: the rank's own, then, for what is still `left`, others'."""
         seen = dict.fromkeys(self._sources.trees_of(self.rank))
         yield from list(seen)
-        present = [file.name for file in self.manifest.files if file.tree is not None and file.kind in HOMES]
+        present = {file.name: None for file in self.manifest.files if file.tree is not None and file.kind in HOMES}
         for name in list(self._names):
             if name in left:
                 spread = self._spreads.get(name)

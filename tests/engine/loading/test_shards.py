@@ -6,12 +6,15 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.finding.shards import Shards, strides_of
+from shardckpt.engine.loading.sources import Sources
 from shardckpt.engine.sharding import mesh_coordinate, replica_number
-from shardckpt.format.manifest import OF_RANK, Home, LayoutEntry, Manifest, MeshEntry, TensorEntry
+from shardckpt.format.manifest import OF_RANK, Home, LayoutEntry, Manifest, MeshEntry, Table, TensorEntry
 from shardckpt.format.placement import Box, shard_boxes
 from tests.format.record.records import RECORD
 
@@ -84,3 +87,22 @@ def test_strides() -> None:
     assert strides_of((4, 3, 2)) == (6, 2, 1)
     assert strides_of((5,)) == (1,)
     assert strides_of(()) == ()
+
+
+def test_the_ranks_are_not_counted_for_each_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the whole of a tensor of 8,192 ranks takes as many looks at 8,192 ranks."""
+    count, ranks, asked = Manifest.shards, 256, 0
+
+    def counted(manifest: Manifest) -> int:
+        nonlocal asked
+        asked += 1
+        return int(count.fget(manifest))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Manifest, "shards", property(counted))
+    mesh = MeshEntry(("dp",), (ranks,), tuple(range(ranks)))
+    table = Table(mesh.ranks, {"w": TensorEntry("uint8", (ranks,), 0)}, {})
+    terms: dict[str, Any] = {"meshes": (mesh,), "layouts": (LayoutEntry("rank", 0, ("S(0)",)),), "tables": (table,)}
+    manifest = replace(RECORD, shard_of=(0,) * ranks, files=(), **terms)
+    sources = Sources(manifest, Coordinates(0, 1, 0, 1, (0,)))
+    assert len(sources.chunks("w", "first")) == len(sources.files()) == ranks
+    assert asked == 1

@@ -67,6 +67,13 @@ def test_nothing_has_no_holder(part: Extent) -> None:
     assert holders((8, 8), (4,), ("S(0)",), part, most=1) == []
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3, 8)])
+@pytest.mark.parametrize("placement", ["S(0)", "S(1)", "SS(0,3)"])
+def test_what_is_not_in_the_tensor_has_no_holder(shape: tuple[int, int], placement: str) -> None:
+    """Of an empty tensor, too: DCP asks for what begins at an offset."""
+    assert holders(shape, (4,), (placement,), ((3, 0), (1, 1)), most=100) == []
+
+
 @pytest.mark.parametrize("placements", [("S(0)", "S(1)"), ("SS(0,64)", "S(0)"), ("SS(0,3)", "S(1)")])
 def test_more_than_can_be_is_refused(placements: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="more than 100 pieces"):

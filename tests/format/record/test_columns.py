@@ -169,6 +169,30 @@ def test_a_lie_is_refused(change: Callable[[dict], None]) -> None:
         decode_manifest(signed(content))
 
 
+def test_a_record_of_many_families_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No save makes one. It must not take hours to read, either: each name is looked at once or twice."""
+    content, count, looked = json.loads(encode_manifest(many())), 200, 0
+    one = content["files"]["families"][0]
+    plain = {"numbers": [[0, 0, 1]], "nbytes": [99, 0, ""], "crc32": "0" * 8, "index": None, "tree": None}
+    content["files"] = {
+        "families": [{**one, **plain, "name": [f"f{n}_", ".pt"]} for n in range(count)],
+        "others": [
+            {"name": f"x{n}/y{n}", "nbytes": 9, "crc32": "0" * 8, "kind": "cc", "writer": 0} for n in range(count)
+        ],
+    }
+    parse = columns.parse_name
+
+    def counted(name: str) -> Any:
+        nonlocal looked
+        looked += 1
+        return parse(name)
+
+    monkeypatch.setattr(columns, "parse_name", counted)
+    files = decode_manifest(signed(content)).files
+    assert all(FilesByName(files).get(f"f{n}_0.pt") for n in range(count))
+    assert looked <= 4 * count
+
+
 def test_the_form_is_that_of_the_format() -> None:
     content = json.loads(encode_manifest(many()))
     content["format"] = 1
