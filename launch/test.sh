@@ -10,7 +10,8 @@ bash launch/setup.sh || exit
 PATH=$PWD/.venv/bin:$PATH
 unset PYTHONDONTWRITEBYTECODE # or each of the hundred processes that tests start compiles the package anew
 results=$(mktemp -d) || exit
-trap 'rm -rf "$results"' EXIT
+types= # the process that looks at them
+trap '[[ ! $types ]] || kill "$types" 2>/dev/null; rm -rf "$results"' EXIT
 failed=()
 
 part() {
@@ -18,6 +19,14 @@ part() {
     shift
     printf '\n== %s\n' "$name"
     "$@" || failed+=("$name")
+}
+
+types_hold() {
+    wait "$types"
+    local status=$?
+    types=
+    cat "$results/mypy"
+    return "$status"
 }
 
 count() {
@@ -42,10 +51,13 @@ PY
 
 part "ruff check" ruff check
 part "ruff format" ruff format --check
-part "mypy" mypy -p shardckpt -p benchmarks -p tests
+# Types are looked at beside the tests, which wait for deadlines, servers and disks nearly half of their time. That is why
+# there are three workers for two cores, too.
+mypy -p shardckpt -p benchmarks -p tests >"$results/mypy" 2>&1 &
+types=$!
 part "shellcheck" shellcheck -x launch/*.sh launch/*/*.sh launch/slurm/train.sbatch docker/*.sh .ci/run
-# Three workers for two cores: nearly half of what the tests take is waiting, for deadlines, servers and disks.
 part "pytest" env OMP_NUM_THREADS=1 python -m pytest -n 3 --junitxml="$results/tests.xml" "$@"
+part "mypy" types_hold
 printf '\n'
 count
 ((${#failed[@]} == 0))

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Generator, Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,9 @@ _POOLS: pytest.StashKey[list[ProcessPool]] = pytest.StashKey()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_POOLS] = []
     torch.set_num_threads(1)
+    # A machine that is busy is no failure. Tests take the profile as they are imported, which is later.
+    hypothesis.settings.register_profile("house", deadline=None)
+    hypothesis.settings.load_profile("house")
     # Ignored in a job in the background of a shell; tests press Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -21,10 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 _OUTPUT = "shardckpt_scorecard"
 """The key of a worker's rows in what xdist carries to the controller."""
+_SETTINGS = "_hypothesis_internal_use_settings"
+"""Where hypothesis keeps the settings of a property test; read by its own plugin of pytest, too."""
 _CARD: pytest.StashKey[Scorecard] = pytest.StashKey()
 _BEGUN: pytest.StashKey[datetime] = pytest.StashKey()
 
@@ -124,11 +127,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only a larger run has: tests marked `larger`, and of one marked `sampled(n)` most cases."""
+    """Leave out what only a larger run has: tests marked `larger`, of one marked `sampled(n)` most cases, and of a
+    property test most examples."""
     factor = config.getoption("--scale").factor
     if factor is None or factor >= 2:
         return
     seen, left, kept = Counter[str](), list[pytest.Item](), list[pytest.Item]()
+    tried = dict[Any, hypothesis.settings]()
     for item in items:
         marker = item.get_closest_marker("sampled")
         turn = 0
@@ -136,9 +141,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = item.nodeid.partition("[")[0]
             turn, seen[name] = seen[name] % marker.args[0], seen[name] + 1
         (left if turn or item.get_closest_marker("larger") else kept).append(item)
+        property_test = getattr(item, "function", None)
+        if hasattr(property_test, _SETTINGS):
+            tried.setdefault(property_test, getattr(property_test, _SETTINGS))
+    for property_test, whole in tried.items():  # one function may be several items
+        few = hypothesis.settings(whole, max_examples=examples(whole.max_examples))
+        setattr(property_test, _SETTINGS, few)
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = kept
+
+
+def examples(whole: int) -> int:
+    """How many examples of a property test a plain run tries: a third of them, but not less than 25 because of that."""
+    return max(min(whole, 25), whole // 3)
 
 
 @pytest.fixture(scope="session")

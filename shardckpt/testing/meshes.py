@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import weakref
 from typing import Any
 
@@ -17,7 +18,7 @@ class Meshes:
 
     def __init__(self) -> None:
         self._alive: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
-        self._caches = _caches()
+        self._caches = _known()
         # What is there already is not looked through again and again: 0.1 s a time, and more than that to collect.
         gc.freeze()
         make = DeviceMesh.__init__
@@ -50,4 +51,16 @@ class Meshes:
 def _caches() -> list[functools._lru_cache_wrapper[Any]]:
     """Those of torch's distributed modules and of the engine, functions made inside of functions too."""
     found = [known for known in gc.get_objects() if type(known) is functools._lru_cache_wrapper]
-    return [cache for cache in found if str(cache.__module__).startswith(("torch.distributed.", "shardckpt.engine."))]
+    return [cache for cache in found if str(cache.__module__).startswith(_WHERE)]
+
+
+def _known() -> list[functools._lru_cache_wrapper[Any]]:
+    """The same, in a process that may have been forked since this module was imported."""
+    imported = sys.modules.keys() - _MODULES
+    return _caches() if any(name.startswith(_WHERE) for name in imported) else _FOUND
+
+
+_WHERE = ("torch.distributed.", "shardckpt.engine.")
+# A look at every object copies the memory of all that was imported, in each process that was forked, 0.08 s: so the
+# server of the processes has looked, once.
+_FOUND, _MODULES = _caches(), frozenset(sys.modules)

@@ -26,10 +26,10 @@ _PRELOAD = (
     "pytest",
     "shardckpt.engine.load",
     "shardckpt.engine.save",
-    "shardckpt.testing.rankprocess",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
+    "shardckpt.testing.rankprocess",  # the last: it looks through what there is by then (`meshes.py`)
 )
 """What the server imports before it forks: seconds that no process has to spend again."""
 _TAIL = 8000

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from benchmarks.states import Shape
 from shardckpt.testing.pool import ProcessPool
 from tests.storage.s3server import ACCESS_KEY, SECRET_KEY, running
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--gb", "0", "--layers", "1", "--count", "20", "--tokens", "8", "--rounds", "1", "--saves", "2",
         "--steps", "10"]  # fmt: skip
 
@@ -77,6 +74,7 @@ def in_the_pool(monkeypatch: pytest.MonkeyPatch, ranks: ProcessPool, free_port: 
 
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.leaks(threads=("asyncio_",), files=("socket:", "anon_inode:", "pipe:"), why="torchsnapshot")
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("state", ["A", "B", "C", "D"])
 def test_every_measure_of_every_engine_is_verified(
     tmp_path: Path, state: str, capsys: pytest.CaptureFixture[str]
@@ -122,27 +120,26 @@ def samples_of_two(file: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)  # two starts, one of them by torchrun; half a minute each on a machine that is busy
-def test_two_ranks_as_a_person_starts_them(tmp_path: Path) -> None:
+@pytest.mark.timeout(400)  # a start of torchrun; half a minute on a machine that is busy
+def test_two_ranks_that_torchrun_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
-    places = ["--root", str(tmp_path), "--json", str(file)]
-    command = [sys.executable, "-m", "benchmarks", *TINY, *TWO_RANKS, "save", "reshard", *places]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=380)
-    assert ended.returncode == 0, ended.stderr
-    assert "round 1 | 2 ranks | A, 0 GB | shardckpt | reshard to 1" in ended.stderr
+    assert main([*TINY, *TWO_RANKS, "save", "--root", str(tmp_path), "--json", str(file)]) == 0
+    assert "round 1 | 2 ranks | A, 0 GB | shardckpt | save" in capsys.readouterr().err
     samples = samples_of_two(file)
-    assert list(samples) == ["save", "reshard to 1"]
+    assert list(samples) == ["save"]
     assert len(samples["save"]["phases"]) == 2
-    assert 0 <= samples["save"]["state_nbytes"] - samples["reshard to 1"]["state_nbytes"] < 100, "scalars on each rank"
 
 
 @pytest.mark.usefixtures("in_the_pool")
-def test_the_stall_of_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks_save_and_one_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results.json"
-    assert main([*TINY, *TWO_RANKS, "stall", "--root", str(tmp_path), "--json", str(file)]) == 0
+    measures = ["save", "reshard", "stall"]
+    assert main([*TINY, *TWO_RANKS, *measures, "--root", str(tmp_path), "--json", str(file)]) == 0
+    assert "round 1 | 2 ranks | A, 0 GB | shardckpt | reshard to 1" in capsys.readouterr().err
     samples = samples_of_two(file)
-    assert list(samples) == ["stall"]
-    assert len(samples["stall"]["phases"]) == 2
+    assert set(samples) == {"save", "reshard to 1", "stall"}
+    assert len(samples["save"]["phases"]) == len(samples["stall"]["phases"]) == 2
+    assert 0 <= samples["save"]["state_nbytes"] - samples["reshard to 1"]["state_nbytes"] < 100, "scalars on each rank"
 
 
 @pytest.mark.usefixtures("in_the_pool")

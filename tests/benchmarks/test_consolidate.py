@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks import consolidate
 from benchmarks.consolidate import CASES, Both, main, render
+from shardckpt.testing.pool import ProcessPool
 
 
 def test_a_table_of_both() -> None:
@@ -33,12 +40,39 @@ def test_files_that_differ_are_no_measurement(tmp_path: Path, wrong: str) -> Non
         both.compare()
 
 
+def job_on_rank(rank: int, world_size: int, folder: Path, task: consolidate.Task, port: int) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    with mock.patch.dict(os.environ, {"MASTER_ADDR": "127.0.0.1", **{key: str(place[key]) for key in place}}):
+        assert main(["--job", json.dumps(asdict(task))]) == 0
+
+
+def whole_command(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gb", "0", "--rounds", "1", "--cases", next(iter(CASES)), "--root", str(root)]) == 0
+    printed = capfd.readouterr().out
+    assert "| shardckpt |" in printed
+    assert "| torch |" in printed
+    assert not list(root.iterdir())
+
+
+def test_two_ranks(
+    ranks: ProcessPool,
+    tmp_path: Path,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def start(task: consolidate.Task) -> dict[str, Any]:
+        ranks.run(2, job_on_rank, task, free_port, backend=None)
+        found: dict[str, Any] = json.loads((Path(task.folder) / "result.json").read_text())
+        return found
+
+    monkeypatch.setattr(consolidate, "_start", start)
+    whole_command(tmp_path, capfd)
+
+
+@pytest.mark.larger
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # a start of torchrun; half a minute on a machine that is busy
 def test_two_ranks_that_torchrun_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Each of the ranks is `python -m benchmarks.consolidate`, too."""
-    assert main(["--gb", "0", "--rounds", "1", "--cases", next(iter(CASES)), "--root", str(tmp_path)]) == 0
-    printed = capfd.readouterr().out
-    assert "| shardckpt |" in printed
-    assert "| torch |" in printed
-    assert not list(tmp_path.iterdir())
+    whole_command(tmp_path, capfd)

@@ -1,12 +1,14 @@
-"""Programs that end in some way while a save is under way. `python -m tests.faults.exits ROOT` runs all that need one
-process, each in a process of its own that is a fork of this one: importing torch once is enough. `... ROOT NAME` runs
-one that torchrun has started."""
+"""Programs that end in some way while a save is under way. `python -m tests.faults.exits ROOT` runs them all, each in a
+process of its own that is a fork of this one: importing torch once is enough. The one of two ranks finds what torchrun
+would tell it in its environment, and a store that outlives it."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -99,7 +101,7 @@ ALONE: dict[Callable[[Path], None], tuple[int, bool]] = {
 
 
 def destroys_the_group_and_raises(root: Path) -> None:
-    """Under torchrun. Of two saves one is under way when the group is destroyed, and one is begun afterwards."""
+    """Two ranks. Of two saves one is under way when the group is destroyed, and one is begun afterwards."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     checkpoints = sc.CheckpointManager(root, timeout=timedelta(seconds=60))
@@ -110,21 +112,39 @@ def destroys_the_group_and_raises(root: Path) -> None:
         raise RuntimeError("the loss of rank 1 is gone")
 
 
-def run_alone(root: Path) -> dict[str, Any] | None:
+def run_all(root: Path) -> dict[str, Any] | None:
     """How each ended; None in the processes that end in these ways."""
     children: dict[str, int] = {}
     with sc.CheckpointManager(root / "first") as checkpoints:  # has imported whatever is imported at its first use
         checkpoints.save(1, state())
     assert threading.active_count() == 1
+    gc.freeze()  # at its end each looks for garbage: a second, if it goes through all that was imported, and copies it
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     for program in ALONE:
         child = os.fork()
         if not child:
-            sys.stdout = sys.stderr
-            program(root / program.__name__)
-            return None
+            return _begin(program, root)
         children[program.__name__] = child
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            return _begin(destroys_the_group_and_raises, root)
+        children[f"{destroys_the_group_and_raises.__name__} {rank}"] = child
     end = time.monotonic() + PATIENCE_S
-    return {name: _status(child, end) for name, child in children.items()}
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # has threads: after all forks
+    statuses = {name: _status(child, end) for name, child in children.items()}
+    del store
+    return statuses
+
+
+def _begin(program: Callable[[Path], None], root: Path) -> None:
+    sys.stdout = sys.stderr
+    program(root / program.__name__)
 
 
 def _status(child: int, end: float) -> int | str:
@@ -140,7 +160,5 @@ def _status(child: int, end: float) -> int | str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 2:
-        globals()[sys.argv[2]](Path(sys.argv[1]))
-    elif (found := run_alone(Path(sys.argv[1]))) is not None:
+    if (found := run_all(Path(sys.argv[1]))) is not None:
         print(json.dumps(found))

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.house.source import ROOT
-from tests.scorecard import Row, Scale, Scorecard
+from tests.scorecard import Row, Scale, Scorecard, examples
 
 CASES = """
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 @pytest.mark.parametrize("n", range(4))
 def test_states(n, scale, scorecard):
@@ -29,6 +31,12 @@ def test_table(n, scorecard):
 @pytest.mark.larger
 def test_more(scorecard):
     scorecard.add("table", runs=100)
+
+@pytest.mark.parametrize("twice", range(2))
+@settings(max_examples=90, deadline=None, database=None)
+@given(number=st.integers())
+def test_property(scorecard, twice, number):
+    scorecard.add("examples", runs=1)
 """
 
 
@@ -48,6 +56,7 @@ def test_rows_are_added_up(tmp_path: Path, arguments: tuple[str, ...], runs: str
     text = run(tmp_path, *arguments)
     assert f"| crash states | {runs} | 1 | 0 | 0 | 0 | 0 | tiny \\| states |\n" in text
     assert f"| table | {107 if arguments else 3} | 0 |" in text
+    assert f"| examples | {180 if arguments else 60} | 0 |" in text
     assert "| kills | 4 | 0 | 8 | 0 | 0 | 0 |  |\n" in text
     assert f"scale {arguments[1] if arguments else 1}, " in text
     assert "1 tests failed" in text
@@ -58,6 +67,10 @@ def test_the_same_note_is_noted_once() -> None:
     for notes in ("a", "b", "a; b", ""):
         card.add("row", runs=1, notes=notes)
     assert card.rows == {"row": Row("row", runs=4, notes="a; b")}
+
+
+def test_how_many_examples_of_a_property() -> None:
+    assert [examples(whole) for whole in (5, 25, 60, 90, 300)] == [5, 25, 25, 30, 100]
 
 
 def test_something_is_always_run() -> None:

@@ -5,6 +5,7 @@ So a rank may be killed, and another be there in its place a moment later, at th
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -79,6 +80,7 @@ def _fork_ranks(
     """In the process that imports."""
     for module in preload:
         import_module(module)
+    gc.freeze()  # no collection in a fork looks through the framework, which copies the memory of all of it
     pids = [_forked(own, world_size, folder, fn, args) for own in range(world_size)]
     statuses = _waited(pids, deadline=time.monotonic() + timeout)
     return [_ended(folder / f"result_{own}", status) for own, status in enumerate(statuses)]

@@ -25,7 +25,7 @@ def run(folder: Path, tests: str, *, failing: str = "") -> subprocess.CompletedP
     (folder / "launch/setup.sh").write_text("")
     (folder / "test_it.py").write_text(tests)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    programs = {name: f"exit {int(name == failing)}" for name in ("ruff", "mypy", "shellcheck")}
+    programs = {name: f"echo {name} has looked; exit {int(name == failing)}" for name in ("ruff", "mypy", "shellcheck")}
     programs["python"] = f'exec "{sys.executable}" "$@"'
     for name, body in programs.items():
         (folder / ".venv/bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -42,6 +42,7 @@ def run(folder: Path, tests: str, *, failing: str = "") -> subprocess.CompletedP
         (PASSING, "", "1 passed, 0 failed, 0 skipped", ""),
         (PASSING, "ruff", "1 passed, 2 failed, 0 skipped", "ruff check, ruff format"),
         (MIXED, "shellcheck", "1 passed, 2 failed, 1 skipped", "shellcheck, pytest"),
+        (PASSING, "mypy", "1 passed, 1 failed, 0 skipped", "mypy"),
         (BROKEN, "", "0 passed, 1 failed, 0 skipped", "pytest"),
         ("", "", "0 passed, 1 failed, 0 skipped", "pytest"),
     ],
@@ -52,8 +53,9 @@ def test_the_end_tells_the_truth(tmp_path: Path, tests: str, failing: str, last:
     assert lines[-1] == last, done.stdout + done.stderr
     assert done.returncode == int(bool(parts))
     assert (f"failed parts: {parts}" in lines) == bool(parts)
+    assert lines[lines.index("== mypy") + 1] == "mypy has looked"
     assert [line for line in lines if line.startswith("== ")] == [
-        f"== {part}" for part in ("ruff check", "ruff format", "mypy", "shellcheck", "pytest")
+        f"== {part}" for part in ("ruff check", "ruff format", "shellcheck", "pytest", "mypy")
     ]
 
 
