@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from shardckpt.run.retention import KeepBest as KeepBest
     from shardckpt.run.retention import KeepEvery as KeepEvery
     from shardckpt.run.retention import KeepLast as KeepLast
+    from shardckpt.run.retention import PreserveModel as PreserveModel
     from shardckpt.split import Split as Split
     from shardckpt.split import TensorSplit as TensorSplit
     from shardckpt.streams import RngState as RngState
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from shardckpt.tools.convert import convert as convert
     from shardckpt.tools.export import ExportReport as ExportReport
     from shardckpt.tools.export import export as export
+    from shardckpt.tools.merging.lora import merge_lora as merge_lora
     from shardckpt.tools.moving.writing.told import Means as Means
     from shardckpt.tools.repair import RepairReport as RepairReport
     from shardckpt.tools.repair import repair as repair
@@ -124,6 +126,7 @@ _HOME = {
     "Parts": "run.choosing.parts",
     "PendingSave": "engine.pending",
     "Phase": "engine.progress",
+    "PreserveModel": "run.retention",
     "RepairReport": "tools.repair",
     "ResumableSampler": "integrations.data.sampler",
     "RngState": "streams",
@@ -152,6 +155,7 @@ _HOME = {
     "average": "tools.average",
     "convert": "tools.convert",
     "export": "tools.export",
+    "merge_lora": "tools.merging.lora",
     "repair": "tools.repair",
     "verify": "tools.verify",
 }

@@ -11,6 +11,7 @@ from shardckpt.cli.doing.converting import convert
 from shardckpt.cli.doing.copying import cp
 from shardckpt.cli.doing.exporting import average, export
 from shardckpt.cli.doing.keeping import pin, prune, runs, unpin
+from shardckpt.cli.doing.merging import merge_lora
 from shardckpt.cli.doing.repairing import repair
 from shardckpt.cli.looking.comparing import diff
 from shardckpt.cli.looking.examining import bench, doctor, report
@@ -53,7 +54,7 @@ def options(
 
 for command in (
     *(ls, inspect, plan, diff, verify, repair),
-    *(convert, export, average, cp, doctor, bench),
+    *(convert, export, average, merge_lora, cp, doctor, bench),
     *(report, runs, prune, pin, unpin),
 ):
     app.command(cls=QuickCommand)(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait as wait_for_futures
@@ -55,11 +55,26 @@ class PendingSave:
         self.progress = Progress()
         self.others: tuple[OtherRank, ...] = ()
         """On rank 0, once they have met: what the other ranks did, and when."""
+        self.placed: Mapping[str, bytes] = {}
+        """On rank 0, once it is committed: what was put beside its files together with its record."""
+        self._beside: dict[str, bytes] = {}
         self._copied = threading.Event()
         self._queued = threading.Event()
         self._lock = threading.Lock()
         self._future: Future[CheckpointInfo] = Future()
         self._seen = False
+
+    def give(self, name: str, content: bytes) -> None:
+        """Have a small file put beside those of the checkpoint, which its record does not name: before the record, and
+        so there as soon as that is. What comes too late for that is not in `placed`. On rank 0; any thread."""
+        with self._lock:
+            self._beside[name] = content
+
+    def place(self) -> Mapping[str, bytes]:
+        """What was given so far, by name. By the save thread of rank 0, just before the record."""
+        with self._lock:
+            self.placed = dict(self._beside)
+        return self.placed
 
     def staged(self, timeout: timedelta | None = None) -> bool:
         """Wait until everything that training may change next has been copied; False if that took too long."""

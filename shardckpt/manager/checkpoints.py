@@ -244,7 +244,8 @@ class CheckpointManager(
         if self._at.rank == 0:
             report = pending.report
             # The next save is written by this thread.
-            work = partial(self._history.committed, info.step, created=info.created, nbytes=info.nbytes)
+            terms = {"created": info.created, "nbytes": info.nbytes, "placed": pending.placed}
+            work = partial(self._history.committed, info.step, **terms)
             deleted = within(self._talk.timeout, work, what="pruning")
             _log.info(
                 "step %d committed: %.2f GB in %.2f s (%.2f GB/s), training held for %.3f s%s",

@@ -116,7 +116,7 @@ class OpenCheckpoint:
                 step=self.step,
             )
         if self.score is not None:
-            self._work.loose[SCORE] = encode_score(self.score)
+            self._work.pending.give(SCORE, encode_score(self.score))
         return self._saver.finish(self._work)
 
     def abort(self, reason: str) -> None:

@@ -210,7 +210,7 @@ class TransactionalFace(ABC):
         pending = self._saver.of_step(step)
 
         def note_or_write() -> None:
-            if pending is None or not self._history.note(step, score, over=pending.done):
+            if pending is None or not self._history.note(step, score, save=pending):
                 self._history.write_score(step, score)
 
         self._talk.enter(f"score/{step}", step=step)

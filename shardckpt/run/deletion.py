@@ -106,11 +106,11 @@ def _delete_folder(storage: RenamingStorage, step: int, folder: str) -> None:
 
 
 def _older_ones(storage: RenamingStorage, entry: Entry) -> list[str]:
-    """Versions of the step that a crash in the middle of a commit left beside it: else one would take its place."""
+    """Versions of the step that a crash left beside it, in the middle of a commit or of a deletion after which it was
+    saved again: else one would take its place."""
     folders = [name[:-1] for name in storage.list() if name.endswith("/") and name[:-1] != entry.folder]
     asides = [(folder, parse_aside(folder)) for folder in folders]
-    own = [(folder, aside) for folder, aside in asides if aside and aside.kind == "old" and aside.step == entry.step]
-    return [folder for folder, aside in own if not is_doomed(aside)]
+    return [folder for folder, aside in asides if aside and aside.kind == "old" and aside.step == entry.step]
 
 
 def _set_aside(storage: RenamingStorage, step: int, folder: str) -> str:

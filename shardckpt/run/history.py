@@ -7,22 +7,37 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any, Protocol
 
 from shardckpt.errors import CheckpointError
+from shardckpt.format.layout import METRICS
+from shardckpt.format.layout import SCORE as SCORE_FILE
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.keeping.links import update_links
-from shardckpt.run.keeping.metrics import read_metrics, write_metrics
+from shardckpt.run.keeping.metrics import encode_metrics, read_metrics, write_metrics
 from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.run.prune import Deleted, Fate, fates, plan_retention, retain
 from shardckpt.run.registry.one import Journal
 from shardckpt.run.retention import SCORE, Policy, prefers_lower, yardstick
-from shardckpt.run.scores import encode_score, read_scores, write_score
+from shardckpt.run.scores import decode_score, encode_score, read_scores, write_score
 from shardckpt.run.shared.sweeping import tidy_blobs
 from shardckpt.storage.base import LinkingStorage
 
 _log = logging.getLogger(__name__)
 
 _LEFT = "its record is damaged: a person is to look at it"
+
+
+class UnderWay(Protocol):
+    """A save, as far as it is known here. Any thread."""
+
+    def done(self) -> bool:
+        """Whether it is over."""
+        ...
+
+    def give(self, name: str, content: bytes) -> None:
+        """Have a small file put into the checkpoint beside its record, if that is not yet there."""
+        ...
 
 
 class History:
@@ -51,8 +66,12 @@ class History:
         self._policy = policy
         self._rule = yardstick(policy)
         self._due: dict[int, float] = {}
+        self._noted: set[int] = set()
+        """Steps that got a score while they were being saved, not by `begin_checkpoint`."""
         self._due_metrics: dict[int, dict[str, float]] = {}
         self._protected: dict[int, str] = {}
+        self._models: set[int] = set()
+        """Steps of which a policy has left the model alone."""
         self._lock = threading.Lock()
         self._linking = threading.Lock()
         self._scoring = threading.Lock()
@@ -68,13 +87,16 @@ class History:
         with self._lock:
             self._protected[step] = reason
 
-    def note(self, step: int, score: float, *, over: Callable[[], bool]) -> bool:
-        """Keep a score until its step is committed. False if the save is over: then it must be written now."""
-        encode_score(score)
+    def note(self, step: int, score: float, *, save: UnderWay) -> bool:
+        """Have a score put into the checkpoint of a save, or written after its commit, if it comes too late for that.
+        False if the save is over: then it must be written now."""
+        content = encode_score(score)
         with self._lock:
-            if over():
+            if save.done():
                 return False
             self._due[step] = score
+            self._noted.add(step)
+            save.give(SCORE_FILE, content)
             return True
 
     def write_score(self, step: int, score: float) -> None:
@@ -86,11 +108,12 @@ class History:
         self._measured(step, {SCORE: float(score)})
         self.relink()
 
-    def measure(self, step: int, metrics: dict[str, float], *, over: Callable[[], bool]) -> None:
-        """Give a step metrics: now, or, while it is being saved, after the commit."""
+    def measure(self, step: int, metrics: dict[str, float], *, save: UnderWay | None) -> None:
+        """Give a step metrics: now, or, while it is being saved, with the commit or after it."""
         with self._lock:
-            if not over():
-                self._due_metrics[step] = {**self._due_metrics.get(step, {}), **metrics}
+            if save is not None and not save.done():
+                due = self._due_metrics[step] = {**self._due_metrics.get(step, {}), **metrics}
+                save.give(METRICS, encode_metrics(due))
                 return
         self._write_metrics(step, metrics)
 
@@ -116,7 +139,10 @@ class History:
         self.retain(policy or self._policy, spare_best=True)
         there = set(self._catalog.steps())  # the save thread may have pruned meanwhile, too
         return [
-            fate if fate.kept or fate.step not in there else replace(fate, kept=True, reason=_LEFT) for fate in planned
+            replace(fate, kept=True, reason=_LEFT)
+            if fate.step in there and not (fate.kept or fate.model_kept)
+            else fate
+            for fate in planned
         ]
 
     def best_first(self) -> tuple[str, list[int], int]:
@@ -138,56 +164,69 @@ class History:
         While no save is under way, for a step that is being replaced must not be deleted.
         """
         protected, best_by = self._staying(), self._rule if spare_best else None
-        return self._told(
-            retain(self._catalog, policy, preserve_model=preserve_model, protected=protected, best_by=best_by)
-        )
+        terms: dict[str, Any] = {"protected": protected, "best_by": best_by, "models": self._models}
+        return self._told(retain(self._catalog, policy, preserve_model=preserve_model, **terms))
 
     def _staying(self) -> dict[int, str]:
         """The steps that stay now, whatever a policy says, and why."""
         with self._lock:
             return {**self._held(), **self._protected}
 
-    def committed(self, step: int, *, created: str = "", nbytes: int = 0) -> list[int]:
-        """After a commit: note it, write the score that was waiting, prune, and give the deleted steps.
+    def committed(
+        self, step: int, *, created: str = "", nbytes: int = 0, placed: Mapping[str, bytes] | None = None
+    ) -> list[int]:
+        """After a commit: note it, write the score and metrics that are not among what was `placed` with the record,
+        prune, and give the deleted steps.
 
         What goes wrong here is logged: the step is committed all the same, and the next commit prunes again.
         """
         protected = {**self._staying(), step: "the step that was just saved"}
+        self._models.discard(step)
         if self.journal is not None:
             self.journal.committed(step, created=created, nbytes=nbytes, metrics={})
-        self._write_due(step)
-        self._write_due_metrics(step)
+        placed = placed or {}
+        self._write_due(step, placed.get(SCORE_FILE))
+        self._write_due_metrics(step, placed.get(METRICS))
         self.relink()
         try:
             self._leftovers.tidy()
         except Exception:
             _log.exception("step %d is committed, but the leftovers of other saves were not looked at", step)
         try:
-            deleted = retain(self._catalog, self._policy, protected=protected, best_by=self._rule)
-            return [gone.step for gone in self._told(deleted)]
+            terms: dict[str, Any] = {"protected": protected, "best_by": self._rule, "models": self._models}
+            deleted = retain(self._catalog, self._policy, **terms)
+            return [gone.step for gone in self._told(deleted) if not gone.model_kept]
         except Exception:  # a policy of the user's may raise anything
             _log.exception("step %d is committed, but older steps were not pruned", step)
             return []
 
-    def _write_due(self, step: int) -> None:
-        """The score that was given while the step was being saved, if no newer one has been written since."""
+    def _write_due(self, step: int, placed: bytes | None) -> None:
+        """The score that was given while the step was being saved, if no newer one has been written since. `placed`:
+        the one that is there since the commit."""
         with self._scoring:
             with self._lock:
-                score = self._due.pop(step, None)
-            if score is None:
+                score, noted = self._due.pop(step, None), step in self._noted
+                self._noted.discard(step)
+            if score is None and (noted or placed is None):
                 return
+            if score is None and placed is not None:
+                score = decode_score(placed)
+            assert score is not None
             try:
-                write_score(self._catalog.storage, self._catalog.entry(step), score=score)
+                if encode_score(score) != placed:
+                    write_score(self._catalog.storage, self._catalog.entry(step), score=score)
             except Exception:
                 _log.exception("step %d is committed, but its score was not written", step)
                 return
         self._measured(step, {SCORE: score})
 
-    def _write_due_metrics(self, step: int) -> None:
+    def _write_due_metrics(self, step: int, placed: bytes | None) -> None:
         with self._lock:
             metrics = self._due_metrics.pop(step, None)
         try:
-            if metrics is not None:
+            if metrics is not None and encode_metrics(metrics) == placed:
+                self._measured(step, metrics)
+            elif metrics is not None:
                 self._write_metrics(step, metrics)
         except Exception:
             _log.exception("step %d is committed, but its metrics were not written", step)

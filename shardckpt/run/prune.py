@@ -50,7 +50,10 @@ class Fate:
 
     step: int
     kept: bool
+    """As it is."""
     reason: str
+    model_kept: bool = False
+    """Whether its model stays, and the rest of it goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ def fates(decision: Decision, policy: Policy) -> list[Fate]:
     """Of every step that a decision speaks of, ascending."""
     stay = [Fate(step, True, reason) for step, reason in decision.kept.items()]
     go = [Fate(step, False, f"not kept by {policy}") for step in decision.doomed]
-    return sorted(stay + go, key=lambda fate: fate.step)
+    half = [Fate(step, False, reason, model_kept=True) for step, reason in decision.reduced.items()]
+    return sorted(stay + go + half, key=lambda fate: fate.step)
 
 
 def retain(
@@ -77,8 +81,10 @@ def retain(
     preserve_model: bool = False,
     protected: Mapping[int, str] = NOTHING,
     best_by: KeepBest | None = None,
+    models: set[int] | None = None,
 ) -> list[Deleted]:
-    """Delete what the policy does not keep, oldest first, as `plan_retention` says.
+    """Delete what the policy does not keep, oldest first, as `plan_retention` says, and all but the model of what it
+    keeps only that of.
 
     With `preserve_model` only all but the model is deleted of each; steps that are so already stay as they are, and
     those that have no model to be kept are left alone and logged.
@@ -86,6 +92,9 @@ def retain(
     Put into `protected`, with a reason each: the step resumed from, and the step just saved, which is not the one with
     the highest number after going back to an earlier step. A doomed step whose record is damaged is left alone and
     logged: nothing proves any more that it is ours.
+
+    `models`: steps that are known to have only their model, and need not be looked at; those that are found so are
+    added.
 
     If deletions fail the others are still tried, and one `CheckpointDeleteError` names each failed step and its cause
     (its own `step` is the first of them). `CheckpointLoadError` if it cannot be told what is there; then nothing was
@@ -96,9 +105,16 @@ def retain(
     entries = catalog.entries()
     decision = _decide(catalog, policy, entries, protected, best_by)
     reason, deleted, errors = f"not kept by {policy}", list[Deleted](), dict[int, CheckpointError]()
-    for entry in (entry for entry in entries if entry.step in decision.doomed):
+    models, reduced = set() if models is None else models, dict(decision.reduced)
+    for entry in (entry for entry in entries if entry.step in decision.doomed or entry.step in reduced):
         try:
-            done = _reduce(catalog, entry, reason) if preserve_model else _delete(catalog, entry, reason)
+            if entry.step in reduced and entry.step in models:
+                continue
+            if preserve_model or entry.step in reduced:
+                done = _reduce(catalog, entry, reduced.get(entry.step, reason))
+                models.add(entry.step)
+            else:
+                done = _delete(catalog, entry, reason)
         except CheckpointNotFoundError:
             _log.info("step %d is gone already", entry.step)
         except (CheckpointDeleteError, CheckpointLoadError) as error:
@@ -145,12 +161,12 @@ def _decide(
     stay = dict.fromkeys(damaged, "its metrics cannot be read")
     stay |= dict.fromkeys(scores.damaged, "its score cannot be read") | dict(protected)
     decision = decide(policy, history, protected=stay)
-    if not decision.doomed:
+    if not (decision.doomed or decision.reduced):
         return decision
     pinned = pinned_steps(catalog.storage)
     history = [replace(facts, pinned=facts.step in pinned) for facts in history]
     step, why = _resume_point(catalog, entries, protected)
-    if step in decision.doomed:
+    if step not in decision.kept:
         stay[step] = why
     stay |= _best(catalog, entries, decision.doomed, best_by) if best_by is not None else {}
     return decide(policy, history, protected=stay)

@@ -1,7 +1,7 @@
 """Retention: which steps to keep, and why. Pure functions over facts; nothing here touches a storage.
 
-A policy is asked on rank 0 after each commit. Policies are joined by `|`: a step stays if any of them keeps it.
-`decide` adds what no policy may overrule.
+A policy is asked on rank 0 after each commit. Policies are joined by `|`: a step stays if any of them keeps it, and
+its model stays if any keeps that (`PreserveModel`). `decide` adds what no policy may overrule.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Policy(ABC):
     @abstractmethod
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
         """The steps to keep and the reason for each, for people. `history` ascends by step. Pure: no I/O, no clock."""
+
+    def keep_model(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        """The same for steps of which the model is to stay, if they are not kept as they are."""
+        return {}
 
     @property
     def uses(self) -> frozenset[Fact]:
@@ -179,22 +183,49 @@ class KeepAny(Policy):
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
         return _joined([policy.keep(history) for policy in self.policies])
 
+    def keep_model(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        return _joined([policy.keep_model(history) for policy in self.policies])
+
     def __str__(self) -> str:
         return " | ".join(str(policy) for policy in self.policies)
 
 
+@dataclass(frozen=True)
+class PreserveModel(Policy):
+    """Of the steps that a policy keeps the models stay, and the rest of them goes:
+    `KeepLast(3) | PreserveModel(KeepEvery(steps=1000))`. Such a step is a model for whoever asks for one, and nothing
+    that a training goes on from unasked."""
+
+    policy: Policy
+
+    @property
+    def uses(self) -> frozenset[Fact]:
+        return self.policy.uses
+
+    def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        return {}
+
+    def keep_model(self, history: Sequence[StepFacts]) -> dict[int, str]:
+        return _joined([self.policy.keep(history), self.policy.keep_model(history)])
+
+    def __str__(self) -> str:
+        return f"PreserveModel({self.policy})"
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Every step of a history is in exactly one of the two."""
+    """Every step of a history is in exactly one of the three."""
 
     kept: Mapping[int, str]
     """Ascending by step, with all reasons."""
     doomed: tuple[int, ...]
     """Ascending."""
+    reduced: Mapping[int, str] = field(default_factory=dict)
+    """Of which only the model stays, ascending, with all reasons."""
 
 
 def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[int, str] = NOTHING) -> Decision:
-    """What to keep and what to delete.
+    """What to keep, what to delete, and of what to keep only the model.
 
     The last committed step, pinned ones and protected ones stay whatever the policy says. `protected` gives a reason
     for each such step ("resumed from", "just saved", "the best"); steps that are not in the history are passed over.
@@ -207,7 +238,9 @@ def decide(policy: Policy, history: Sequence[StepFacts], *, protected: Mapping[i
     pinned = {facts.step: "pinned" for facts in ordered if facts.pinned}
     reasons = _joined([last, pinned, protected, policy.keep(ordered)])
     kept = {step: reasons[step] for step in steps if step in reasons}
-    return Decision(kept, tuple(step for step in steps if step not in reasons))
+    models = policy.keep_model(ordered)
+    reduced = {step: models[step] for step in steps if step in models and step not in kept}
+    return Decision(kept, tuple(step for step in steps if step not in kept and step not in reduced), reduced)
 
 
 def _joined(reasons: Sequence[Mapping[int, str]]) -> dict[int, str]:

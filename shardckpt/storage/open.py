@@ -58,6 +58,15 @@ def open_storage(
     return _remote(text, dict(storage_options or {}))
 
 
+def options_for(
+    url_or_path: str | os.PathLike[str], storage_options: Mapping[str, object] | None
+) -> Mapping[str, object] | None:
+    """The options, or none for a local path, which takes none: for tools that have one set for all their places."""
+    text = os.fspath(url_or_path)
+    is_url = isinstance(url_or_path, str) and "://" in text and not _LOCAL.match(text)
+    return storage_options if is_url else None
+
+
 def _local(path: str, options: Mapping[str, object] | None) -> Storage:
     if options:
         raise ValueError(f"a local path takes no storage_options (given: {', '.join(sorted(options))}): leave them out")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
@@ -80,28 +81,48 @@ def export(
         means: memory, storage options, who hears of progress.
     """
     means = means or Means()
-    options = _options(form, max_file_nbytes)
+    options = options_of(form, max_file_nbytes)
     opened = StepSource.open(
         url, step=step, part=part, budget_nbytes=means.budget_nbytes // 4, storage_options=means.storage_options
     )
     with opened as own:
-        number = own.manifest.step
-        if not (own.tensors or own.ties or own.tree):
-            has = ", ".join(own.manifest.parts) or "nothing that is known"
-            raise CheckpointNotFoundError(f"step {number} at {own.url} has no {part!r}, but {has}", step=number)
-        source: TensorSource = CastSource(own, dtype) if dtype is not None else own
-        nbytes = sum(facts.nbytes for facts in source.tensors.values())
-        total = nbytes * PASSES[form]
-        source = ToldSource(source, lambda count: means.told(number, count, total))
+        require(own, part)
         kind = sink_of(form)
         others = {} if names_file(to, kind.ENDINGS) else dict(beside(own))
-        sink: TensorSink = kind(to, beside=others, storage_options=means.storage_options, **options)
-        sink.write(source, budget_nbytes=means.budget_nbytes // (1 if dtype is None else 2))
-        count = len(own.tensors) + len(own.ties)
-        return ExportReport(own.url, number, form, count, nbytes, tuple(others), _notes(own))
+        make = partial(kind, to, storage_options=means.storage_options, **options)
+        return written(own, own, make, form=form, dtype=dtype, others=others, means=means)
 
 
-def _options(form: str, max_file_nbytes: int | None) -> dict[str, int]:
+def require(source: StepSource, part: str) -> None:
+    """`CheckpointNotFoundError` if a step that was opened for this part has nothing of it."""
+    if not (source.tensors or source.ties or source.tree):
+        step, has = source.manifest.step, ", ".join(source.manifest.parts) or "nothing that is known"
+        raise CheckpointNotFoundError(f"step {step} at {source.url} has no {part!r}, but {has}", step=step)
+
+
+def written(
+    own: StepSource,
+    source: TensorSource,
+    make: Callable[..., TensorSink],
+    *,
+    form: Form,
+    dtype: str | None,
+    others: Mapping[str, bytes],
+    means: Means,
+) -> ExportReport:
+    """Write a source that was made of a step, in this dtype, to the sink that `make` makes, `others` beside it."""
+    number = own.manifest.step
+    count = len(source.tensors) + len(source.ties)
+    source = CastSource(source, dtype) if dtype is not None else source
+    nbytes = sum(facts.nbytes for facts in source.tensors.values())
+    total = nbytes * PASSES[form]
+    told = ToldSource(source, lambda read: means.told(number, read, total))
+    make(beside=others).write(told, budget_nbytes=means.budget_nbytes // (1 if dtype is None else 2))
+    return ExportReport(own.url, number, form, count, nbytes, tuple(others), _notes(own))
+
+
+def options_of(form: str, max_file_nbytes: int | None = None) -> dict[str, int]:
+    """For the sink of a form; `ValueError` for what is none, or not of this one."""
     if form not in FORMS:
         raise ValueError(f"{form!r} is no form of an export: name one of {', '.join(FORMS)}")
     if max_file_nbytes is None:

@@ -6,13 +6,14 @@ Costs one request for the root and three for each step: is its record there, the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError
 from shardckpt.format.layout import parse_aside, parse_step
 from shardckpt.format.manifest import Manifest
 from shardckpt.run.catalog import Catalog, Entry
+from shardckpt.run.keeping.metrics import read_metrics
 from shardckpt.run.prune import plan_retention
 from shardckpt.run.requests import each
 from shardckpt.run.retention import Policy
@@ -42,6 +43,8 @@ class StepLine:
     """Why the policy that was given keeps it; None if it does not, or none was given."""
     shared_nbytes: int = 0
     """Of its bytes, those in blobs, which other steps may refer to as well."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """By name, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +72,25 @@ def list_checkpoints(
     *,
     keep: Policy | None = None,
     last: int | None = None,
+    metrics: bool = False,
     storage_options: Mapping[str, object] | None = None,
 ) -> Listing:
     """The steps of a run, ascending, with what is not in force; of a folder of runs, the runs.
 
     Errors as in `verify`, but an empty folder is an empty listing. `keep`: a policy, to say why each step would stay.
     `last`: only so many committed steps of the highest numbers, and what is not in force from the first of them on;
-    the others are not looked at.
+    the others are not looked at. `metrics`: also read those, by one request more for each step.
     """
     with opened(where, storage_options) as place:
         storage = place.storage
         entries = _entries(Catalog(storage), place.folder, last)
         since = entries[0].step if entries and last is not None else None
         others = leftovers(storage, entries, since=since, of=place.folder)
-        lines = [*_committed(storage, entries, keep), *map(_leftover, others)]
+        lines = _committed(storage, entries, keep)
+        if metrics:
+            known = read_metrics(storage, entries)
+            lines = [replace(line, metrics=known.get(line.step) or {}) for line in lines if line.step is not None]
+        lines += map(_leftover, others)
         if place.folder:
             lines = [line for line in lines if line.folder.partition("/")[0] == place.folder]
         lines.sort(key=lambda line: (-1 if line.step is None else line.step, line.folder))

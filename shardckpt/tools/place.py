@@ -13,7 +13,7 @@ from shardckpt.format.layout import MANIFEST, parse_aside, parse_step
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.objects.secrecy import redact
-from shardckpt.storage.open import open_storage
+from shardckpt.storage.open import open_storage, options_for
 
 Where: TypeAlias = str | os.PathLike[str] | Storage
 
@@ -39,6 +39,7 @@ def opened(where: Where, options: Mapping[str, object] | None = None) -> Iterato
     """
     given = where if isinstance(where, (str, os.PathLike)) else None
     text = os.fspath(given).rstrip("/") or os.fspath(given) if given is not None else ""
+    options = None if given is None else options_for(given, options)
     own = [open_storage(text, storage_options=options)] if given is not None else []
     try:
         if isinstance(where, (str, os.PathLike)):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardckpt.run.prune import PruneReport
-from shardckpt.run.registry.runs import RunsFound
+from shardckpt.run.registry.summary import RunsFound
 from shardckpt.tools.average import AverageReport
 from shardckpt.tools.convert import ConvertReport
 from shardckpt.tools.copying.steps import CopyReport
@@ -41,6 +41,7 @@ REPORTS: Mapping[str, type] = {
     "convert": ConvertReport,
     "export": ExportReport,
     "average": AverageReport,
+    "merge-lora": ExportReport,
     "cp": CopyReport,
     "doctor": Examination,
     "bench": BenchReport,

@@ -107,6 +107,7 @@ def commands(state: str) -> Iterator[list[str]]:
     yield ["convert", "<run>", "<to>/converted"]
     yield ["export", "<run>", "<to>/exported", "--step", str(step)]
     yield ["average", f"<run>/step_{step}", f"<run>/step_{step}", "<to>/averaged"]
+    yield ["merge-lora", "<run>", "<to>/merged", "--step", str(step)]
     yield ["pin", "<run>", "--step", str(step)]
     yield ["unpin", "<run>", "--step", str(step)]
     if state == "sound":  # of a place, not of what lies there

@@ -101,6 +101,31 @@ def test_a_table_of_runs(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_best_of_each_run_and_the_metrics_of_each_step(tmp_path: Path) -> None:
+    with sc.Runs(tmp_path, sc.Gangs.local()) as runs:
+        for name, losses in (("first", (0.5, 0.25, 0.75)), ("second", (0.125,)), ("third", ())):
+            run_ = runs.new(name=name, code="/")
+            with sc.CheckpointManager(run_, sc.Gangs.local()) as checkpoints:
+                for step, loss in enumerate(losses, start=1):
+                    checkpoints.save(step, {"model": torch.ones(2)})
+                    checkpoints.save_metrics({"loss": loss}, step=step)
+                checkpoints.save_metrics({"accuracy": 0.9}, step=1) if losses else None
+    status, told, _ = run("runs", tmp_path, "--best", "loss", "--lower-better")
+    head, *lines = told.splitlines()
+    assert (status, head.split()[4:7]) == (0, ["latest", "best", "loss"])
+    found = [line.split() for line in lines]
+    assert [(line[1], *line[-7:-4]) for line in found] == [
+        ("first", "3", "2", "0.25"), ("second", "1", "1", "0.125"), ("third", "-", "-", "-"),
+    ]  # fmt: skip
+    told = run("runs", tmp_path, "--best", "accuracy")[1]
+    assert [line.split()[-6:-4] for line in told.splitlines()[1:]] == [["1", "0.9"], ["1", "0.9"], ["-", "-"]]
+    head, *lines = run("ls", tmp_path / "run_001", "--metrics")[1].splitlines()
+    assert head.split() == ["step", "age", "size", "ranks", "score", "accuracy", "loss", "state", "parts"]
+    assert [line.split()[-5:-2] for line in lines] == [["-", "0.9", "0.5"], ["-", "-", "0.25"], ["-", "-", "0.75"]]
+    found = json.loads(run("ls", tmp_path / "run_001", "--metrics", "--json")[1])["steps"]
+    assert [step["metrics"] for step in found] == [{"accuracy": 0.9, "loss": 0.5}, {"loss": 0.25}, {"loss": 0.75}]
+
+
 def test_a_link_to_a_step_that_is_deleted_goes_with_it(tmp_path: Path) -> None:
     with sc.CheckpointManager(tmp_path, sc.Gangs.local()) as checkpoints:
         checkpoints.keep_links()

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "convert": (),
     "export": (),
     "average": (),
+    "merge-lora": (),
     "runs": (),
     "prune": ("--keep-last", "1", "--apply"),
     "pin": ("--step", "1"),
@@ -50,6 +51,7 @@ WRITES = {"put": ("cp", "doctor", "bench"), "replace": ("pin",), "delete": ("unp
 
 def arguments(command: str, url: object, other: object) -> list[object]:
     to = {"cp": [other], "convert": [other], "export": [other], "average": [url, other], "diff": [url]}
+    to["merge-lora"] = [other]
     return [command, url, *to.get(command, []), *COMMANDS[command]]
 
 

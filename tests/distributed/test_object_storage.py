@@ -91,9 +91,19 @@ def test_answers_that_come_too_late_are_asked_for_again(server: S3Server) -> Non
 
 
 @pytest.mark.leaks(threads=("Thread-",), why="the proxy's, one for each connection that a client keeps")
-@pytest.mark.parametrize("harm", [Harm.EXPIRED, Harm.DENIED], ids=["expired", "read-only"])
-def test_a_refused_save_says_what_to_do_and_leaves_the_step_before(server: S3Server, harm: Harm) -> None:
-    """Credentials that have expired, and a bucket that may be read only: no try is repeated, and the old step loads."""
+@pytest.mark.parametrize(
+    ("harm", "advice"),
+    [
+        (Harm.EXPIRED, r"check the credentials \(have they expired\?\)"),
+        (Harm.DENIED, r"check the credentials \(have they expired\?\)"),
+        (Harm.FULL, "the store is full: free space"),
+        (Harm.QUOTA, "the quota of the bucket or the account is used up: free space"),
+    ],
+    ids=["expired", "read-only", "full", "over quota"],
+)
+def test_a_refused_save_says_what_to_do_and_leaves_the_step_before(server: S3Server, harm: Harm, advice: str) -> None:
+    """Credentials that have expired, a bucket that may be read only, or is full: no try is repeated, and the old step
+    loads."""
     place = f"{server.bucket}/{uuid.uuid4().hex}"
     with proxy.before(server.endpoint) as harmful:
         through = S3Server(harmful.endpoint, server.bucket, server.access_key, server.secret_key)
@@ -102,7 +112,7 @@ def test_a_refused_save_says_what_to_do_and_leaves_the_step_before(server: S3Ser
             manager.save(1, state).result()
             harmful.harm(harm, "put", "create_upload", "part", "complete", "delete_objects", "delete", times=1000)
             save = manager.save(2, {"weights": torch.zeros(3 << 20)})
-            with pytest.raises(sc.CheckpointSaveError, match=r"check the credentials \(have they expired\?\)"):
+            with pytest.raises(sc.CheckpointSaveError, match=advice):
                 save.result(LIMIT)
             assert save.report.retries == 0
             assert manager.steps() == [1]

@@ -67,7 +67,8 @@ def functions_of(path: str) -> frozenset[str]:
 
 def unknown_calls(text: str) -> Iterator[str]:
     """Of the code in this text: names, arguments and commands that there are not."""
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    callbacks = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands = {name.replace("_", "-") for name in callbacks}
     for code in re.findall(r"`([^`]+)`", text):
         if code.startswith("shardckpt "):
             if code.split()[1] not in commands:

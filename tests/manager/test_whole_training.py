@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +14,11 @@ from torch import nn
 import shardckpt as sc
 from shardckpt.format.manifest import decode_manifest
 from shardckpt.storage.base import Storage
+from shardckpt.storage.local import LocalStorage
+from shardckpt.testing.faults import FailingStorage, on
+from tests.storage import proxy
 from tests.storage.conftest import place, s3
+from tests.storage.proxy import Harm
 from tests.storage.s3server import S3Server
 
 __all__ = ["place", "s3"]  # fixtures
@@ -20,8 +26,12 @@ __all__ = ["place", "s3"]  # fixtures
 KEEP = sc.KeepLast(3) | sc.KeepBest(1, lower_better=True)
 
 
-def train(run: sc.Run, *, until: int, every: int = 10) -> tuple[list[float], sc.CheckpointInfo | None, list[int]]:
-    """The losses of this job, from where it was resumed, if it was; and the steps that there are afterwards."""
+def train(
+    run: sc.Run | Storage, *, until: int, every: int = 10, failures: list[sc.CheckpointError] | None = None
+) -> tuple[list[float], sc.CheckpointInfo | None, list[int]]:
+    """The losses of this job, from where it was resumed, if it was; and the steps that there are afterwards.
+
+    `failures`: where those of saves are put, and it goes on."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -42,11 +52,21 @@ def train(run: sc.Run, *, until: int, every: int = 10) -> tuple[list[float], sc.
             losses.append(loss.item())
             progress.advance(loss=losses[-1])
             if schedule.due(progress.step):
+                wait(checkpoints, failures)
                 checkpoints.save(progress.step, state)
                 checkpoints.save_score(abs(progress.step - 40), step=progress.step)
-        checkpoints.wait()
+        wait(checkpoints, failures)
     with sc.CheckpointManager(run, sc.Gangs.local()) as checkpoints:
         return losses, info, checkpoints.steps()
+
+
+def wait(checkpoints: sc.CheckpointManager, failures: list[sc.CheckpointError] | None) -> None:
+    try:
+        checkpoints.wait()
+    except sc.CheckpointSaveError as error:
+        if failures is None:
+            raise
+        failures.append(error)
 
 
 def damage(storage: Storage, step: int) -> None:
@@ -88,3 +108,40 @@ def test_train_prune_damage_resume(
         assert begun[:90] + rest == whole, "bit for bit, with dropout, momentum and the batches"
         assert steps == [40, 90, 100, 110], "the one that was resumed from is among the last three"
         assert [saved.step for saved in again.look().history] == list(range(10, 111, 10))
+
+
+@contextmanager
+def filling(where: str, tmp_path: Any, s3: S3Server, url: str) -> Iterator[Storage]:
+    """A place that is full as soon as anything of step 30 is put there. (`tests/faults/test_full_disk.py` has file
+    systems that are.)"""
+    if where == "local":
+        full = OSError(errno.ENOSPC, "the file system is full (or out of inodes): free space")
+        yield FailingStorage(LocalStorage(tmp_path), on("put", key="step_30"), times=None, error=lambda: full)
+        return
+    with proxy.before(s3.endpoint) as harmful:
+        harmful.harm(Harm.FULL, "put", "create_upload", key="step_30", times=1000)
+        yield S3Server(harmful.endpoint, s3.bucket, s3.access_key, s3.secret_key).storage(url)
+
+
+@pytest.mark.s3
+@pytest.mark.leaks(threads=("Thread-",), why="the proxy's, one for each connection that a client keeps")
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_the_place_is_full_in_the_middle(
+    where: str, tmp_path: Any, s3: S3Server, place: Callable[[S3Server], str]
+) -> None:
+    """That save fails and says why, training goes on, the steps before stay; the next job goes on from them."""
+    url = place(s3)
+    whole, _, _ = train(LocalStorage(tmp_path / "whole"), until=50, every=1000)
+    failures: list[sc.CheckpointError] = []
+    with filling(where, tmp_path / "run", s3, url) as full:
+        begun, _, steps = train(full, until=35, failures=failures)
+    assert begun == whole[:35]
+    assert [error.step for error in failures] == [30]
+    assert "is full" in str(failures[0])
+    assert "free space" in str(failures[0])
+    assert steps == [10, 20]
+    roomy = LocalStorage(tmp_path / "run") if where == "local" else s3.storage(url)
+    rest, info, steps = train(roomy, until=50)
+    assert info is not None
+    assert (info.step, begun[:20] + rest) == (20, whole)
+    assert steps == [20, 30, 40, 50]

@@ -183,10 +183,17 @@ def test_a_step_that_somebody_else_has_deleted_meanwhile_is_deleted(storage: Sto
     assert [name for name in storage.list() if "5" in name] == []
 
 
+LEFT_BY = {"a commit": "", "a deletion": "deleted"}
+"""In the middle of what a crash came -> how the id begins in the name of the folder that it left."""
+
+
 @pytest.mark.parametrize("lives", range(12))
-def test_an_older_version_that_a_crash_left_does_not_come_back(renaming: MemoryStorage, lives: int) -> None:
+@pytest.mark.parametrize("left_by", LEFT_BY)
+def test_an_older_version_that_a_crash_left_does_not_come_back(
+    renaming: MemoryStorage, lives: int, left_by: str
+) -> None:
     commit(renaming, 5)
-    renaming.rename_folder("step_5", aside_folder(5, new_attempt(), "old"))
+    renaming.rename_folder("step_5", aside_folder(5, LEFT_BY[left_by] + new_attempt(), "old"))
     commit(renaming, 5)
     newer = Catalog(renaming).record(5)[1].attempt
     entry = Catalog(renaming).entry(5)
@@ -195,15 +202,18 @@ def test_an_older_version_that_a_crash_left_does_not_come_back(renaming: MemoryS
     assert Catalog(renaming).steps() == [] or Catalog(renaming).record(5)[1].attempt == newer
 
 
-def test_an_older_version_that_somebody_sweeps_meanwhile_keeps_nothing(renaming: MemoryStorage) -> None:
+@pytest.mark.parametrize("left_by", LEFT_BY)
+def test_an_older_version_that_somebody_sweeps_meanwhile_keeps_nothing(renaming: MemoryStorage, left_by: str) -> None:
+    older = aside_folder(5, LEFT_BY[left_by] + new_attempt(), "old")
+
     class Swept(StorageWrapper):
         def around(self, operation: Operation, call: Callable[[], T]) -> T:
-            if operation.name == "rename_folder" and operation.keys[0].endswith(".old"):
-                renaming.delete_tree(operation.keys[0])
+            if operation.name in ("rename_folder", "delete") and operation.keys[0].startswith(older):
+                renaming.delete_tree(older)
             return call()
 
     commit(renaming, 5)
-    renaming.rename_folder("step_5", aside_folder(5, new_attempt(), "old"))
+    renaming.rename_folder("step_5", older)
     commit(renaming, 5)
     delete_step(Swept(renaming), Catalog(renaming).entry(5))
     assert renaming.list() == []

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from shardckpt.engine.pending import PendingSave
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.history import History
 from shardckpt.run.retention import KeepBest, KeepLast
@@ -35,6 +36,6 @@ def test_after_a_commit_the_policy_of_the_run_holds_and_the_step_just_saved_stay
     for step in (3, 4, 5, 1):
         commit(storage, step)
     history = History(Catalog(storage), KeepLast(1), grace=HOUR)
-    assert history.note(1, 0.5, over=lambda: False)
+    assert history.note(1, 0.5, save=PendingSave(1))
     assert history.committed(1) == [3, 4]
     assert Catalog(storage).steps() == [1, 5]

@@ -17,6 +17,7 @@ from shardckpt.run.keeping.pins import pin, pinned_steps, unpin
 from shardckpt.run.prune import plan_retention, retain
 from shardckpt.run.retention import StepFacts
 from shardckpt.storage.base import Storage
+from shardckpt.testing.faults import RecordingStorage
 from shardckpt.testing.gangs import run_ranks
 from shardckpt.tools.verify import verify
 from tests.run.making import commit
@@ -151,6 +152,42 @@ def test_a_manager_says_why_each_step_stays_or_goes(storage: Storage) -> None:
         assert [(fate.step, fate.kept) for fate in last] == [(2, True), (3, True), (4, False), (5, True)]
         assert last[0].reason == "the best by loss: 0.0"  # as the manager's own policy says
         assert checkpoints.steps() == [2, 3, 5]
+
+
+def test_a_policy_keeps_models_and_looks_at_each_once(storage: Storage) -> None:
+    """In the background after each save; a step that is resumed from stays whole; the rest of the others goes."""
+    policy = sc.KeepLast(1) | sc.PreserveModel(sc.KeepEvery(steps=2))
+    with manager(storage, keep=policy) as checkpoints:
+        for step in (1, 2, 3, 4, 5, 6):
+            checkpoints.save(step, {"model": {"w": torch.full((2,), float(step))}, "mine": step})
+    recording = RecordingStorage(storage)
+    with manager(recording, keep=policy) as checkpoints:
+        assert [(fate.step, fate.kept, fate.model_kept, fate.reason) for fate in checkpoints.prune(dry_run=True)] == [
+            (2, False, True, "a multiple of 2"),
+            (4, False, True, "a multiple of 2"),
+            (6, True, False, "the last committed step; one of the last 1"),
+        ]
+        assert [fate.step for fate in checkpoints.prune()] == [2, 4, 6]
+        seen = len(recording.operations)
+        assert [fate.step for fate in checkpoints.prune()] == [2, 4, 6]
+        read = {key for each in recording.operations[seen:] if each.name == "read" for key in each.keys}
+        assert read == {"step_6/manifest.json"}
+    catalog = Catalog(storage)
+    assert {step: catalog.record(step)[1].model_only for step in catalog.steps()} == {2: True, 4: True, 6: False}
+    with manager(storage, keep=policy) as checkpoints:
+        model = {"w": torch.zeros(2)}
+        checkpoints.load(4, {"model": model})
+        assert model["w"].tolist() == [4.0, 4.0]
+        checkpoints.save(4, {"model": model, "mine": 4}).result()  # it is whole again, and goes when it is not the last
+        assert checkpoints.resume({"model": model, "mine": 0}) is not None
+        checkpoints.save(8, {"model": model, "mine": 8}).result()
+        checkpoints.wait()
+    assert {step: catalog.record(step)[1].model_only for step in catalog.steps()} == {
+        2: True,
+        4: True,
+        6: False,
+        8: False,
+    }
 
 
 def test_all_ranks_hear_the_same() -> None:

@@ -14,6 +14,7 @@ from shardckpt.run.retention import (
     KeepEvery,
     KeepLast,
     Policy,
+    PreserveModel,
     StepFacts,
     decide,
 )
@@ -109,6 +110,20 @@ def test_a_policy_of_ones_own_cannot_overrule_the_last_step() -> None:
     assert decide(KeepNothing() | KeepAll(), history(1.0, 2.0)).doomed == ()
 
 
+def test_models_stay_where_the_whole_step_does_not() -> None:
+    policy = KeepLast(1) | PreserveModel(KeepEvery(steps=20) | KeepBest(1))
+    assert policy.uses == {"score"}
+    assert str(policy) == f"KeepLast(n=1) | PreserveModel(KeepEvery(steps=20) | {KeepBest(1)})"
+    facts = [*history(0.5, 0.9, 0.1, None, 0.2, 0.3), StepFacts(5, pinned=True)]
+    assert decide(policy, facts) == Decision(
+        {5: "pinned", 60: "the last committed step; one of the last 1"},
+        doomed=(10, 30, 50),
+        reduced={20: "a multiple of 20; number 1 of the best: 0.9", 40: "a multiple of 20"},
+    )
+    assert decide(policy | KeepAll(), facts).reduced == {}
+    assert decide(PreserveModel(PreserveModel(KeepLast(2))), facts[:3]).reduced == {20: "one of the last 2"}
+
+
 def test_a_history_has_each_step_once() -> None:
     with pytest.raises(ValueError, match="twice"):
         decide(KeepAll(), [StepFacts(1), StepFacts(1)])
@@ -146,10 +161,17 @@ def beats(one: StepFacts, other: StepFacts, policy: KeepBest) -> bool:
 
 
 @settings(max_examples=200, deadline=None)
-@given(HISTORY, st.lists(SINGLE, min_size=1, max_size=3), st.sets(st.integers(0, 40), max_size=3))
-def test_decisions_agree_with_the_model(facts: list[StepFacts], policies: list[Policy], protected: set[int]) -> None:
+@given(
+    HISTORY,
+    st.lists(SINGLE, min_size=1, max_size=3),
+    st.lists(SINGLE, max_size=2),
+    st.sets(st.integers(0, 40), max_size=3),
+)
+def test_decisions_agree_with_the_model(
+    facts: list[StepFacts], policies: list[Policy], of_models: list[Policy], protected: set[int]
+) -> None:
     policy = policies[0]
-    for other in policies[1:]:
+    for other in [*policies[1:], *map(PreserveModel, of_models)]:
         policy = policy | other
     stays = {
         one.step
@@ -161,5 +183,7 @@ def test_decisions_agree_with_the_model(facts: list[StepFacts], policies: list[P
     }
     decision = decide(policy, facts, protected=dict.fromkeys(protected, "protected"))
     assert set(decision.kept) == stays
-    assert decision.doomed == tuple(sorted({one.step for one in facts} - stays))
+    models = {one.step for one in facts if any(model_keeps(each, one, facts) for each in of_models)} - stays
+    assert set(decision.reduced) == models
+    assert decision.doomed == tuple(sorted({one.step for one in facts} - stays - models))
     assert all(decision.kept.values())

@@ -26,6 +26,8 @@ class Harm(Enum):
     BUSY = (503, "ServiceUnavailable", "Please try again.")
     BROKEN = (500, "InternalError", "We encountered an internal error.")
     DENIED = (403, "AccessDenied", "Access Denied")
+    FULL = (507, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold.")
+    QUOTA = (403, "QuotaExceeded", "The quota set for the bucket is exceeded.")
     EXPIRED = (400, "ExpiredToken", "The provided token has expired.")
     RESET = "in the middle of what the client sends"
     TRUNCATED = "in the middle of the answer"

@@ -10,7 +10,7 @@ from shardckpt.cli.looking.listing import AsJson
 from shardckpt.cli.output import PROBLEMS, age_text, console, explaining, print_json, say, size_text
 
 if TYPE_CHECKING:
-    from shardckpt.run.registry.runs import RunSummary
+    from shardckpt.run.registry.summary import RunSummary
     from shardckpt.run.retention import Policy
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="The run.")]
@@ -19,9 +19,14 @@ Url = Annotated[str, typer.Argument(metavar="URL", help="The run.")]
 def runs(
     url: Annotated[str, typer.Argument(metavar="URL", help="The folder that the runs are in.")],
     *,
+    best: Annotated[str | None, typer.Option("--best", help="Also the best step of each, by this metric.")] = None,
+    lower_better: Annotated[bool, typer.Option("--lower-better", help="Less of it is better.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the runs that `Runs` has made below a folder, with their steps, code and configuration.
+
+    With --best also the step of each, of those that are there, that is the best by this metric (or by the score), and
+    its value. With --json all metrics of all steps are there, and the configurations.
 
     Ends with 0, or 1 if there is none.
 
@@ -29,7 +34,8 @@ def runs(
     """
     with explaining():
         from shardckpt.gang.gangs import Gangs
-        from shardckpt.run.registry.runs import Runs, RunsFound
+        from shardckpt.run.registry.runs import Runs
+        from shardckpt.run.registry.summary import RunsFound
 
         if not url:
             raise ValueError("an empty path is no place: use '.' for the current folder")
@@ -39,28 +45,32 @@ def runs(
     if as_json:
         print_json(RunsFound(tuple(found)))
     elif found:
-        _print_runs(found)
+        _print_runs(found, best, lower_better=lower_better)
     if not found:
         say("there are no runs here; `shardckpt ls` lists folders of steps that have other names")
         raise typer.Exit(PROBLEMS)
 
 
-def _print_runs(found: list[RunSummary]) -> None:
+def _print_runs(found: list[RunSummary], metric: str | None, *, lower_better: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "name", "age", "steps", "latest", "saved", "ranks", "host", "code"):
+    of_best = () if metric is None else ("best", metric)
+    for name in ("run", "name", "age", "steps", "latest", *of_best, "saved", "ranks", "host", "code"):
         table.add_column(name, justify="left" if name in ("run", "name", "host", "code") else "right", overflow="fold")
     for run in found:
+        saved = run.best(metric, lower_better=lower_better) if metric is not None else None
+        best = ("-", "-") if saved is None or metric is None else (str(saved.step), f"{saved.metrics[metric]:g}")
+        best = best[: len(of_best)]
         steps = (str(len(run.steps)), str(run.steps[-1]) if run.steps else "-")
         if run.info is None:
-            table.add_row(run.folder, "(its run.json is damaged)", "-", *steps, "-", "-", "-", "-")
+            table.add_row(run.folder, "(its run.json is damaged)", "-", *steps, *best, "-", "-", "-", "-")
             continue
         info, code = run.info, run.info.code
         commit = "-" if code is None else code.commit[:10] + (" + changes" if code.dirty else "")
         where = info.sessions[-1].host if info.sessions else "-"
         facts = (str(len(info.history)), str(info.world_size), where, commit)
-        table.add_row(run.folder, info.name or "-", age_text(info.created), *steps, *facts)
+        table.add_row(run.folder, info.name or "-", age_text(info.created), *steps, *best, *facts)
     console().print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +39,7 @@ def ls(
     last: Annotated[
         int | None, typer.Option("--last", min=1, help="Only so many steps of the highest numbers; looks at no others.")
     ] = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Also the metrics of each step, by name.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the steps of a run, or the runs below a folder.
@@ -50,7 +52,7 @@ def ls(
     with explaining():
         from shardckpt.tools.listing import list_checkpoints
 
-        listing = list_checkpoints(url, last=last)
+        listing = list_checkpoints(url, last=last, metrics=metrics)
     if as_json:
         print_json(listing)
         return
@@ -65,12 +67,14 @@ def _print_listing(listing: Listing) -> None:
         heads: Heads = {"run": "left", "steps": "right", "latest": "right"}
         print_table(heads, [(run.name, str(run.steps), str(run.latest)) for run in listing.runs])
         return
-    numbers: Heads = dict.fromkeys(("step", "age", "size", "ranks", "score"), "right")
-    print_table(numbers | {"state": "left", "parts": "left"}, [_row(line) for line in listing.steps])
+    metrics = sorted({name for line in listing.steps for name in line.metrics})
+    numbers: Heads = dict.fromkeys(("step", "age", "size", "ranks", "score", *metrics), "right")
+    print_table(numbers | {"state": "left", "parts": "left"}, [_row(line, metrics) for line in listing.steps])
 
 
-def _row(line: StepLine) -> tuple[str, ...]:
-    numbers = ["-" if value is None else f"{value:g}" for value in (line.world_size, line.score)]
+def _row(line: StepLine, metrics: Sequence[str]) -> tuple[str, ...]:
+    values = (line.world_size, line.score, *(line.metrics.get(name) for name in metrics))
+    numbers = ["-" if value is None else f"{value:g}" for value in values]
     state = line.state if line.state in ("committed", "model only") else f"{line.state} ({line.folder})"
     step = "-" if line.step is None else str(line.step)
     return step, age_text(line.created), size_text(line.nbytes), *numbers, state, ", ".join(line.parts)

@@ -127,7 +127,8 @@ class Committer:
             with report.phase("commit"):
                 attempt.compare(work.alike)
                 assert work.plan is not None
-                committed = attempt.commit(work.plan, work.options.metadata, model_key=work.options.model_key)
+                how: dict[str, Any] = {"model_key": work.options.model_key, "beside": work.pending.place}
+                committed = attempt.commit(work.plan, work.options.metadata, **how)
         except BaseException:
             attempt.abandon()
             raise
@@ -175,7 +176,5 @@ class Committer:
             own = write_files(self._storage, prefix, sealed, work.pending.progress, **pace)
             report.nbytes -= own.reused_nbytes
             if self._at.rank == 0:
-                for name, content in work.loose.items():
-                    self._storage.put(f"{prefix}/{name}", [content])
                 own = replace(own, files=(*own.files, *carry(self._storage, prefix)))
         return sealed, own

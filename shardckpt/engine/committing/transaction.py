@@ -154,8 +154,16 @@ class Transaction:
         message = announce(self._gang, lambda: explain(held, self._receipts or ()), phase="compare", **self._terms)
         raise CheckpointSaveError(f"step {self._step} was not saved: {message}", step=self._step)
 
-    def commit(self, plan: SavePlan, metadata: Mapping[str, Any], *, model_key: str = "model") -> Committed:
-        """The record is composed from the receipts and nothing else, and put in force."""
+    def commit(
+        self,
+        plan: SavePlan,
+        metadata: Mapping[str, Any],
+        *,
+        model_key: str = "model",
+        beside: Callable[[], Mapping[str, bytes]] = dict,
+    ) -> Committed:
+        """The record is composed from the receipts and nothing else, and put in force. `beside`: small files that it
+        does not name, by name, and that are there when it is; asked for on rank 0."""
         sent = self._book.ask(self._gang, plan, self._receipts, **self._terms)
 
         def commit() -> list[Any]:
@@ -173,6 +181,7 @@ class Transaction:
             self._limit.check()
             self._lease.beat()
             within(self._limit.work, partial(self._finish_uploads, receipts), what="finishing the uploads")
+            within(self._limit.work, partial(self._put_beside, beside()), what="writing score and metrics")
             if (took_s := time.monotonic() - began) > patience_s:
                 raise TimeoutError(
                     f"it took {took_s:.3g} s to come to the record: this process stood still, or its storage"
@@ -208,6 +217,10 @@ class Transaction:
             self._storage.finish_upload(f"{self._prefix}/{name}", number, parts)
 
         for_each(self._uploads.items(), finish, threads=_FINISHING)
+
+    def _put_beside(self, files: Mapping[str, bytes]) -> None:
+        for name, content in files.items():
+            self._storage.put(f"{self._prefix}/{name}", [content])
 
     def _of_model_only(self, manifest: Manifest) -> Manifest:
         """The record of a step without a state: it has the consolidated model, and that alone."""

@@ -71,8 +71,6 @@ class Work:
     """Begun already, where files are written before the commit is asked for."""
     files: list[FileEntry] = field(default_factory=list)
     """Of this rank, written already."""
-    loose: dict[str, bytes] = field(default_factory=dict)
-    """Small files, by name, that are put into the checkpoint but not into its record. On rank 0."""
     uploads: Mapping[str, UploadId] = field(default_factory=dict)
     """Of files that ranks put together."""
     error: BaseException | None = None

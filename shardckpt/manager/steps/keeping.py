@@ -42,10 +42,10 @@ class KeepingFace:
 
     def save_metrics(self, metrics: Mapping[str, SupportsFloat], *, step: int) -> None:
         """Give numbers by name to a step that is committed or still being saved, beside those that it has; rank 0's are
-        taken. `KeepBest(n, metric=name)` compares by them."""
+        taken. `KeepBest(n, metric=name)` compares by them. What is given before the record of the step is written is
+        there as soon as the step is, also if the job dies at that moment."""
         pending = self._saver.of_step(step)
-        over: Callable[[], bool] = pending.done if pending is not None else lambda: True
-        self._do("measure", lambda: self._history.measure(step, plain_metrics(metrics), over=over), step=step)
+        self._do("measure", lambda: self._history.measure(step, plain_metrics(metrics), save=pending), step=step)
 
     def best(self) -> int | None:
         """The best step, by the `KeepBest` of `keep`, or else by the score, of which more is better. None if no step
@@ -60,9 +60,9 @@ class KeepingFace:
         self._do("links", self._history.relink)
 
     def prune(self, policy: Policy | None = None, *, dry_run: bool = False) -> list[Fate]:
-        """Delete what the policy (the manager's own, if none is given) does not keep, and say of each step why it stays
-        or goes; with `dry_run` only say so. The last step, the one that was resumed from, the one that `best` names and
-        pinned ones stay, whatever it says."""
+        """Delete what the policy (the manager's own, if none is given) does not keep, or all but the models where it
+        keeps those, and say of each step why it stays or goes; with `dry_run` only say so. The last step, the one that
+        was resumed from, the one that `best` names and pinned ones stay, whatever it says."""
         self._saver.drain()  # a step that is being replaced must not be deleted
         act = partial(self._history.plan if dry_run else self._history.apply, policy)
         return [Fate(**fate) for fate in self._do("prune", lambda: [asdict(fate) for fate in act()])]

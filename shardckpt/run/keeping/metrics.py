@@ -46,15 +46,20 @@ def metrics_key(entry: Entry) -> str:
 def write_metrics(storage: Storage, entry: Entry, *, metrics: Mapping[str, float]) -> None:
     """Give a committed step these metrics, beside those that it has. `CheckpointSaveError` if they cannot be stored."""
     together = {**(_read(storage, entry) or {}), **metrics}
-    content = {name: value if math.isfinite(value) else str(value) for name, value in together.items()}
     try:
-        storage.replace(metrics_key(entry), (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        storage.replace(metrics_key(entry), encode_metrics(together))
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"step {entry.step} cannot be measured: {error}", step=entry.step) from error
     except OSError as error:
         raise CheckpointSaveError(
             f"the metrics of step {entry.step} were not saved: {error}", step=entry.step
         ) from error
+
+
+def encode_metrics(metrics: Mapping[str, float]) -> bytes:
+    """The file's content. JSON has no infinity, which stands in it as a text."""
+    content = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_metrics(storage: Storage, entries: Sequence[Entry]) -> dict[int, Mapping[str, float] | None]:

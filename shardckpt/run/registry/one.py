@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError, CheckpointSaveError
 from shardckpt.run.catalog import Catalog
@@ -68,12 +68,16 @@ class Run:
         that is there has the metric. By any rank by itself."""
         storage = self.open_storage()
         try:
-            info, there = read_run(storage, ""), set(Catalog(storage).steps())
+            return best_of(read_run(storage, ""), Catalog(storage).steps(), metric, lower_better=lower_better)
         finally:
             storage.close()
-        measured = [saved for saved in info.history if saved.step in there and metric in saved.metrics]
-        sign = -1 if lower_better else 1
-        return max(measured, key=lambda saved: (sign * saved.metrics[metric], saved.step), default=None)
+
+
+def best_of(info: RunInfo, there: Collection[int], metric: str, *, lower_better: bool) -> SavedStep | None:
+    """The best of the steps that are there, by what the history says; of equal ones the later."""
+    measured = [saved for saved in info.history if saved.step in there and metric in saved.metrics]
+    sign = -1 if lower_better else 1
+    return max(measured, key=lambda saved: (sign * saved.metrics[metric], saved.step), default=None)
 
 
 class Journal:

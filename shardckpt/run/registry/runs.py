@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -26,7 +26,16 @@ from shardckpt.gang.gangs import Gangs
 from shardckpt.run.registry.config import differences, plain_config
 from shardckpt.run.registry.one import Run, read_run, write_run
 from shardckpt.run.registry.origin import code_version, environment, host
-from shardckpt.run.registry.runfile import MOST_SESSIONS, RUN_FILE, RunInfo, Session, decode_run, encode_run, now
+from shardckpt.run.registry.runfile import (
+    MOST_SESSIONS,
+    RUN_FILE,
+    RunInfo,
+    Session,
+    decode_run,
+    encode_run,
+    now,
+)
+from shardckpt.run.registry.summary import RunSummary
 from shardckpt.run.requests import each
 from shardckpt.storage.base import Storage
 from shardckpt.storage.open import open_storage
@@ -38,27 +47,6 @@ _TRIES = 1000
 """Numbers that are tried, each of which another job has just taken."""
 _KINDS = (CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError, CheckpointSaveError, InvalidStateError)
 """Errors of rank 0 that are of the same kind on every rank."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """A run, and what there is of it now."""
-
-    folder: str
-    number: int
-    info: RunInfo | None
-    """None if its run.json is damaged, or still being written."""
-    steps: tuple[int, ...] = ()
-    """The committed steps, ascending."""
-    problem: str = ""
-    """Why there is no `info`."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunsFound:
-    """The runs below a root."""
-
-    runs: tuple[RunSummary, ...]
 
 
 class Runs:

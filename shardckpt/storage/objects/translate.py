@@ -30,6 +30,10 @@ _CODES: dict[str, int] = {
     "SlowDown": errno.EBUSY,
     "ServiceUnavailable": errno.EBUSY,
     "InternalError": _REMOTE_IO,
+    "QuotaExceeded": errno.EDQUOT,  # Ceph, with 403
+    "XMinioAdminBucketQuotaExceeded": errno.EDQUOT,
+    "XMinioStorageFull": errno.ENOSPC,
+    "InsufficientStorage": errno.ENOSPC,
     "401": errno.EACCES,
     "403": errno.EACCES,
     "404": errno.ENOENT,
@@ -38,6 +42,7 @@ _CODES: dict[str, int] = {
     "502": errno.EBUSY,
     "503": errno.EBUSY,
     "504": errno.EBUSY,
+    "507": errno.ENOSPC,
 }
 # Classes that are no OSErrors, by the package that defines them: none of them is imported here.
 _LOST_CONNECTION = frozenset(
@@ -69,6 +74,9 @@ _ADVICE: dict[int, str] = {
     errno.EACCES: "access was refused: check the credentials (have they expired?), the clock of this machine, and that "
     "they may get, put, delete and list here",
     errno.EBUSY: "the server is busy or asks to slow down: it is worth trying again later, with fewer ranks at a time",
+    errno.ENOSPC: "the store is full: free space, for example by keeping fewer steps",
+    errno.EDQUOT: "the quota of the bucket or the account is used up: free space, for example by keeping fewer steps, "
+    "or ask for a larger quota",
     _REMOTE_IO: "the server reports a fault of its own: it is worth trying again later",
     errno.ECANCELED: "the upload in parts is over: finished already, or given up, since its save has failed",
     errno.ETIMEDOUT: "no answer in time: check the network and the timeouts in storage_options",

@@ -26,7 +26,7 @@ from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.scores import read_scores, write_score
 from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
 from shardckpt.storage.objects.secrecy import redact
-from shardckpt.storage.open import open_storage
+from shardckpt.storage.open import open_storage, options_for
 from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import files_below
 from shardckpt.tools.copying.alone import LOCK, alone
@@ -94,7 +94,7 @@ def copy_steps(
         source: a run, or one step of it (`.../step_100`); a path, URL or `Storage`.
         target: the run that it goes to; likewise.
         told: hears of progress.
-        storage_options: for fsspec, of both places; never logged.
+        storage_options: for fsspec, of both places that are no local paths; never logged.
     """
     if step is not None and every:
         raise InvalidOperationError("either one step or all of them can be copied", step=step)
@@ -116,7 +116,7 @@ def _target(where: Where, options: Mapping[str, object] | None) -> tuple[Storage
     text = os.fspath(where)
     if parse_step(text.rstrip("/").rpartition("/")[2]) is not None:
         raise InvalidOperationError(f"{redact(text)} is called like a step: name the run that the steps are to be in")
-    return open_storage(text, storage_options=options), True
+    return open_storage(text, storage_options=options_for(text, options)), True
 
 
 def _entries(place: Place, step: int | None, *, every: bool) -> list[Entry]:

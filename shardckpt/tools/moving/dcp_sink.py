@@ -19,7 +19,7 @@ from shardckpt.format.foreign.dcp import METADATA, DcpMetadata, Entry, Payload, 
 from shardckpt.format.index import ITEMSIZE
 from shardckpt.format.tree import MAX_LEVELS, TensorRef, check_value
 from shardckpt.storage.base import Buffer, Storage
-from shardckpt.storage.open import open_storage
+from shardckpt.storage.open import open_storage, options_for
 from shardckpt.tools.moving.seam import TensorName, TensorSource, Window
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class DcpSink:
         if not isinstance(where, (str, os.PathLike)):
             _Writing(where, self._folder, source, budget_nbytes).run()
             return
-        storage = open_storage(where, storage_options=self._options)
+        storage = open_storage(where, storage_options=options_for(where, self._options))
         try:
             _Writing(storage, self._folder, source, budget_nbytes).run()
         finally:

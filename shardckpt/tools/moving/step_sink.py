@@ -30,7 +30,7 @@ from shardckpt.format.manifest import FileEntry, Home, LayoutEntry, Table, Tenso
 from shardckpt.format.record.homes import home_file
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Storage
-from shardckpt.storage.open import open_storage
+from shardckpt.storage.open import open_storage, options_for
 from shardckpt.tools.moving.foreign.nesting import walk
 from shardckpt.tools.moving.seam import TensorName, TensorSource
 from shardckpt.tools.moving.writing.archive import ArchiveFile
@@ -64,7 +64,7 @@ class StepSink:
         no checkpoint can hold, what the source raises for what it cannot read. Then there is no such step.
         """
         where, own = self._where, isinstance(self._where, (str, os.PathLike))
-        storage = open_storage(where, storage_options=self._options) if isinstance(where, (str, os.PathLike)) else where
+        storage = where if not isinstance(where, (str, os.PathLike)) else _opened(where, self._options)
         try:
             self._write(storage, source, max(budget_nbytes, LEAST_BUDGET))
         except OSError as error:
@@ -113,6 +113,10 @@ class StepSink:
         tables = merge_tables([([], layouts, Table((0,), tensors, values))])
         created = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         return compose_manifest(self._step, attempt, created, [receipt], tables, self._metadata)
+
+
+def _opened(where: str | os.PathLike[str], options: Mapping[str, object] | None) -> Storage:
+    return open_storage(where, storage_options=options_for(where, options))
 
 
 def _put(storage: Storage, prefix: str, home: Home, file: ArchiveFile, source: TensorSource, budget: int) -> FileEntry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,23 @@ import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.run.catalog import Catalog
 from shardckpt.storage.local import LocalStorage
 from shardckpt.tools.verify import verify
 from tests.engine.frozen.lora import is_adapter
 from tests.engine.frozen.test_frozen import blobs, nbytes
+from tests.storage.conftest import place, s3
+from tests.storage.s3server import S3Server
+
+__all__ = ["place", "s3"]  # fixtures
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
-pytestmark = pytest.mark.xdist_group("peft")
+pytestmark = [
+    pytest.mark.xdist_group("peft"),
+    pytest.mark.leaks(threads=("tqdm_monitor",), why="transformers shows a bar while it loads"),
+]
 
 
 def tuned(seed: int = 0, *, base_seed: int = 1) -> dict[str, Any]:
@@ -98,22 +107,47 @@ def test_the_adapter_alone_is_what_peft_itself_would_save(tmp_path: Path) -> Non
     assert torch.equal(fresh["model"](input_ids=words).logits, state["model"](input_ids=words).logits)
 
 
-@pytest.mark.leaks(threads=("tqdm_monitor",), why="transformers shows a bar while it loads")
 def test_the_merged_model_goes_out_and_comes_in_without_peft(tmp_path: Path) -> None:
-    state = tuned()
+    """From the checkpoint alone: no model is made, and PEFT is not asked. It is what PEFT makes of it, bit for bit."""
+    state, cc = tuned(), tmp_path / "run/cc"
     train(state, 2)
+    state["model"].config.save_pretrained(cc)
+    state["model"].peft_config["default"].save_pretrained(cc)
     with sc.CheckpointManager(tmp_path / "run") as checkpoints:
         checkpoints.save(2, state, frozen=("*",)).result()
-    other = tuned(seed=5, base_seed=9)
-    with sc.CheckpointManager(tmp_path / "run") as checkpoints:
-        checkpoints.load(2, {"model": other["model"]})
+    sc.merge_lora(tmp_path / "run", tmp_path / "out")
     words = torch.arange(16)[None]
-    wanted = state["model"].eval()(input_ids=words).logits
-    merged = other["model"].merge_and_unload()
-    merged.config.save_pretrained(tmp_path / "merged/cc")
-    with sc.CheckpointManager(tmp_path / "merged") as checkpoints:
-        checkpoints.save(2, {"model": merged}).result()
-    sc.export(tmp_path / "merged", tmp_path / "out")
+    tuned_logits = state["model"].eval()(input_ids=words).logits
+    merged = state["model"].merge_and_unload()
     back = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.allclose(back(input_ids=words).logits, wanted, atol=1e-5)
-    assert not [name for name in back.state_dict() if is_adapter(name)]
+    assert type(back) is type(merged)
+    assert back.state_dict().keys() == merged.state_dict().keys()
+    assert all(torch.equal(value, merged.state_dict()[name]) for name, value in back.state_dict().items())
+    assert torch.allclose(back(input_ids=words).logits, tuned_logits, atol=1e-5)
+
+
+@pytest.mark.s3
+def test_on_an_object_store(s3: S3Server, place: Callable[[S3Server], str], tmp_path: Path) -> None:
+    """The base is put once and outlives the steps that go; training goes on to the last bit; and it can be merged."""
+    state, url = tuned(), place(s3)
+    storage = s3.storage(url)
+    with sc.CheckpointManager(storage, keep=sc.KeepLast(2)) as checkpoints:
+        for step in (1, 2, 3):
+            train(state, 1)
+            checkpoints.save(step, state, frozen=("*",)).result()
+    assert Catalog(storage).steps() == [2, 3]
+    assert len(blobs(storage)) == 1
+    assert verify(storage).ok
+    expected, other = train(state, 2), tuned(seed=5, base_seed=9)
+    with sc.CheckpointManager(storage) as checkpoints:
+        assert checkpoints.resume(other).step == 3
+    config = other["model"].peft_config["default"].to_dict()
+    means = sc.Means(storage_options=dict(s3.options))
+    sc.merge_lora(url, tmp_path / "out.pt", form="pt", config=config, means=means)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert train(other, 2) == expected
+    with sc.CheckpointManager(storage) as checkpoints:
+        checkpoints.load(3, {"model": other["model"]})
+    wanted = other["model"].merge_and_unload().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from shardckpt.errors import CheckpointSaveError
 from shardckpt.storage.base import Buffer, RenamingStorage, Storage
 from shardckpt.storage.local import LocalStorage
-from shardckpt.storage.open import open_storage
+from shardckpt.storage.open import open_storage, options_for
 from shardckpt.tools.place import Where, split_place
 
 
@@ -91,7 +91,7 @@ def _found(
     text = os.fspath(where)
 
     def opened(place: str) -> Storage:
-        storage = open_storage(place, storage_options=options)
+        storage = open_storage(place, storage_options=options_for(place, options))
         stack.callback(storage.close)
         return storage
 

@@ -22,7 +22,7 @@ class Means:
     budget_nbytes: int = 256 << 20
     """Bytes of tensors in memory at once, more or less; beside it, up to 64 MiB for each source."""
     storage_options: Mapping[str, object] | None = field(default=None, repr=False)
-    """For fsspec, at all places; never logged."""
+    """For fsspec, at all places that are no local paths; never logged."""
     told: Told = _unheard
     """Called as (step, bytes that have just been read, bytes that will be read in all)."""
 
