@@ -37,9 +37,7 @@ class StepSource:
 
     Values, and tensors of which each rank held its own (`differ`), are those of one rank, the first unless another is
     named; what that rank did not have comes from the first that did. A tensor that only the consolidated file has
-    comes from there. Ties are known where a file holds the bytes once: of tied tensors that are sharded and also
-    copied (HSDP, or FSDP2 on top of TP without TP for them) different ranks may have written either, so that they come
-    out as two tensors of the same content.
+    comes from there. Ties are known where every file that has pieces of them holds the bytes once.
 
     What is checked: the record's digest, indexes and trees before they are believed, and each tensor when the last of
     its bytes has been read, in whatever windows and order: then every record that it fills is held against its CRC. Not
