@@ -242,9 +242,9 @@ class _Planner:
         return "frozen" if alike else "frozen_rank"
 
     def _choose_replica(self, home: Home, sharding: Sharding, tensor: torch.Tensor, dtype: str) -> int:
-        """The same choice on every rank, since all see the same tensors in the same order. That some are tied is seen by
-        their memory, and so heeded only where every rank has some of them. Of what is frozen it is the same in every
-        save, too, whatever else there is in the state by then."""
+        """The same choice on every rank, since all see the same tensors in the same order. Ties are seen by the memory,
+        and so heeded only where every rank has some of it. Of what is frozen it is the same in every save, too,
+        whatever else there is in the state by then."""
         shape = tuple(tensor.shape)
         kind = (home, self._mesh_number(sharding), sharding.placements)
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
