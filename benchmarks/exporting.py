@@ -1,9 +1,11 @@
-"""`python -m benchmarks.exporting`: a sharded step as one file, beside copying the same bytes, and DCP's own way.
+"""`python -m benchmarks.exporting`: a sharded step as one file, beside copying the same bytes, and DCP's own ways.
 
 The step is of two tensor-parallel ranks, half of whose tensors are cut by rows and half by columns. By turns, each in a
-process of its own, whose memory is looked at every 5 ms: its files copied one by one (read and written in blocks);
-`sc.export` as safetensors and as `.pt`; `dcp_to_torch_save` of a DCP checkpoint of the same tensors. All durable (fsync
-of files and folder). The files of the first round are compared, tensor by tensor, before any number counts.
+process of its own (or one for each rank), whose memory is looked at every 5 ms: its files copied one by one, by a loop
+that reads and writes blocks, and by `cp`; `sc.export` as safetensors and as `.pt`, by one process and by two;
+`consolidate_safetensors_files` and `dcp_to_torch_save` of what DCP makes of the same tensors. All durable (fsync of
+files and folder). What is read lies in the page cache, or, with --cold, none of it. What the first round has made is
+compared, tensor by tensor, before any number counts.
 """
 
 from __future__ import annotations
@@ -16,32 +18,32 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+import torch.distributed as dist
 
 import shardckpt as sc
 from benchmarks.cells import Spread
-from benchmarks.engines import sync
+from benchmarks.exportways import RANKS, WAYS, clear, compare, make_ready, prepare
 from benchmarks.limits import machine_facts
 from benchmarks.rounds import wait_until_quiet
-from shardckpt.testing.gangs import run_ranks
+from shardckpt.testing.servers.process import free_ports
 
-_BLOCK = 16 << 20
 _WIDTH = 4096
-_RANKS = 2
-_DEADLINE_S = 600.0
+_DEADLINE_S = 1800.0
+_TIMEOUT = timedelta(minutes=20)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exporting", description=__doc__)
     parser.add_argument("--gb", type=float, default=1.0, help="size of the model, in 10^9 bytes (default: 1)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY",
+                        help=f"some of: {'; '.join(WAYS)} (default: all)")  # fmt: skip
+    parser.add_argument("--cold", action="store_true", help="what is read is not in the page cache")
+    parser.add_argument("--width", type=int, default=_WIDTH, help=f"of the square tensors (default: {_WIDTH})")
     parser.add_argument("--root", type=Path, help="a folder on the disk to measure (default: where temporary files go)")
     parser.add_argument("--patience", type=float, default=0.0, metavar="MINUTES",
                         help="how long a turn waits at most until others leave the processors alone")  # fmt: skip
@@ -49,54 +51,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.turn:
         way, folder, to = given.turn
-        print(json.dumps(_measured(way, Path(folder), Path(to))))
+        told = _measured(way, Path(folder), Path(to))
+        if told:
+            print(json.dumps(told))
         return 0
     root = given.root or Path(tempfile.gettempdir())
     print(", ".join(f"{key}: {value}" for key, value in machine_facts(root).items()))
     with tempfile.TemporaryDirectory(prefix="exporting-", dir=root) as name:
-        folder = Path(name)
-        nbytes = _prepare(folder, round(given.gb * 1e9))
-        turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        folder, to = Path(name), Path(name) / "out"
+        nbytes = prepare(folder, round(given.gb * 1e9), given.width)
+        turns: dict[str, list[dict[str, float]]] = {way: [] for way in given.ways}
         for number in range(given.rounds):
-            for way in WAYS:
+            for way in given.ways:
+                make_ready(folder, WAYS[way], cold=given.cold)
                 wait_until_quiet(given.patience * 60)
-                turns[way].append(_turn(way, folder, folder / f"{way}.out"))
-            if number == 0:
-                _compare(folder)
-            for way in WAYS:
-                subprocess.run(["rm", "-rf", str(folder / f"{way}.out")], check=True)
-        print(render(nbytes, turns))
+                turns[way].append(_turn(way, folder, to))
+                if number == 0 and way not in ("copy", "cp"):
+                    compare(folder, to)
+                clear(to)
+        print(render(nbytes, turns, cold=given.cold))
     return 0
-
-
-def _prepare(folder: Path, nbytes: int) -> int:
-    """The step of two ranks, and DCP's checkpoint of the same tensors; gives the bytes of the tensors."""
-    count = max(nbytes // (4 * _WIDTH * _WIDTH), 1)
-    torch.manual_seed(0)
-    wholes = [torch.randn(_WIDTH, _WIDTH) for _ in range(count)]
-
-    def save(gangs: sc.Gangs) -> None:
-        model, rules = nn.ParameterDict(), dict[str, int]()
-        for number, tensor in enumerate(wholes):
-            name, dim = f"w{number}", number % 2
-            model[name], rules[name] = nn.Parameter(tensor.chunk(_RANKS, dim)[gangs.tp.rank]), dim
-        with sc.CheckpointManager(folder / "run", gangs) as manager:
-            manager.save(1, {"model": sc.TensorSplit(model, rules)}).result()
-
-    run_ranks(_RANKS, save, tp=_RANKS)
-    dcp_save({f"w{n}": tensor for n, tensor in enumerate(wholes)}, checkpoint_id=folder / "dcp", no_dist=True)
-    return sum(tensor.nbytes for tensor in wholes)
 
 
 def _turn(way: str, folder: Path, to: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.exporting", "--turn", way, str(folder), str(to)]
-    told = subprocess.run(command, check=True, timeout=_DEADLINE_S, stdout=subprocess.PIPE, text=True).stdout
-    found: dict[str, float] = json.loads(told.splitlines()[-1])
+    ranks, (port,) = WAYS[way].ranks, free_ports(1)
+    # Here, as in torchrun: it must outlive all ranks.
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if ranks > 1 else None  # type: ignore[attr-defined]
+    job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **job, "RANK": str(rank)})
+        for rank in range(ranks)
+    ]
+    try:
+        told = [process.communicate(timeout=_DEADLINE_S)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+        del store
+    for process in running:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    found: dict[str, float] = json.loads(told[0].splitlines()[-1])
     return found
 
 
-def _measured(way: str, folder: Path, to: Path) -> dict[str, float]:
-    """Seconds, and the most memory of its own beyond what the process had before, in bytes."""
+def _measured(way: str, folder: Path, to: Path) -> dict[str, float] | None:
+    """Seconds until the last rank has done it, and the most memory of its own that a rank held beyond what its process
+    had before, in bytes; on rank 0."""
+    gangs = sc.Gangs.from_env()
+    gangs.root.enter("begin", timeout=_TIMEOUT)
     done, most, before = threading.Event(), [0], _own_memory()
 
     def watch() -> None:
@@ -106,11 +112,17 @@ def _measured(way: str, folder: Path, to: Path) -> dict[str, float]:
     watching = threading.Thread(target=watch)
     watching.start()
     began = time.perf_counter()
-    WAYS[way](folder, to)
-    seconds = time.perf_counter() - began
-    done.set()
-    watching.join()
-    return {"seconds": seconds, "peak": max(most[0] - before, 0)}
+    try:
+        WAYS[way].act(folder, to, gangs)
+    finally:
+        done.set()
+        watching.join()
+    told = gangs.root.gather([time.perf_counter() - began, max(most[0] - before, 0)], timeout=_TIMEOUT)
+    gangs.close()
+    if told is None:
+        return None
+    each: list[list[float]] = told  # type: ignore[assignment]
+    return {"seconds": max(seconds for seconds, _ in each), "peak": max(peak for _, peak in each)}
 
 
 def _own_memory() -> int:
@@ -119,68 +131,23 @@ def _own_memory() -> int:
     return sum(int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
 
 
-def _copy(folder: Path, to: Path) -> None:
-    to.mkdir()
-    for path in sorted((folder / "run/step_1").glob("*.pt")):
-        with path.open("rb", buffering=0) as source, (to / path.name).open("wb", buffering=0) as target:
-            block = bytearray(_BLOCK)
-            while count := source.readinto(block):
-                target.write(memoryview(block)[:count])
-            os.fsync(target.fileno())
-    sync(to)
-
-
-def _safetensors(folder: Path, to: Path) -> None:
-    sc.export(folder / "run", to, max_file_nbytes=1 << 50)
-
-
-def _archive(folder: Path, to: Path) -> None:
-    sc.export(folder / "run", to, form="pt")
-
-
-def _of_dcp(folder: Path, to: Path) -> None:
-    to.mkdir()
-    dcp_to_torch_save(folder / "dcp", to / "model.pt")
-    sync(to / "model.pt")
-    sync(to)
-
-
-WAYS: dict[str, Callable[[Path, Path], None]] = {
-    "copy": _copy,
-    "export safetensors": _safetensors,
-    "export pt": _archive,
-    "dcp_to_torch_save": _of_dcp,
-}
-
-
-def _compare(folder: Path) -> None:
-    """All three are the same tensors, or nothing was measured."""
-    found = [
-        load_file(folder / "export safetensors.out/model.safetensors"),
-        torch.load(folder / "export pt.out/pytorch_model.bin", mmap=True, weights_only=True),
-        torch.load(folder / "dcp_to_torch_save.out/model.pt", mmap=True, weights_only=True),
-    ]
-    assert found[0].keys() == found[1].keys() == found[2].keys()
-    for name, tensor in found[0].items():
-        assert torch.equal(tensor, found[1][name]), name
-        assert torch.equal(tensor, found[2][name]), name
-
-
-def render(nbytes: int, turns: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: seconds (the middle turn, and the range), against the copy, and memory."""
+def render(nbytes: int, turns: dict[str, list[dict[str, float]]], *, cold: bool = False) -> str:
+    """Markdown: seconds (the middle turn, and the range), against the first way, and memory."""
+    first = next(iter(turns))
+    read = "read from the disk" if cold else "read from the page cache"
     lines = [
-        f"\n{nbytes / 1e9:.2f} GB of tensors, step of {_RANKS} ranks; {len(turns['copy'])} rounds\n",
-        "| | seconds | against the copy | peak memory, MiB |",
+        f"\n{nbytes / 1e9:.2f} GB of tensors, step of {RANKS} ranks, {read}; {len(turns[first])} rounds\n",
+        f"| | seconds | against {first} | peak memory of a rank, MiB |",
         "| --- | ---: | ---: | ---: |",
     ]
     spreads = {way: Spread.of(turn["seconds"] for turn in those) for way, those in turns.items()}
-    copied = spreads["copy"]
+    against = spreads[first]
     for way, seconds in spreads.items():
         assert seconds is not None
-        assert copied is not None
+        assert against is not None
         text = f"{seconds.middle:.2f} ({seconds.least:.2f} to {seconds.most:.2f})"
         peak = max(turn["peak"] for turn in turns[way]) / 2**20
-        lines.append(f"| {way} | {text} | {seconds.middle / copied.middle:.2f} | {peak:.0f} |")
+        lines.append(f"| {way} | {text} | {seconds.middle / against.middle:.2f} | {peak:.0f} |")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,10 @@ class Sharding:
         for size, index in zip(self.mesh.shape, coordinate, strict=True):
             position = position * size + index
         return self.mesh.ranks[position]
+
+    def is_everywhere(self, shape: tuple[int, ...]) -> bool:
+        """Whether every rank of the mesh holds some of a tensor of this shape."""
+        return _is_everywhere(shape, self.mesh.shape, self.placements)
 
     def is_alike_on(self, ranks: tuple[int, ...]) -> bool:
         """Whether these global ranks hold the same shard as each other. Ranks outside the mesh hold copies of it."""
@@ -112,6 +117,12 @@ def mesh_coordinate(mesh: MeshEntry, position: int) -> tuple[int, ...]:
         position, index = divmod(position, size)
         coordinate.append(index)
     return tuple(reversed(coordinate))
+
+
+@functools.lru_cache(maxsize=256)
+def _is_everywhere(shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[str, ...]) -> bool:
+    places = (range(1 if p == "R" else size) for size, p in zip(mesh_shape, placements, strict=True))
+    return all(shard_boxes(shape, mesh_shape, placements, place) for place in itertools.product(*places))
 
 
 @functools.lru_cache(maxsize=64)

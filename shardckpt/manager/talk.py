@@ -23,7 +23,7 @@ from shardckpt.errors import (
 )
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
-from shardckpt.gang.together import together
+from shardckpt.gang.together import together, together_gather
 
 T = TypeVar("T")
 
@@ -87,6 +87,19 @@ class Talk:
     def together(self, work: Callable[[], T], phase: str, *, step: int | None = None) -> T:
         """All do it, and it succeeds on all or raises the same `GangError` on all. In a conversation."""
         return together(self.gang, work, phase=phase, timeout=self.timeout, step=step)
+
+    def gather(self, work: Callable[[], Any], phase: str, *, step: int | None = None) -> list[Any] | None:
+        """As `together`; rank 0 gets what each rank's gave (JSON), in rank order. An error that a rank raised is of the
+        same kind on all."""
+        bounded = partial(within, self.timeout, work, what=phase)
+        try:
+            return together_gather(self.gang, bounded, phase=phase, timeout=self.timeout, step=step)
+        except GangError as error:
+            kinds = {failure.kind for failure in error.failures.values()}
+            kind = next((_SAME[kind] for kind in _SAME if kind in kinds), None)
+            if kind is None:
+                raise
+            raise kind(error.brief, step=step) from error
 
     def together_load(self, work: Callable[[], T], phase: str, *, step: int) -> T:
         """As `together`, for reading: what is wrong with a file on one rank is a `CheckpointLoadError` on all."""

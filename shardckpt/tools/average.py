@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.storage.objects.secrecy import redact
-from shardckpt.tools.convert import PASSES, sink_of
+from shardckpt.tools.convert import nbytes_read, sink_of
 from shardckpt.tools.moving.folders import find
 from shardckpt.tools.moving.seam import TensorSink, TensorSource
 from shardckpt.tools.moving.step import StepSource
@@ -72,6 +72,7 @@ def average(
         means: memory, storage options, who hears of progress.
     """
     means = means or Means()
+    means.check_alone("average")
     if not sources:
         raise ValueError("there is nothing to be averaged")
     if form not in FORMS:
@@ -84,7 +85,7 @@ def average(
         number = models[-1].step if step is None else step
         mean = AveragedSource([model.source for model in models], rates, integers=integers)
         nbytes = sum(facts.nbytes for facts in mean.tensors.values())
-        total = nbytes * PASSES[form]
+        total = nbytes_read(mean, form)
         told = ToldSource(mean, lambda count: means.told(number, count, total))
         numbered: dict[str, Any] = {"step": number} if form == "shardckpt" else {}
         sink: TensorSink = sink_of(form)(to, storage_options=means.storage_options, **numbered)

@@ -8,14 +8,15 @@ from importlib import import_module
 from typing import Any
 
 from shardckpt.errors import CheckpointLoadError
+from shardckpt.tools.exporting.summing import unsummed
 from shardckpt.tools.moving.folders import find
 from shardckpt.tools.moving.seam import TensorSink, TensorSource
 from shardckpt.tools.moving.writing.told import Means, ToldSource
 from shardckpt.tools.place import Where
 from shardckpt.tools.report import ADDED
 
-PASSES = {"safetensors": 1, "pt": 2, "shardckpt": 2, "dcp": 1}
-"""How often a sink reads every byte: where sums stand before the data, once more."""
+_SUMMED = ("pt", "shardckpt")
+"""The forms in which sums stand before the data, so that tensors whose sums nobody knows are read twice."""
 
 SINKS: dict[str, tuple[str, str]] = {
     "shardckpt": ("step_sink", "StepSink"),
@@ -80,6 +81,7 @@ def convert(
         means: memory, storage options, who hears of progress.
     """
     make, means, own = sink_of(to), means or Means(), to == "shardckpt"
+    means.check_alone("convert")
     options = means.storage_options
     found = find(source, parts=parts, step=from_step, storage_options=options)
     whole: TensorSource = found.source
@@ -90,7 +92,7 @@ def convert(
 
             whole, told = completed(found.source, add, storage_options=options)
         nbytes = sum(facts.nbytes for facts in whole.tensors.values())
-        total = nbytes * PASSES[to]
+        total = nbytes_read(whole, to)
         metadata = {"metadata": {ADDED: told}} if told else {}
         numbered: dict[str, Any] = {"step": number, **metadata} if own else {}
         sink: TensorSink = make(target, storage_options=options, **numbered)
@@ -105,6 +107,12 @@ def convert(
         whole.close()
         if whole is not found.source:
             found.source.close()
+
+
+def nbytes_read(source: TensorSource, to: str) -> int:
+    """Bytes that will be read to write it in that form."""
+    twice = unsummed(source, source.tensors) if to in _SUMMED else {}
+    return sum(facts.nbytes for facts in (*source.tensors.values(), *twice.values()))
 
 
 def sink_of(to: str) -> Any:

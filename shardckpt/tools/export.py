@@ -1,20 +1,23 @@
-"""Export: a committed step as files that need no shardckpt, from any mesh. One process, no group."""
+"""Export: a committed step as files that need no shardckpt, from any mesh. By one process, or by all ranks of a job."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.layout import CARBON_COPY
-from shardckpt.tools.convert import PASSES, sink_of
-from shardckpt.tools.moving.seam import TensorSink, TensorSource
+from shardckpt.manager.talk import Talk
+from shardckpt.tools.convert import nbytes_read, sink_of
+from shardckpt.tools.exporting.jointly import write_jointly
+from shardckpt.tools.exporting.sink import FileSink
+from shardckpt.tools.moving.seam import TensorSource
 from shardckpt.tools.moving.step import StepSource
-from shardckpt.tools.moving.writing.cast import CastSource
+from shardckpt.tools.moving.writing.cast import CastSource, check_floating
 from shardckpt.tools.moving.writing.outlet import names_file
 from shardckpt.tools.moving.writing.told import Means, ToldSource
 from shardckpt.tools.place import Where
@@ -78,47 +81,100 @@ def export(
         dtype: floating-point tensors are rounded to this ("bfloat16"); if not given, nothing is.
         max_file_nbytes: of tensors in one safetensors file; 5 GB if not given.
         part: the key of the state that is exported; it is taken off the names if it is the model, and in safetensors.
-        means: memory, storage options, who hears of progress.
+        means: memory, storage options, who hears of progress; and `gangs`, with which all ranks of a job call this, in
+            the same order as other forks of these gangs, and each writes a stretch of the files; training may go on
+            meanwhile if it is called in a thread of its own, with `gangs.fork("export")` made on the main thread. Its
+            errors are then the same on all ranks; beside those above `GangError` if one did not come, and
+            `RootNotSharedError` if `to` is not one place for all of them.
     """
     means = means or Means()
-    options = options_of(form, max_file_nbytes)
-    opened = StepSource.open(
-        url, step=step, part=part, budget_nbytes=means.budget_nbytes // 4, storage_options=means.storage_options
+    wish = Wish(to, form, dtype, options_of(form, max_file_nbytes), part, means)
+    if dtype is not None:
+        check_floating(dtype)
+    if means.gangs is None or means.gangs.root.size == 1:
+        with opened(url, step, wish) as own:
+            return written(own, wish, dict(beside(own)))
+    with closing(Talk(means.gangs.fork("export").root, timeout=means.timeout)) as talk:
+        talk.enter("export")
+        return _export_jointly(talk, url, step, wish)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to be written, where, and by what means."""
+
+    to: Where
+    form: Form
+    dtype: str | None
+    options: Mapping[str, int]
+    part: str
+    means: Means
+
+
+def _export_jointly(talk: Talk, url: Where, step: int | None, wish: Wish) -> ExportReport:
+    """On all ranks, in a conversation. What rank 0 finds is what all export."""
+    with ExitStack() as stack:
+        found: list[StepSource] = []
+        others: dict[str, bytes] = {}
+
+        def find() -> Any:
+            found.append(stack.enter_context(opened(url, step, wish)))
+            others.update(beside(found[0]))
+            return [found[0].manifest.step, found[0].manifest.attempt, list(others)]
+
+        number, attempt, names = talk.from_rank_0(find, "find the step")
+
+        def open_it() -> None:
+            if not found:
+                found.append(stack.enter_context(opened(url, number, wish)))
+            if found[0].manifest.attempt != attempt:
+                raise CheckpointLoadError(f"step {number} at {found[0].url} is replaced while it is exported")
+
+        talk.gather(open_it, "open the step", step=number)
+        return written(found[0], wish, others or dict.fromkeys(names, b""), talk)
+
+
+def opened(url: Where, step: int | None, wish: Wish) -> StepSource:
+    """`CheckpointNotFoundError` if there is no such step, or nothing of that part in it."""
+    means = wish.means
+    own = StepSource.open(
+        url,
+        step=step,
+        part=wish.part,
+        budget_nbytes=means.budget_nbytes // 4,
+        storage_options=means.storage_options,
     )
-    with opened as own:
-        require(own, part)
-        kind = sink_of(form)
-        others = {} if names_file(to, kind.ENDINGS) else dict(beside(own))
-        make = partial(kind, to, storage_options=means.storage_options, **options)
-        return written(own, own, make, form=form, dtype=dtype, others=others, means=means)
-
-
-def require(source: StepSource, part: str) -> None:
-    """`CheckpointNotFoundError` if a step that was opened for this part has nothing of it."""
-    if not (source.tensors or source.ties or source.tree):
-        step, has = source.manifest.step, ", ".join(source.manifest.parts) or "nothing that is known"
-        raise CheckpointNotFoundError(f"step {step} at {source.url} has no {part!r}, but {has}", step=step)
+    if not (own.tensors or own.ties or own.tree):
+        own.close()
+        number, has = own.manifest.step, ", ".join(own.manifest.parts) or "nothing that is known"
+        raise CheckpointNotFoundError(f"step {number} at {own.url} has no {wish.part!r}, but {has}", step=number)
+    return own
 
 
 def written(
     own: StepSource,
-    source: TensorSource,
-    make: Callable[..., TensorSink],
-    *,
-    form: Form,
-    dtype: str | None,
+    wish: Wish,
     others: Mapping[str, bytes],
-    means: Means,
+    talk: Talk | None = None,
+    *,
+    made: TensorSource | None = None,
 ) -> ExportReport:
-    """Write a source that was made of a step, in this dtype, to the sink that `make` makes, `others` beside it."""
-    number = own.manifest.step
+    """Write a step, or what was `made` of it. `others`: what goes beside it, if it is a folder; contents on rank 0."""
+    means, number, kind = wish.means, own.manifest.step, sink_of(wish.form)
+    others = {} if names_file(wish.to, kind.ENDINGS) else others
+    source: TensorSource = own if made is None else made
     count = len(source.tensors) + len(source.ties)
-    source = CastSource(source, dtype) if dtype is not None else source
+    source = CastSource(source, wish.dtype) if wish.dtype is not None else source
     nbytes = sum(facts.nbytes for facts in source.tensors.values())
-    total = nbytes * PASSES[form]
-    told = ToldSource(source, lambda read: means.told(number, read, total))
-    make(beside=others).write(told, budget_nbytes=means.budget_nbytes // (1 if dtype is None else 2))
-    return ExportReport(own.url, number, form, count, nbytes, tuple(others), _notes(own))
+    total = nbytes_read(source, wish.form) // (talk.gang.size if talk is not None else 1)
+    source = ToldSource(source, lambda count: means.told(number, count, total))
+    sink: FileSink = kind(wish.to, beside=others, storage_options=means.storage_options, **wish.options)
+    budget = means.budget_nbytes // (1 if wish.dtype is None else 2)
+    if talk is None:
+        sink.write(source, budget_nbytes=budget)
+    else:
+        write_jointly(sink, source, own, talk, budget_nbytes=budget)
+    return ExportReport(own.url, number, wish.form, count, nbytes, tuple(others), _notes(own))
 
 
 def options_of(form: str, max_file_nbytes: int | None = None) -> dict[str, int]:

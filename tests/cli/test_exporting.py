@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,16 @@ def test_an_average_of_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "nbytes"), [("12", 12), ("5GB", 5 * 10**9), ("1.5 kib", 1536), ("2m", 2 * 10**6)])
 def test_sizes(text: str, nbytes: int) -> None:
     assert size_of(text) == nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.larger
+@pytest.mark.timeout(300)
+def test_processes_that_torchrun_starts_do_it_together(tmp_path: Path) -> None:
+    """One of them says so; none of them finds the place taken by another."""
+    save(tmp_path / "run", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "shardckpt", "export", str(tmp_path / "run"), str(tmp_path / "out")]
+    done = subprocess.run(command, timeout=250, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.strip() == "step 1: 2 tensors, 72 B, written as safetensors"
+    assert load_file(tmp_path / "out/model.safetensors")["weight"].tolist() == [[1] * 3] * 2

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Any, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from shardckpt.cli.looking.listing import AsJson
 from shardckpt.cli.output import explaining, print_json, progress, say, size_text
+
+if TYPE_CHECKING:
+    from shardckpt.gang.gangs import Gangs
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -30,18 +36,24 @@ def export(
     A folder gets model.safetensors, or several files with an index, and config.json and the tokenizer's files if the
     step has them from cc/. It is there whole, or not at all; what is there already is never replaced.
 
+    Under torchrun all of its processes do it together, each a part of the files (torchrun --nproc-per-node 8 -m
+    shardckpt export ...), and rank 0 says what was done.
+
     Ends with 0 if it was exported, 1 if there is no such step or it is damaged, 2 if it cannot be read or written.
 
     Example: shardckpt export s3://lab/runs/a llama-7b-a --dtype bfloat16
     """
-    with explaining(), progress("step") as bar:
+    with explaining(), _ranks() as gangs, progress("step") as bar:
         from shardckpt.tools.export import Form
         from shardckpt.tools.export import export as write
         from shardckpt.tools.moving.writing.told import Means
 
         most = None if max_file_size is None else size_of(max_file_size)
         choices: dict[str, Any] = {"step": step, "dtype": dtype, "max_file_nbytes": most, "part": part}
-        report = write(url, to, form=cast(Form, form), means=Means(told=bar), **choices)
+        report = write(url, to, form=cast(Form, form), means=Means(told=bar, gangs=gangs), **choices)
+        is_first = gangs is None or gangs.root.rank == 0
+    if not is_first:
+        return
     if as_json:
         print_json(report)
     else:
@@ -50,6 +62,22 @@ def export(
         typer.echo(f"step {report.step}: {what}, written as {report.form}{beside}")
     for note in report.notes:
         say(note)
+
+
+@contextmanager
+def _ranks() -> Iterator[Gangs | None]:
+    """Those that torchrun has started to do this together; None if it has not. (Other launchers set RANK for programs
+    beside which somebody may well call this.)"""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield None
+        return
+    from shardckpt.gang.gangs import Gangs
+
+    gangs = Gangs.from_env()
+    try:
+        yield gangs
+    finally:
+        gangs.close()
 
 
 def average(

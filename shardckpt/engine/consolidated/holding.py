@@ -38,6 +38,14 @@ class FlatPiece:
     offsets: Shape
     lengths: Shape
 
+    def encode(self) -> list[Any]:
+        return [self.name, self.dtype, list(self.shape), self.holders, list(self.offsets), list(self.lengths)]
+
+    @classmethod
+    def decode(cls, content: Any) -> FlatPiece:
+        name, dtype, shape, holders, offsets, lengths = content
+        return cls(name, dtype, tuple(shape), holders, tuple(offsets), tuple(lengths))
+
 
 @dataclass(frozen=True, slots=True)
 class Holding:
@@ -64,7 +72,7 @@ class Holding:
     def announcement(self) -> dict[str, Any]:
         """What rank 0 hears of it first; JSON."""
         groups = {group: value_digest(sorted(held.items())) for group, held in self.alike.items()}
-        flat = [[p.name, p.dtype, list(p.shape), p.holders, list(p.offsets), list(p.lengths)] for p in self.flat]
+        flat = [piece.encode() for piece in self.flat]
         return {"inventory": self.inventory.digest, "flat": flat, "alike": groups, "values": dict(self.values)}
 
 

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from torch import nn
 
-from shardckpt.engine.consolidated.assembling.assemble import assemble
+from shardckpt.engine.consolidated.assembling.assemble import Archive
 from shardckpt.engine.consolidated.assembling.notes import Contents, Notes, differing, read_notes
 from shardckpt.engine.consolidated.assembling.reading import Parts
-from shardckpt.engine.consolidated.assembling.whole import Kind, Whole
+from shardckpt.engine.consolidated.assembling.whole import Kind, Whole, WholeTensor
 from shardckpt.engine.consolidated.fragments import contents, is_direct
-from shardckpt.engine.consolidated.holding import FlatPiece, Holding, holding_of
-from shardckpt.engine.consolidated.inventory import Inventory
+from shardckpt.engine.consolidated.holding import Holding
+from shardckpt.engine.consolidated.stock import Stock
+from shardckpt.engine.consolidated.stretches import (
+    Terms,
+    check,
+    finish_upload,
+    is_worth_it,
+    put_stretch,
+    without_sources,
+)
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.patience import within
-from shardckpt.errors import CheckpointDamagedError, CheckpointSaveError
+from shardckpt.errors import CheckpointDamagedError
+from shardckpt.format.archive import Tail
 from shardckpt.format.checksum import all_from_hex, crc32, to_hex
+from shardckpt.format.index import ITEMSIZE
 from shardckpt.format.layout import model_file
 from shardckpt.format.record.files import Extent, FileEntry, decode_file, encode_file
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
-from shardckpt.storage.base import Buffer, Read, Storage
+from shardckpt.storage.base import Buffer, Read, SharedPuts, Storage, UploadId
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +57,8 @@ def write_consolidated(
 ) -> FileEntry | None:
     """Write `<prefix>/model.pt`: the model's full state, whole tensors under their plain names, in one archive.
 
+    A large one is put by all ranks, each a stretch, where the storage can do that; else by rank 0.
+
     Called by all ranks of the gang, each on one thread, in a conversation that they have entered; the model must not
     change until it returns. `gang` numbers the ranks as `torch.distributed` does. Gives the file's entry for the record
     on rank 0, None elsewhere. Each phase ends on all ranks with success or with the same error: a `GangError` with
@@ -56,21 +69,6 @@ def write_consolidated(
     modules) are those of the first rank that has them; this is logged.
     """
     return _Consolidation(storage, gang, at, prefix=prefix, step=step, timeout=timeout).run(model, model_key)
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What rank 0 heard of one rank's holding."""
-
-    inventory: str
-    flat: Sequence[FlatPiece]
-    alike: dict[str, str]
-    values: dict[str, str]
-
-    @classmethod
-    def decode(cls, content: Any) -> _Told:
-        flat = [FlatPiece(n, d, tuple(s), h, tuple(o), tuple(k)) for n, d, s, h, o, k in content["flat"]]
-        return cls(content["inventory"], flat, content["alike"], content["values"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,112 +96,99 @@ class _Consolidation:
         self._prefix = prefix
         self._step = step
         self._timeout = timeout
-        self._told: list[_Told] = []
-        """On rank 0, by rank."""
+        self._stock = Stock(gang, step=step, timeout=timeout)
+        self._upload: UploadId = ""
+        """On rank 0, of the file."""
 
     def run(self, model: nn.Module, model_key: str) -> FileEntry | None:
-        holding = self._take_stock(model, model_key)
-        kinds = self._kinds(holding)
-        self._compare(holding)
-        tellers = announce(self._gang, lambda: [kind.teller for kind in kinds], phase="plan the file", **self._terms)
+        self._stock.take(model, model_key)
+        holding, kinds = self._stock.holding, self._stock.kinds
+        plan = announce(self._gang, lambda: self._plan(kinds), phase="plan the file", **self._terms)
+        tells, by_all, only_one = self._rank in plan["tellers"], plan["by all"], len(plan["tellers"]) == 1
         try:
             written: Any = together_gather(
-                self._gang, lambda: self._put(holding, tells=self._rank in tellers), phase="write parts", **self._terms
+                self._gang,
+                lambda: self._put(holding, tells=tells, by_all=by_all, only_one=only_one),
+                phase="write parts",
+                **self._terms,
             )
-
-            def put_together() -> Any:
-                work = [_Written.decode(each) for each in written]
-                what = "putting the model together"
-                return encode_file(
-                    within(self._timeout, lambda: self._assemble(holding, kinds, work, model_key), what=what)
-                )
-
-            entry = announce(self._gang, put_together, phase="put the model together", **self._terms)
+            work = [_Written.decode(each) for each in written or ()]
+            if by_all:
+                entry = self._put_by_all(holding, kinds, work, model_key)
+            else:
+                entry = self._on_rank_0(lambda: self._assemble(holding, kinds, work, model_key))
         except BaseException:
             self._remove()
             raise
         return decode_file(entry) if self._rank == 0 else None
 
-    def _take_stock(self, model: nn.Module, model_key: str) -> Holding:
-        """What this rank holds; rank 0 hears of what all do."""
-        holdings: list[Holding] = []
+    def _plan(self, kinds: Sequence[Kind]) -> Any:
+        """On rank 0: who tells of each kind, and whether all ranks put the file."""
+        whole = Whole(kinds, [told.flat for told in self._stock.told])
+        nbytes = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in whole.described())
+        return {
+            "tellers": [kind.teller for kind in kinds],
+            "by all": is_worth_it(self._storage, nbytes, self._gang.size),
+        }
 
-        def look() -> Any:
-            holdings.append(holding_of(model, model_key))
-            return holdings[0].announcement()
+    def _on_rank_0(self, work: Callable[[], FileEntry]) -> Any:
+        def bounded() -> Any:
+            return encode_file(within(self._timeout, work, what="putting the model together"))
 
-        told = together_gather(self._gang, look, phase="look at the model", **self._terms)
-        self._told = [_Told.decode(each) for each in told or ()]
-        return holdings[0]
+        return announce(self._gang, bounded, phase="put the model together", **self._terms)
 
-    def _kinds(self, holding: Holding) -> list[Kind]:
-        """On rank 0 the inventories that there are, each with the ranks that have it; each is sent by one rank."""
-        ranks_of: dict[str, list[int]] = {}
-        for rank, told in enumerate(self._told):
-            ranks_of.setdefault(told.inventory, []).append(rank)
-        unknown = [ranks[0] for ranks in ranks_of.values() if ranks[0] != 0]
-        asked = announce(self._gang, lambda: unknown, phase="plan the file", **self._terms)
-        if not asked:
-            return [Kind(holding.inventory, tuple(ranks)) for ranks in ranks_of.values()]
+    def _put_by_all(self, holding: Holding, kinds: Sequence[Kind], written: Sequence[_Written], model_key: str) -> Any:
+        """Each rank its stretch of the file."""
+        tensors: list[WholeTensor] = []
+        tails: list[Tail] = []
 
-        def own() -> Any:
-            return holding.inventory.encode() if self._rank in asked else None
+        def plan() -> Any:
+            flat = [told.flat for told in self._stock.told]
+            whole = Whole(kinds, flat, plain_in_files=len(kinds) > 1)
+            tensors.extend(without_sources(whole.tensors([each.sums for each in written])))
+            inside = self._contents(holding, kinds, written, tensors, model_key)
+            tails.append(Archive(tensors).tail(inside.tree, inside.boxes))
+            if isinstance(self._storage, SharedPuts):
+                self._upload = self._storage.begin_upload(self._target)
+            return Terms.encode(kinds, flat, tensors, self._upload)
 
-        sent: Any = together_gather(self._gang, own, phase="plan the file", **self._terms)
-        return [
-            Kind(Inventory.decode(sent[ranks[0]]) if ranks[0] else holding.inventory, tuple(ranks))
-            for ranks in ranks_of.values()
-        ]
+        terms = announce(
+            self._gang, lambda: within(self._timeout, plan, what="planning the file"), phase="plan the file",
+            **self._terms,
+        )  # fmt: skip
 
-    def _compare(self, holding: Holding) -> None:
-        """`CheckpointSaveError` on all ranks if two hold different values of what they are taken to hold alike."""
-        doubtful = announce(self._gang, self._doubtful, phase="compare", **self._terms)
-        if not doubtful:
-            return
+        def put() -> Any:
+            own = {(fragment.name, fragment.offsets): fragment.tensor for fragment in holding.fragments}
+            parts, tail = Parts(self._storage, self._file, own, self._rank), tails[0] if tails else None
+            ranks = self._gang.size
+            return within(
+                self._timeout,
+                lambda: put_stretch(parts, self._target, Terms.decode(terms), ranks=ranks, tail=tail),
+                what="putting the model together",
+            )
 
-        def held() -> Any:
-            return [
-                [group, dict(held)]
-                for group, held in holding.alike.items()
-                if [holding.inventory.digest, group] in doubtful
-            ]
+        told: Any = together_gather(self._gang, put, phase="put the model together", **self._terms)
 
-        gathered: Any = together_gather(self._gang, held, phase="compare", **self._terms)
-        message = announce(self._gang, lambda: self._explain(gathered), phase="compare", **self._terms)
-        raise CheckpointSaveError(f"step {self._step}: {message}", step=self._step)
+        def finish() -> FileEntry:
+            check(told, tensors, self._storage.url)
+            finish_upload(self._storage, self._target, self._upload, told)
+            self._storage.delete(self._file(rank) for rank in range(self._gang.size))
+            return Archive(tensors).entry(self._target, tails[0])
 
-    def _doubtful(self) -> list[list[str]]:
-        """On rank 0: the groups whose ranks do not all have one digest."""
-        seen: dict[tuple[str, str], set[str]] = {}
-        for told in self._told:
-            for group, digest in told.alike.items():
-                seen.setdefault((told.inventory, group), set()).add(digest)
-        return [list(group) for group, digests in seen.items() if len(digests) > 1]
+        return self._on_rank_0(finish)
 
-    def _explain(self, gathered: Sequence[Any]) -> str:
-        """On rank 0: which tensors differ between which ranks, and what to do."""
-        seen: dict[tuple[str, str, str], dict[str, int]] = {}
-        for rank, groups in enumerate(gathered):
-            for group, held in groups:
-                for name, digest in held.items():
-                    seen.setdefault((name, group, self._told[rank].inventory), {}).setdefault(digest, rank)
-        pairs = {key[0]: sorted(ranks.values())[:2] for key, ranks in sorted(seen.items()) if len(ranks) > 1}
-        lines = [f"{name} (for example ranks {ranks[0]} and {ranks[1]})" for name, ranks in sorted(pairs.items())]
-        more = f"; and {len(lines) - 10} more" if len(lines) > 10 else ""
-        return (
-            "ranks hold different values of tensors of which the consolidated model has but one: "
-            f"{'; '.join(lines[:10])}{more}. Bring the ranks into step, or, if each has a part of it, make it a "
-            "DTensor that says so"
-        )
-
-    def _put(self, holding: Holding, *, tells: bool) -> Any:
-        """Write this rank's file, unless it is rank 0, which needs none."""
-        fragments = holding.written(plain=tells)
-        sums = "".join(to_hex(holding.sums[fragment.name, fragment.offsets]) for fragment in fragments)
-        if self._rank == 0 or not (fragments or tells):
+    def _put(self, holding: Holding, *, tells: bool, by_all: bool, only_one: bool) -> Any:
+        """Write this rank's file; rank 0 needs none if it alone puts the model together, and what all hold is in none
+        if all do. `only_one`: whether all ranks are of one kind."""
+        summed = holding.written(plain=tells)
+        fragments = holding.written(plain=False) if by_all and only_one else summed
+        sums = "".join(to_hex(holding.sums[fragment.name, fragment.offsets]) for fragment in summed)
+        if (self._rank == 0 and not by_all) or not (fragments or tells):
             return [sums, None]
         nbytes = sum(fragment.nbytes for fragment in fragments)
-        notes = holding.notes if tells else b""
+        notes = holding.notes if tells and self._rank != 0 else b""
+        if not (fragments or notes):
+            return [sums, None]
 
         def parts() -> Iterable[Buffer]:
             for fragment in fragments:
@@ -220,21 +205,37 @@ class _Consolidation:
     def _assemble(
         self, holding: Holding, kinds: Sequence[Kind], written: Sequence[_Written], model_key: str
     ) -> FileEntry:
-        """On rank 0."""
-        for name in differing(told.values for told in self._told):
-            _log.warning("%s differs between ranks; the consolidated model has what the first of them holds", name)
-        whole = Whole(kinds, [told.flat for told in self._told])
+        """On rank 0, alone."""
+        whole = Whole(kinds, [told.flat for told in self._stock.told])
         sums = [each.sums for each in written]
-        tensors = [replace(tensor, sources=()) for tensor in whole.tensors(sums)]
-        notes = [self._notes(kind.teller, holding, written) for kind in kinds]
-        inside = Contents(notes, tensors, model_key)
+        tensors = without_sources(whole.tensors(sums))
+        inside = self._contents(holding, kinds, written, tensors, model_key)
         own = {(fragment.name, fragment.offsets): fragment.tensor for fragment in holding.fragments}
-        parts = Parts(self._storage, self._file, own)
-        entry = assemble(
-            parts, self._target, tensors=tensors, sources=whole.tensors(sums), tree=inside.tree, boxes=inside.boxes
-        )
+        archive, parts = Archive(tensors), Parts(self._storage, self._file, own)
+        tail, partly = archive.tail(inside.tree, inside.boxes), dict[str, int]()
+
+        def windows() -> Iterator[Buffer]:
+            yield from archive.windows(parts, whole.tensors(sums), (0, archive.layout.tail), partly=partly)
+            yield tail.content
+
+        entry, nbytes = archive.entry(self._target, tail), self._storage.put(self._target, windows())
+        assert nbytes == entry.nbytes, f"{self._target}: {nbytes} bytes were put of {entry.nbytes}"
         self._storage.delete(self._file(rank) for rank in range(1, self._gang.size))
         return entry
+
+    def _contents(
+        self,
+        holding: Holding,
+        kinds: Sequence[Kind],
+        written: Sequence[_Written],
+        tensors: Sequence[WholeTensor],
+        model_key: str,
+    ) -> Contents:
+        """On rank 0: what stands where in the file."""
+        for name in differing(told.values for told in self._stock.told):
+            _log.warning("%s differs between ranks; the consolidated model has what the first of them holds", name)
+        notes = [self._notes(kind.teller, holding, written) for kind in kinds]
+        return Contents(notes, tensors, model_key)
 
     def _notes(self, rank: int, holding: Holding, written: Sequence[_Written]) -> Notes:
         extent = written[rank].notes
@@ -254,7 +255,9 @@ class _Consolidation:
         """After a failure: what this rank has written; raises nothing. A write that hangs may leave more."""
         keys = [self._file(self._rank)]
         if self._rank == 0:
-            keys = [self._target, *(self._file(rank) for rank in range(1, self._gang.size))]
+            keys = [self._target, *(self._file(rank) for rank in range(self._gang.size))]
+        if self._upload and isinstance(self._storage, SharedPuts):
+            self._storage.abort_upload(self._target, self._upload)
         with contextlib.suppress(OSError):
             within(self._timeout, lambda: self._storage.delete(keys), what="removing the parts")
 

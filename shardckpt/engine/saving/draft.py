@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,20 +41,44 @@ class Draft:
 def record_number(draft: Draft, local: torch.Tensor, dtype: str) -> int:
     """The record of this tensor: that of an earlier one with the very same memory (tied), else a new one."""
     nbytes = local.numel() * ITEMSIZE[dtype]
-    memory = (
-        local.device,
-        local.data_ptr(),
-        dtype,
-        tuple(local.shape),
-        local.stride(),
-        local.is_conj(),
-        local.is_neg(),
-    )
+    memory = memory_of(local, dtype)
     number = draft.known.get(memory) if nbytes else None
     if number is None:
         number = draft.known[memory] = len(draft.records)
         draft.records.append(PlannedRecord(local.detach(), dtype, tuple(local.shape), nbytes))
     return number
+
+
+def memory_of(local: torch.Tensor, dtype: str) -> tuple[Any, ...]:
+    """What tied tensors have in common."""
+    place = local.device, local.data_ptr(), dtype
+    return *place, tuple(local.shape), local.stride(), local.is_conj(), local.is_neg()
+
+
+class Turns:
+    """Shares the writing of what several ranks hold alike: each time whoever has had the least to do so far.
+
+    Tied tensors all go where the first of them goes, so that one file has their bytes, once, and says that it does.
+    """
+
+    def __init__(self) -> None:
+        self._load: dict[Hashable, list[int]] = {}
+        self._chosen: dict[Hashable, int] = {}
+
+    def is_tied(self, kind: Hashable, memory: Hashable | None) -> bool:
+        """Whether there was one of the same memory before."""
+        return (kind, memory) in self._chosen
+
+    def choose(self, kind: Hashable, copies: int, nbytes: int, memory: Hashable | None) -> int:
+        """Which of the copies is written, of a tensor of that `kind`: those of one kind have the same holders."""
+        chosen = None if memory is None else self._chosen.get((kind, memory))
+        if chosen is None:
+            load = self._load.setdefault(kind, [0] * copies)
+            chosen = load.index(min(load))
+            load[chosen] += nbytes
+            if memory is not None:
+                self._chosen[kind, memory] = chosen
+        return chosen
 
 
 _GONE = object()

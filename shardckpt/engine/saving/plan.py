@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.saving.draft import Draft, PlannedRecord, prune, record_number, take_value
+from shardckpt.engine.saving.draft import Draft, PlannedRecord, Turns, memory_of, prune, record_number, take_value
 from shardckpt.engine.sharding import Sharding, check_tensor, describe
 from shardckpt.engine.splits.pieces import Shape, joined
 from shardckpt.errors import InvalidStateError
@@ -120,7 +120,7 @@ class _Planner:
         self._values: dict[str, Home] = {}
         self._value_of: dict[str, str] = {}
         self._drafts: dict[Home, Draft] = {}
-        self._load: dict[tuple[Home, int, tuple[str, ...]], list[int]] = {}
+        self._turns = Turns()
         self._alike: dict[str, list[tuple[str, torch.Tensor]]] = {}
         self._copied: dict[str, list[str]] = {}
         self._model_is_alike = True
@@ -172,7 +172,7 @@ class _Planner:
         if sharding is None or home not in OF_RANK:
             replica, mine = 0, True
         else:
-            replica = self._choose_replica(home, sharding, math.prod(tensor.shape) * ITEMSIZE[dtype])
+            replica = self._choose_replica(home, sharding, tensor, dtype)
             mine = replica == sharding.replica
         layout = self._layout_of(home, sharding)
         self._tensors[name] = TensorEntry(dtype, tuple(tensor.shape), layout, replica)
@@ -191,9 +191,8 @@ class _Planner:
         one of the same number for all parts. Frozen ones go with what is not."""
         tensor, dtype = what
         whole = joined(name, tensor, split, self._at)
-        load = self._load.setdefault(("rank", -1, ()), [0] * self._at.dp_size)
-        chosen = load.index(min(load))
-        load[chosen] += math.prod(whole.shape) * ITEMSIZE[dtype]
+        nbytes = math.prod(whole.shape) * ITEMSIZE[dtype]
+        chosen = self._turns.choose("split", self._at.dp_size, nbytes, memory_of(tensor, dtype))
         pieces = whole.pieces(ranks[chosen] for ranks in self._at.stage or (self._at.dp_ranks,))
         number = self._layouts.setdefault(LayoutEntry("rank", pieces=pieces), len(self._layouts))
         self._tensors[name] = TensorEntry(dtype, whole.shape, number)
@@ -242,15 +241,17 @@ class _Planner:
     def _frozen_home(self, alike: bool) -> Home:
         return "frozen" if alike else "frozen_rank"
 
-    def _choose_replica(self, home: Home, sharding: Sharding, nbytes: int) -> int:
-        """The least loaded replica: the same choice on every rank, since all see the same tensors in the same order.
-
-        Of what is frozen it is the same in every save, too, whatever else there is in the state by then."""
+    def _choose_replica(self, home: Home, sharding: Sharding, tensor: torch.Tensor, dtype: str) -> int:
+        """The same choice on every rank, since all see the same tensors in the same order. Ties are seen by the memory,
+        and so heeded only where every rank has some of it. Of what is frozen it is the same in every save, too,
+        whatever else there is in the state by then."""
+        shape = tuple(tensor.shape)
         kind = (home, self._mesh_number(sharding), sharding.placements)
-        load = self._load.setdefault(kind, [0] * sharding.replicas)
-        chosen = load.index(min(load))
-        load[chosen] += nbytes
-        return chosen
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        memory = (shape, *memory_of(local, dtype)) if sharding.replicas > 1 and local.numel() else None
+        if self._turns.is_tied(kind, memory) and not sharding.is_everywhere(shape):
+            memory = None
+        return self._turns.choose(kind, sharding.replicas, math.prod(shape) * ITEMSIZE[dtype], memory)
 
     def _layout_of(self, home: Home, sharding: Sharding | None) -> int:
         if sharding is None:

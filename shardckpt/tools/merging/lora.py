@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from shardckpt.errors import InvalidStateError
-from shardckpt.tools.convert import sink_of
-from shardckpt.tools.export import ExportReport, Form, beside, options_of, require, written
+from shardckpt.tools.export import ExportReport, Form, Wish, beside, opened, options_of, written
 from shardckpt.tools.merging.config import ADAPTER_CONFIG, Given, lora_config, parsed
 from shardckpt.tools.merging.source import MergedSource
-from shardckpt.tools.moving.step import StepSource
-from shardckpt.tools.moving.writing.outlet import names_file
 from shardckpt.tools.moving.writing.told import Means
 from shardckpt.tools.place import Where
 
@@ -56,10 +51,8 @@ def merge_lora(
         means: memory, storage options, who hears of progress.
     """
     means = means or Means()
-    options_of(form)
-    terms: dict[str, Any] = {"step": step, "part": _PART, "storage_options": means.storage_options}
-    with StepSource.open(url, budget_nbytes=means.budget_nbytes // 4, **terms) as own:
-        require(own, _PART)
+    wish = Wish(to, form, dtype, options_of(form), _PART, replace(means, budget_nbytes=means.budget_nbytes // _WIDER))
+    with opened(url, step, wish) as own:
         others = dict(beside(own))
         said = others.pop(ADAPTER_CONFIG, None)  # beside a merged model it would have the adapter looked for
         if config is None:
@@ -70,11 +63,7 @@ def merge_lora(
                 )
             config = parsed(said, ADAPTER_CONFIG)
         merged = MergedSource(own, lora_config(config), part=_PART, adapter=adapter)
-        kind = sink_of(form)
-        make = partial(kind, to, storage_options=means.storage_options)
-        others = {} if names_file(to, kind.ENDINGS) else others
-        less = replace(means, budget_nbytes=means.budget_nbytes // _WIDER)
-        report = written(own, merged, make, form=form, dtype=dtype, others=others, means=less)
+        report = written(own, wish, others, made=merged)
         weights, name = len(merged.named.weights), merged.named.adapter
         note = f"the adapter {name!r} was merged into {weights} tensor{'s' * (weights != 1)}"
         return replace(report, notes=(note, *report.notes))

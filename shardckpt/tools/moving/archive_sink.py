@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
-from shardckpt.storage.base import Buffer
-from shardckpt.storage.wrapping import StorageWrapper
+from shardckpt.tools.exporting.sink import FileSet, FileSink
 from shardckpt.tools.moving.foreign.nesting import walk
 from shardckpt.tools.moving.seam import TensorName, TensorSource
 from shardckpt.tools.moving.writing.archive import ArchiveFile
-from shardckpt.tools.moving.writing.outlet import Outlet, outlet
-from shardckpt.tools.moving.writing.stream import LEAST_BUDGET
-from shardckpt.tools.place import Where
 
 
-class ArchiveSink:
+class ArchiveSink(FileSink):
     """A `TensorSink` that makes one archive. A model alone is written as its own state dict, without its key in front;
     all else as the state by its parts. Tied tensors share their memory, as they do in a file of `torch.save`.
 
@@ -24,41 +20,11 @@ class ArchiveSink:
     """
 
     ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-    """How the name of a file ends."""
 
-    def __init__(
-        self,
-        where: Where,
-        *,
-        beside: Mapping[str, bytes] | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        """`where`: the folder or file; a path, URL or empty `Storage`. `beside`: small files that go into a folder with
-        it."""
-        self._where, self._options = where, storage_options
-        self._beside = dict(beside or {})
-
-    def write(self, source: TensorSource, *, budget_nbytes: int) -> None:
-        """Write it; the source is read twice. `CheckpointSaveError` if it is there already or cannot be written,
-        `InvalidStateError` for what no archive can hold, what the source raises for what it cannot read. Then nothing
-        of it is there."""
+    def files(self, source: TensorSource, file: str) -> FileSet:
         is_model = isinstance(source.tree, Mapping) and list(source.tree) == ["model"]
-        file = ArchiveFile()
+        archive = ArchiveFile()
         tree = source.tree["model"] if is_model else source.tree
-        file.tree = walk(tree, TensorName, partial(file.take, facts=source.tensors, ties=source.ties))
-        with outlet(self._where, endings=self.ENDINGS, storage_options=self._options) as out:
-            for name, content in {} if out.file else self._beside.items():
-                out.put(name, [content])
-            name = out.file or ("pytorch_model.bin" if is_model else "checkpoint.pt")
-            file.put(_Through(out), name, source, budget=max(budget_nbytes, LEAST_BUDGET))
-
-
-class _Through(StorageWrapper):
-    """Puts through an outlet."""
-
-    def __init__(self, out: Outlet) -> None:
-        super().__init__(out.storage)
-        self._out = out
-
-    def put(self, key: str, parts: Iterable[Buffer]) -> int:
-        return self._out.put(key, parts)
+        archive.tree = walk(tree, TensorName, partial(archive.take, facts=source.tensors, ties=source.ties))
+        name = file or ("pytorch_model.bin" if is_model else "checkpoint.pt")
+        return FileSet(lambda crcs: [archive.content(name, crcs)[0]], archive.own)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 
 from shardckpt.errors import InvalidStateError
 from shardckpt.format.index import ITEMSIZE
+from shardckpt.tools.exporting.sink import FileSet, FileSink
 from shardckpt.tools.moving.foreign.safetensors_source import DTYPES, INDEX_ENDING, MOST_HEADER
 from shardckpt.tools.moving.seam import TensorFacts, TensorSource
-from shardckpt.tools.moving.writing.outlet import outlet
 from shardckpt.tools.moving.writing.part import OnePart, only_tensors
-from shardckpt.tools.moving.writing.stream import LEAST_BUDGET, streamed
+from shardckpt.tools.moving.writing.stream import FileContent
 from shardckpt.tools.place import Where
 
 MAX_FILE_NBYTES = 5_000_000_000
@@ -35,8 +34,11 @@ class _File:
     tensors: list[tuple[str, str, TensorFacts]] = field(default_factory=list)
     nbytes: int = 0
 
+    def content(self, name: str, ties: Mapping[str, str]) -> FileContent:
+        return FileContent(name, [_header(self, ties), *((own, facts.nbytes) for _, own, facts in self.tensors)])
 
-class SafetensorsSink:
+
+class SafetensorsSink(FileSink):
     """A `TensorSink` for one part of a state, most often the model; its key is taken off the names.
 
     A folder gets `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`; a name
@@ -46,7 +48,6 @@ class SafetensorsSink:
     """
 
     ENDINGS = (_ENDING,)
-    """How the name of a file ends."""
 
     def __init__(
         self,
@@ -56,32 +57,22 @@ class SafetensorsSink:
         beside: Mapping[str, bytes] | None = None,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        """`where`: the folder or file; a path, URL or empty `Storage`. `beside`: small files that go into a folder with
-        it. A tensor that is larger than `max_file_nbytes` has a file of its own."""
+        """A tensor that is larger than `max_file_nbytes` has a file of its own."""
+        super().__init__(where, beside=beside, storage_options=storage_options)
         if max_file_nbytes < 1:
             raise ValueError(f"a file of at most {max_file_nbytes} bytes holds nothing")
-        self._where, self._options = where, storage_options
         self._most = max_file_nbytes
-        self._beside = dict(beside or {})
 
-    def write(self, source: TensorSource, *, budget_nbytes: int) -> None:
-        """Write it. `CheckpointSaveError` if it is there already or cannot be written, `InvalidStateError` for what
-        the form cannot hold, what the source raises for what it cannot read. Then nothing of it is there."""
+    def files(self, source: TensorSource, file: str) -> FileSet:
         part = only_tensors(source)
         files = _planned(source, part, self._most)
-        with outlet(self._where, endings=self.ENDINGS, storage_options=self._options) as out:
-            stem = out.file.removesuffix(_ENDING) or "model"
-            for name, content in {} if out.file else self._beside.items():
-                out.put(name, [content])
-            names = [f"{stem}-{n:05}-of-{len(files):05}{_ENDING}" for n in range(1, len(files) + 1)]
-            names = names if len(files) > 1 else [f"{stem}{_ENDING}"]
-            for name, file in zip(names, files, strict=True):
-                tensors = [(own, facts.nbytes) for _, own, facts in file.tensors]
-                head = _header(file, part.ties)
-                with closing(streamed(source, head, tensors, budget_nbytes=max(budget_nbytes, LEAST_BUDGET))) as parts:
-                    out.put(name, parts)
-            if len(files) > 1:
-                out.put(f"{stem}{INDEX_ENDING}", [_index(names, files)])
+        stem = file.removesuffix(_ENDING) or "model"
+        names = [f"{stem}-{n:05}-of-{len(files):05}{_ENDING}" for n in range(1, len(files) + 1)]
+        names = names if len(files) > 1 else [f"{stem}{_ENDING}"]
+        contents = [each.content(name, part.ties) for name, each in zip(names, files, strict=True)]
+        if len(files) > 1:
+            contents.append(FileContent(f"{stem}{INDEX_ENDING}", [_index(names, files)]))
+        return FileSet(lambda crcs: contents)
 
 
 def _planned(source: TensorSource, part: OnePart, most_nbytes: int) -> list[_File]:

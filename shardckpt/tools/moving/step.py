@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from shardckpt.format.tree import map_leaves
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.state import Path, join_path
 from shardckpt.storage.base import Storage
+from shardckpt.tools.moving.reading.coverage import PartlyRead
 from shardckpt.tools.moving.reading.fill import Filler
 from shardckpt.tools.moving.reading.spread import Piece, Spread
 from shardckpt.tools.moving.seam import TensorFacts, TensorName, Window
@@ -37,9 +38,7 @@ class StepSource:
 
     Values, and tensors of which each rank held its own (`differ`), are those of one rank, the first unless another is
     named; what that rank did not have comes from the first that did. A tensor that only the consolidated file has
-    comes from there. Ties are known where a file holds the bytes once: of tied tensors that are sharded and also
-    copied (HSDP, or FSDP2 on top of TP without TP for them) different ranks may have written either, so that they come
-    out as two tensors of the same content.
+    comes from there. Ties are known where every file that has pieces of them holds the bytes once.
 
     What is checked: the record's digest, indexes and trees before they are believed, and each tensor when the last of
     its bytes has been read, in whatever windows and order: then every record that it fills is held against its CRC. Not
@@ -133,6 +132,28 @@ class StepSource:
                 raise self._damaged(str(error)) from error
         if damaged:
             raise self._damaged(f"the bytes of {', '.join(sorted(damaged))} are not those that were written")
+
+    def crc(self, name: str) -> int | None:
+        """The CRC of a whole tensor as it was saved, where it follows from those of its records; `read` checks it."""
+        return self._spreads[name].crc()
+
+    def take_partly_read(self) -> list[PartlyRead]:
+        """Of tensors that this process has read in part: what must be known of it to check them."""
+        return self._filler.coverage.take_partly_read()
+
+    def check_together(self, parts: Iterable[PartlyRead]) -> None:
+        """Check the tensors that several processes have read in parts. `CheckpointDamagedError`, also if there are
+        bytes of them that nobody, or more than one, has read: then they cannot be checked."""
+        own, damaged = self._filler.coverage, set[str]()
+        for part in parts:
+            sums = part.sums
+            for span in part.spans:
+                damaged |= own.add(self._spreads[part.name], *span, sums)
+                sums = {}
+        left = own.take_partly_read()
+        if damaged or left:
+            what = ", ".join(sorted(damaged)) or f"{left[0].name}, read in parts, could not be checked:"
+            raise self._damaged(f"the bytes of {what} are not those that were written")
 
     def close(self) -> None:
         self._owned.close()

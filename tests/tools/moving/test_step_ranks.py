@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from shardckpt.tools.moving.step import StepSource
 from tests.distributed.jobs import Job, Layout, checkpoints, keep_reference
@@ -58,6 +61,7 @@ def test_a_whole_job_of_fsdp2_and_tp_comes_out_as_torch_gathers_it(ranks, tmp_pa
         with StepSource.open(root / "run") as source:
             tree = nested_of(source)
             assert source.differ == ()
+            assert dict(source.ties) == {"model.head.weight": "model.words.weight"}
         found = {f"model {name}": value for name, value in tree["model"].items()}
         for name, values in tree["optimizer"]["state"].items():
             found |= {f"moment {name} {key}": value for key, value in values.items()}
@@ -66,3 +70,32 @@ def test_a_whole_job_of_fsdp2_and_tp_comes_out_as_torch_gathers_it(ranks, tmp_pa
         assert [name for name in tensors if not same_bits(found[name], expected[name])] == []
         assert tree["scheduler"] == expected["scheduler"]
         assert tree["progress"] == expected["progress"]
+
+
+def save_tied(rank: int, world_size: int, folder: Path, root: Path, rows: int) -> None:
+    """Two tied pairs with something of another size before, between and after them, sharded over pairs of ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    with checkpoints(root, mesh) as manager:
+        torch.manual_seed(3)
+        names = ("first", "a", "b", "c", "tied to a", "last", "tied to b")
+        sizes = (5, rows, rows, 7, rows, 3, rows)
+        lots = {
+            name: distribute_tensor(torch.randn(size, 3), mesh, (Replicate(), Shard(0)))
+            for name, size in zip(names, sizes, strict=True)
+        }
+        lots |= {"tied to a": lots["a"], "tied to b": lots["b"]}
+        manager.save(1, {"model": lots}).result()
+        fresh = {name: torch.zeros_like(tensor) for name, tensor in lots.items()}
+        manager.load(1, {"model": fresh})
+        assert all(torch.equal(fresh[name].full_tensor(), lots[name].full_tensor()) for name in names)
+
+
+@pytest.mark.parametrize(("rows", "tied"), [(2, True), (1, False)])
+def test_ties_of_what_several_ranks_hold_are_kept(ranks, tmp_path, rows, tied):
+    """Where a rank holds nothing of them it cannot see that they are tied: then all ranks store them twice."""
+    ranks.run(4, save_tied, tmp_path, rows)
+    with StepSource.open(tmp_path) as source:
+        ties = {f"model.tied to {name}": f"model.{name}" for name in "ab"}
+        assert dict(source.ties) == (ties if tied else {})
+        found = {name: whole_of(source, f"model.{name}") for name in ("a", "tied to a")} if not tied else {}
+    assert not found or same_bits(found["a"], found["tied to a"])

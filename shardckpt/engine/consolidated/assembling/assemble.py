@@ -1,4 +1,4 @@
-"""Assemble the consolidated file on rank 0: an archive as any other of ours, put through windows of bounded size.
+"""Assemble the consolidated file: an archive as any other of ours, put through windows of bounded size.
 
 The layout of the archive follows from the tensors' sizes, and the CRC of every record from the ranks' sums, so headers
 come before their data. Some windows at a time are filled by one vectored read. Where a tensor is cut along a dimension
@@ -17,8 +17,9 @@ from shardckpt.engine.consolidated.assembling.reading import Nearby, Parts, Plac
 from shardckpt.engine.consolidated.assembling.whole import WholeTensor
 from shardckpt.engine.consolidated.assembling.windows import Windows
 from shardckpt.engine.consolidated.fragments import WINDOW
+from shardckpt.engine.loading.integrity import sum_among_zeros
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.archive import ArchiveLayout, Slot, front_of, header_of, lay_out, make_tail
+from shardckpt.format.archive import ArchiveLayout, Slot, Tail, front_of, header_of, lay_out, make_tail
 from shardckpt.format.checksum import combine, crc32
 from shardckpt.format.index import StoredBox, StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry
@@ -28,40 +29,44 @@ _LEAST, _MOST = 8 << 20, 64 << 20
 """Bytes read at once: half of the largest tensor, within these bounds. Object stores want many requests at a time."""
 
 
-def assemble(
-    parts: Parts,
-    key: str,
-    *,
-    tensors: Sequence[WholeTensor],
-    sources: Iterable[WholeTensor],
-    tree: Any,
-    boxes: Sequence[StoredBox],
-    most_nbytes: int = _MOST,
-) -> FileEntry:
-    """Put the archive of all tensors under `key`; gives its entry for the record, named as the key's last part.
+class Archive:
+    """The file that is made of whole tensors: known before any byte of them, from their sizes and CRCs."""
 
-    `tensors` say what is in the archive; `sources`, gone through once, are the same with their sources. No more than
-    `most_nbytes` are read at once, but always a window.
-    `CheckpointDamagedError` if the bytes of a part are not those that its rank has summed up.
-    """
-    layout = lay_out([tensor.nbytes for tensor in tensors])
-    crcs = [tensor.crc for tensor in tensors]
-    records = [
-        StoredRecord(tensor.dtype, tensor.shape, slot.data, slot.nbytes, tensor.crc)
-        for tensor, slot in zip(tensors, layout.slots, strict=True)
-    ]
-    tail = make_tail(layout, crcs, encode_index(records, boxes), encode_tree(tree))
-    largest = max((tensor.nbytes for tensor in tensors), default=0)
-    image = _Image(parts, layout, crcs, at_once=max(min(max(largest // 2, _LEAST), most_nbytes) // WINDOW, 1))
+    def __init__(self, tensors: Sequence[WholeTensor]) -> None:
+        self._tensors = tensors
+        self.layout = lay_out([tensor.nbytes for tensor in tensors])
+        self._crcs = [tensor.crc for tensor in tensors]
+        self._largest = max((tensor.nbytes for tensor in tensors), default=0)
 
-    def windows() -> Iterator[memoryview]:
-        yield from image.windows(iter(sources))
-        yield memoryview(tail.content)
+    def tail(self, tree: Any, boxes: Sequence[StoredBox]) -> Tail:
+        records = [
+            StoredRecord(tensor.dtype, tensor.shape, slot.data, slot.nbytes, tensor.crc)
+            for tensor, slot in zip(self._tensors, self.layout.slots, strict=True)
+        ]
+        return make_tail(self.layout, self._crcs, encode_index(records, boxes), encode_tree(tree))
 
-    nbytes = parts.storage.put(key, windows())
-    crc, counted = combine([*image.sums(), (crc32(tail.content), len(tail.content))])
-    assert nbytes == counted, f"{key}: {nbytes} bytes were put of {counted}"
-    return FileEntry(key.rpartition("/")[2], nbytes, crc, "consolidated", 0, tail.index, tail.tree)
+    def entry(self, key: str, tail: Tail) -> FileEntry:
+        """Its entry for the record, named as the key's last part."""
+        front = front_of(self.layout)
+        sums = [(crc32(front), len(front))]
+        for slot, crc in zip(self.layout.slots, self._crcs, strict=True):
+            header = header_of(slot, crc)
+            sums += [(crc32(header), len(header)), (crc, slot.nbytes)]
+        crc, nbytes = combine([*sums, (crc32(tail.content), len(tail.content))])
+        return FileEntry(key.rpartition("/")[2], nbytes, crc, "consolidated", 0, tail.index, tail.tree)
+
+    def windows(
+        self, parts: Parts, sources: Iterable[WholeTensor], stretch: tuple[int, int], *, partly: dict[str, int]
+    ) -> Iterator[memoryview]:
+        """The bytes of a stretch of what comes before the tail, one window after the other; the memory of each is its
+        own for as long as anybody holds it. `sources`, gone through once, are the tensors with their sources.
+
+        A tensor that ends in it is checked if it began there, too: `CheckpointDamagedError` if its bytes are not those
+        that its ranks have summed up. Of one that does not lie in it whole, `partly` gets the sum of what does.
+        """
+        at_once = max(min(max(self._largest // 2, _LEAST), _MOST) // WINDOW, 1)
+        image = _Image(parts, self.layout, self._crcs, at_once=at_once, partly=partly)
+        return image.windows(iter(sources), *stretch)
 
 
 @dataclass(slots=True)
@@ -71,6 +76,8 @@ class _Open:
     slot: Slot
     header: bytes
     nearby: Nearby
+    first: int
+    """The first of its bytes that is put."""
     crc: int = 0
 
 
@@ -91,43 +98,44 @@ class _Window:
 class _Image:
     """The fixed part of the archive, window by window."""
 
-    def __init__(self, parts: Parts, layout: ArchiveLayout, crcs: Sequence[int], *, at_once: int) -> None:
+    def __init__(
+        self, parts: Parts, layout: ArchiveLayout, crcs: Sequence[int], *, at_once: int, partly: dict[str, int]
+    ) -> None:
         """`at_once`: how many windows are filled by one read."""
         self._parts = parts
         self._layout = layout
         self._crcs = crcs
         self._at_once = at_once
+        self._partly = partly
         self._pool = Windows()
         self._reading = Reading(parts, torch.empty(at_once * WINDOW, dtype=torch.uint8))
         self._front = front_of(layout)
 
-    def sums(self) -> Iterator[tuple[int, int]]:
-        """(crc, nbytes) of everything in it, in order."""
-        yield crc32(self._front), len(self._front)
-        for slot, crc in zip(self._layout.slots, self._crcs, strict=True):
-            header = header_of(slot, crc)
-            yield crc32(header), len(header)
-            yield crc, slot.nbytes
-
-    def windows(self, tensors: Iterator[WholeTensor]) -> Iterator[memoryview]:
-        """One after the other. The memory of each is its own for as long as anybody holds it."""
+    def windows(self, tensors: Iterator[WholeTensor], first: int, last: int) -> Iterator[memoryview]:
+        """See `Archive.windows`."""
         batch: list[_Window] = []
         opened: list[_Open] = []
-        coming = iter(zip(self._layout.slots, self._crcs, strict=True))
+        coming = self._coming(tensors, first, last)
         waiting = next(coming, None)
-        for start in range(0, self._layout.tail, WINDOW):
-            stop = min(start + WINDOW, self._layout.tail)
-            while waiting is not None and waiting[0].header < stop:
-                opened.append(_Open(waiting[0], header_of(*waiting), Nearby(next(tensors))))
+        for start in range(first, last, WINDOW):
+            stop = min(start + WINDOW, last)
+            while waiting is not None and waiting.slot.header < stop:
+                opened.append(waiting)
                 waiting = next(coming, None)
             batch.append(self._begin(start, stop, opened))
             opened = [item for item in opened if item.slot.end > stop]
-            if len(batch) == self._at_once or stop == self._layout.tail:
+            if len(batch) == self._at_once or stop == last:
                 self._reading.finish()
                 while batch:
-                    yield self._end(batch.pop(0))
-        for _ in tensors:  # to its end, where it checks itself
+                    yield self._end(batch.pop(0), last)
+        for _ in coming:  # to its end, where the tensors check themselves
             raise AssertionError("there are more tensors than records")
+
+    def _coming(self, tensors: Iterator[WholeTensor], first: int, last: int) -> Iterator[_Open]:
+        """The tensors of which there is something in the stretch, with their headers."""
+        for slot, crc, tensor in zip(self._layout.slots, self._crcs, tensors, strict=True):
+            if slot.header < last and slot.end > first:
+                yield _Open(slot, header_of(slot, crc), Nearby(tensor), max(first - slot.data, 0))
 
     def _begin(self, start: int, stop: int, opened: Sequence[_Open]) -> _Window:
         array = self._pool.take()
@@ -145,17 +153,24 @@ class _Image:
                 self._reading.add(place, item.nearby, first - slot.data, last - slot.data)
         return window
 
-    def _end(self, window: _Window) -> memoryview:
-        """The window, checked as far as tensors end in it."""
+    def _end(self, window: _Window, last: int) -> memoryview:
+        """The window, checked as far as tensors end in it; `last`: where the stretch does."""
         for item in window.tensors:
-            first, last = window.cut(item.slot.data, item.slot.end)
-            item.crc = crc32(window.view[first - window.start : last - window.start], item.crc)
-            if item.slot.end <= window.stop and item.crc != item.nearby.tensor.crc:
-                raise self._damaged(item.nearby.tensor)
+            slot, tensor = item.slot, item.nearby.tensor
+            start, stop = window.cut(slot.data, slot.end)
+            item.crc = crc32(window.view[start - window.start : stop - window.start], item.crc)
+            if window.stop < min(slot.end, last):
+                continue
+            if item.first == 0 and slot.end <= last:
+                if item.crc != tensor.crc:
+                    raise self._damaged(tensor)
+            elif stop - slot.data > item.first:
+                had = item.first, stop - slot.data - item.first, item.crc
+                self._partly[tensor.name] = sum_among_zeros(slot.nbytes, [had])
         return window.view
 
     def _damaged(self, tensor: WholeTensor) -> CheckpointDamagedError:
-        read = {s.rank for s in tensor.sources if (tensor.name, s.block.offsets) not in self._parts.own}
+        read = {source.rank for source in tensor.sources if self._parts.has(tensor.name, source) is None}
         files = ", ".join(self._parts.files(rank) for rank in sorted(read)[:10])
         return CheckpointDamagedError(
             f"{tensor.name} is not what its ranks held: of a part of it {self._parts.storage.url} gives other bytes "

@@ -1,4 +1,4 @@
-"""Bring stretches of whole tensors together: by one vectored read of the ranks' files, and from rank 0's memory."""
+"""Bring stretches of whole tensors together: by one vectored read of the ranks' files, and from a rank's own memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardckpt.engine.consolidated.assembling.whole import Source, WholeTensor
+from shardckpt.engine.consolidated.assembling.whole import EVERYWHERE, Source, WholeTensor
 from shardckpt.engine.consolidated.blocks import Block, Shape, common, is_one_run, position, stretch
 from shardckpt.engine.consolidated.fragments import word_type, words
 from shardckpt.format.index import ITEMSIZE
@@ -26,7 +26,12 @@ class Parts:
     files: Callable[[int], str]
     """The key of a rank's file."""
     own: Mapping[tuple[str, Shape], torch.Tensor]
-    """What rank 0 holds itself, by name and offsets: live memory that is in no file."""
+    """What this rank holds itself, by name and offsets: live memory."""
+    rank: int = 0
+
+    def has(self, name: str, source: Source) -> torch.Tensor | None:
+        """The block of a tensor if this rank holds it."""
+        return self.own.get((name, source.block.offsets)) if source.rank in (self.rank, EVERYWHERE) else None
 
 
 class Nearby:
@@ -96,7 +101,7 @@ class Reading:
         """
         block, target, place = into
         there, here = shared.inside(block), shared.inside(source.block)
-        own = self._parts.own.get((name, source.block.offsets)) if source.rank == 0 else None
+        own = self._parts.has(name, source)
         if own is not None:
             target[there.slices].copy_(words(own[here.slices]))
             return

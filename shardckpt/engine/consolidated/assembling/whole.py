@@ -11,7 +11,7 @@ import functools
 import math
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardckpt.engine.consolidated.blocks import Block, Shape, whole
@@ -32,6 +32,10 @@ class Kind:
     @property
     def teller(self) -> int:
         return self.ranks[0]
+
+
+EVERYWHERE = -1
+"""In the place of a rank: all of them hold it, and it is in no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,13 @@ class _Found:
 class Whole:
     """All ranks' holdings put together. On rank 0."""
 
-    def __init__(self, kinds: Sequence[Kind], flat: Sequence[Sequence[FlatPiece]]) -> None:
-        """`flat`: what each rank has in flat parameters, in rank order."""
+    def __init__(
+        self, kinds: Sequence[Kind], flat: Sequence[Sequence[FlatPiece]], *, plain_in_files: bool = True
+    ) -> None:
+        """`flat`: what each rank has in flat parameters, in rank order. `plain_in_files`: whether plain tensors are in
+        the file of who tells of them; if not, all ranks must be of one kind."""
+        self._plain_in_files = plain_in_files
+        self._ranks = len(flat)
         self._kinds = [(kind, frozenset(kind.ranks)) for kind in kinds]
         self._flat: dict[str, list[tuple[int, FlatPiece]]] = {}
         for rank, pieces in enumerate(flat):
@@ -85,10 +94,20 @@ class Whole:
         `InvalidStateError` if what the ranks hold does not make a whole tensor, or several different ones.
         """
         cursor = _Cursor(sums)
-        for name in sorted(self._names, key=natural):
-            dtype, shape = self._described(name)
+        for name, dtype, shape in self.described():
             yield _joined(name, dtype, shape, list(self._find(name, cursor)))
         cursor.check()
+
+    def located(self, crcs: Sequence[int]) -> Iterator[WholeTensor]:
+        """The same for who knows the CRCs of the tensors, and no sums, because rank 0 has checked them."""
+        cursor = _Cursor([array("I")] * self._ranks, known=False)
+        for (name, dtype, shape), crc in zip(self.described(), crcs, strict=True):
+            yield replace(_joined(name, dtype, shape, list(self._find(name, cursor))), crc=crc)
+
+    def described(self) -> Iterator[tuple[str, str, Shape]]:
+        """Name, dtype and shape of every tensor, in the order of the files."""
+        for name in sorted(self._names, key=natural):
+            yield name, *self._described(name)
 
     def _described(self, name: str) -> tuple[str, Shape]:
         entries = [kind.inventory.tensors[name] for kind, _ in self._kinds if name in kind.inventory.tensors]
@@ -107,7 +126,10 @@ class Whole:
             if entry is None or not math.prod(entry.shape):
                 continue
             if inventory.is_plain(name):
-                yield cursor.take(kind.teller, whole(entry.shape), ITEMSIZE[entry.dtype], kind.teller)
+                size = ITEMSIZE[entry.dtype] if self._plain_in_files else 0
+                found = cursor.take(kind.teller, whole(entry.shape), size, kind.teller)
+                everywhere = replace(found, source=replace(found.source, rank=EVERYWHERE))
+                yield found if self._plain_in_files else everywhere
                 continue
             holders = inventory.spread(name)
             for rank, blocks in inventory.writers(name):
@@ -120,16 +142,18 @@ class Whole:
 class _Cursor:
     """How far the files of all ranks have been gone through."""
 
-    def __init__(self, sums: Sequence[array[int]]) -> None:
+    def __init__(self, sums: Sequence[array[int]], *, known: bool = True) -> None:
+        """`known`: whether there are any sums."""
         self._sums = sums
+        self._known = known
         self._number = [0] * len(sums)
         self._at = [0] * len(sums)
 
     def take(self, rank: int, block: Block, itemsize: int, holders: Any) -> _Found:
         """The next fragment of a rank's file."""
-        if self._number[rank] >= len(self._sums[rank]):
+        if self._known and self._number[rank] >= len(self._sums[rank]):
             raise self._astray(rank)
-        total, at = self._sums[rank][self._number[rank]], self._at[rank]
+        total, at = self._sums[rank][self._number[rank]] if self._known else 0, self._at[rank]
         self._number[rank] += 1
         self._at[rank] += block.numel * itemsize
         return _Found(Source(rank, at, block), holders, total)

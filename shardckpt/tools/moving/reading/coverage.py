@@ -10,6 +10,7 @@ import bisect
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from shardckpt.engine.loading.integrity import zero_crc
 from shardckpt.tools.moving.reading.spread import RecordName, Spread
@@ -38,6 +39,24 @@ class _Begun:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class PartlyRead:
+    """What one process has read of a tensor, not all of which it wanted; travels as JSON."""
+
+    name: str
+    spans: tuple[tuple[int, int], ...]
+    sums: Mapping[RecordName, int]
+
+    def encode(self) -> list[Any]:
+        sums = [[file, number, total] for (file, number), total in self.sums.items()]
+        return [self.name, [list(span) for span in self.spans], sums]
+
+    @classmethod
+    def decode(cls, content: Any) -> PartlyRead:
+        name, spans, sums = content
+        return cls(name, tuple((a, b) for a, b in spans), {(file, number): total for file, number, total in sums})
+
+
 class Coverage:
     """What has been read of which tensors since each was last read to its end. Any thread."""
 
@@ -64,3 +83,9 @@ class Coverage:
             for name, record in spread.checkable().items()
             if begun.sums.get(name, 0) != record.crc ^ zero_crc(record.nbytes)
         }
+
+    def take_partly_read(self) -> list[PartlyRead]:
+        """What has been read of tensors that have not been read to their ends; it is forgotten here."""
+        with self._lock:
+            begun, self._begun = self._begun, {}
+        return [PartlyRead(name, tuple(each.spans), each.sums) for name, each in begun.items()]

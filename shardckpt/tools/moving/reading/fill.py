@@ -65,7 +65,7 @@ class Filler:
         self._key_of = key_of
         self._budget = budget_nbytes
         self._at_once = min(_NEAR, budget_nbytes) if isinstance(storage, RenamingStorage) else budget_nbytes
-        self._coverage = Coverage()
+        self.coverage = Coverage()
         self._lock = threading.Lock()
         self._lent: dict[str, Lent] | None = {} if isinstance(storage, LendingStorage) else None
 
@@ -75,7 +75,7 @@ class Filler:
         for batch in self._batches(windows):
             self._read([read for part in batch for read in self._reads(part)])
             for part in batch:
-                damaged |= self._coverage.add(part.spread, part.start, part.start + len(part.into), part.sums())
+                damaged |= self.coverage.add(part.spread, part.start, part.start + len(part.into), part.sums())
                 part.spread_out()
         return damaged
 

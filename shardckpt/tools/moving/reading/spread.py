@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from shardckpt.engine.consolidated.blocks import Block, Shape, common, stretch
+from shardckpt.engine.consolidated.blocks import Block, Shape, common, is_one_run, position, stretch
 from shardckpt.engine.loading.integrity import Region, Runs, runs_of
+from shardckpt.format.checksum import combine
 from shardckpt.format.index import ITEMSIZE, StoredRecord
 from shardckpt.format.placement import Box
 from shardckpt.tools.moving.seam import TensorFacts
@@ -86,6 +87,18 @@ class Spread:
             if found != block.numel:
                 raise ValueError(f"the files hold {found} of {block.numel} bytes that are needed of {self.name}")
             done += block.numel
+
+    def crc(self) -> int | None:
+        """The CRC of the whole tensor, if it is made of whole records that lie in it one after the other."""
+        at, sums = 0, []
+        for piece in self.pieces:
+            numel = piece.block.numel
+            is_next = position(self._shape, piece.block.offsets) == at and is_one_run(self._shape, piece.block.lengths)
+            if not is_next or any(piece.local) or numel != piece.record.nbytes:
+                return None
+            at += numel
+            sums.append((piece.record.crc, numel))
+        return combine(sums)[0] if at == self.facts.nbytes else None
 
     def checkable(self) -> dict[RecordName, StoredRecord]:
         """The records that this tensor alone fills, so that who reads all of it has read all of them."""

@@ -1,32 +1,31 @@
-"""A `.pt` file of tensors that a source gives, put by bounded pieces.
+"""A `.pt` file of tensors that a source gives.
 
-The layout follows from the tensors' sizes; the headers, which come before the data, hold their CRCs. So the source is
-gone through twice: once for the sums, once for the bytes, which must then be the same.
+The layout follows from the tensors' sizes; the headers, which come before the data, hold their CRCs. Tensors of which
+the source does not know them are gone through twice: once for the sums, once for the bytes, which must be the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from shardckpt.engine.consolidated.assembling.assemble import assemble
-from shardckpt.engine.consolidated.assembling.reading import Parts
-from shardckpt.engine.consolidated.assembling.whole import Source, WholeTensor
-from shardckpt.engine.consolidated.blocks import whole
 from shardckpt.engine.saving.draft import take_value
-from shardckpt.errors import CheckpointDamagedError, CheckpointError, InvalidStateError
-from shardckpt.format.checksum import crc32
-from shardckpt.format.index import StoredBox
+from shardckpt.errors import InvalidStateError
+from shardckpt.format.archive import Tail, front_of, header_of, lay_out, make_tail
+from shardckpt.format.checksum import combine, crc32
+from shardckpt.format.index import StoredBox, StoredRecord, encode_index
 from shardckpt.format.manifest import FileEntry
 from shardckpt.format.placement import Box
-from shardckpt.format.tree import TensorRef
-from shardckpt.storage.base import Read, Storage
-from shardckpt.storage.wrapping import StorageWrapper
+from shardckpt.format.tree import TensorRef, encode_tree
+from shardckpt.storage.base import Storage
+from shardckpt.tools.exporting.summing import checked, crcs_of, sums_of, unsummed
 from shardckpt.tools.moving.foreign.nesting import Path, flat_name
-from shardckpt.tools.moving.seam import TensorFacts, TensorName, TensorSource, Window
+from shardckpt.tools.moving.seam import TensorFacts, TensorName, TensorSource
+from shardckpt.tools.moving.writing.stream import FileContent, Segment
 
 
 @dataclass(slots=True)
@@ -59,84 +58,32 @@ class ArchiveFile:
         self.boxes.append(StoredBox(name, number, shape, Box(zeros, shape, zeros)))
         return TensorRef(number, getattr(torch, facts[first].dtype), shape)
 
+    def content(self, name: str, crcs: Mapping[str, int]) -> tuple[FileContent, Tail]:
+        """The file as it will be, with these CRCs of its tensors; its layout does not depend on them."""
+        layout = lay_out([facts.nbytes for facts in self.own.values()])
+        sums = [crcs[own] for own in self.own]
+        rows = list(zip(layout.slots, self.own.items(), sums, strict=True))
+        records = [
+            StoredRecord(facts.dtype, facts.shape, slot.data, slot.nbytes, crc) for slot, (_, facts), crc in rows
+        ]
+        tail = make_tail(layout, sums, encode_index(records, self.boxes), encode_tree(self.tree))
+        segments: list[Segment] = [front_of(layout)]
+        for slot, (own, facts), crc in rows:
+            segments += [header_of(slot, crc), (own, facts.nbytes)]
+        return FileContent(name, [*segments, tail.content]), tail
+
     def put(self, storage: Storage, key: str, source: TensorSource, *, budget: int) -> FileEntry:
         """Write it; its entry for a record. `CheckpointDamagedError` if the source changes meanwhile."""
-        tensors = [
-            WholeTensor(name, facts.dtype, facts.shape, crc, ())
-            for (name, facts), crc in zip(self.own.items(), _sums(source, self.own, budget), strict=True)
-        ]
-        placed = [
-            replace(tensor, sources=(Source(number, 0, whole(tensor.shape)),) if tensor.nbytes else ())
-            for number, tensor in enumerate(tensors)
-        ]
-        names = list(self.own)
-        reading = _Reading(storage, source)
-        try:
-            return assemble(
-                Parts(reading, names.__getitem__, {}),
-                key,
-                tensors=tensors,
-                sources=placed,
-                tree=self.tree,
-                boxes=self.boxes,
-                most_nbytes=budget // 2,
-            )
-        except CheckpointDamagedError as error:
-            if reading.failed:
-                raise
-            what = str(error).partition(" ")[0]
-            raise CheckpointDamagedError(f"{what} was read twice, and was not the same: somebody changes it") from error
-
-
-class _Reading(StorageWrapper):
-    """A storage to be written to, from which the tensors of a source are read by name."""
-
-    def __init__(self, inner: Storage, source: TensorSource) -> None:
-        super().__init__(inner)
-        self._source = source
-        self.failed = False
-        """Whether the source itself could not be read."""
-
-    def read_into(self, reads: Sequence[Read]) -> None:
-        try:
-            self._source.read([Window(read.key, read.offset, read.into) for read in reads])
-        except CheckpointError:
-            self.failed = True
-            raise
-
-
-def _sums(source: TensorSource, tensors: Mapping[str, TensorFacts], budget: int) -> Iterable[int]:
-    """The CRC of each tensor, in order; some megabytes of them are read at once."""
-    memory = memoryview(bytearray(min(budget // 2, _SUMMED_AT_ONCE) // _ALIGNED * _ALIGNED))
-    crcs = dict.fromkeys(tensors, 0)
-    for batch in _batches(tensors, memory):
-        source.read(batch)
-        for window in batch:
-            crcs[window.name] = crc32(window.into, crcs[window.name])
-    return list(crcs.values())
-
-
-_SUMMED_AT_ONCE = 32 << 20
-_ALIGNED = 16
-"""Bytes of the widest element: windows begin at such places, so that none cuts an element."""
-
-
-def _batches(tensors: Mapping[str, TensorFacts], memory: memoryview) -> Iterator[list[Window]]:
-    """All bytes of all tensors in windows that fill the memory, again and again."""
-    batch: list[Window] = []
-    used = 0
-    for name, facts in tensors.items():
-        start = 0
-        while start < facts.nbytes:
-            nbytes = min(facts.nbytes - start, len(memory) - used)
-            batch.append(Window(name, start, memory[used : used + nbytes]))
-            start, used = start + nbytes, used + nbytes
-            if used == len(memory):
-                yield batch
-                batch, used = [], 0
-        used += -used % _ALIGNED
-        if used == len(memory):
-            yield batch
-            batch, used = [], 0
-    if batch:
-        yield batch
+        twice = unsummed(source, self.own)
+        extents = ((name, 0, facts.nbytes) for name, facts in twice.items())
+        before = sums_of(source, extents, budget_nbytes=budget)
+        crcs = crcs_of(source, self.own, before)
+        content, tail = self.content(key.rpartition("/")[2], crcs)
+        with closing(checked(source, content.segments, before, budget_nbytes=budget)) as parts:
+            nbytes = storage.put(key, parts)
+        crc, counted = combine(
+            (crc32(segment), len(segment)) if isinstance(segment, bytes) else (crcs[segment[0]], segment[1])
+            for segment in content.segments
+        )
+        assert nbytes == counted, f"{key}: {nbytes} bytes were put of {counted}"
+        return FileEntry(content.name, nbytes, crc, "consolidated", 0, tail.index, tail.tree)

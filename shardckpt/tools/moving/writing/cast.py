@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shardckpt.format.index import ITEMSIZE
+from shardckpt.tools.exporting.summing import known_crc
 from shardckpt.tools.moving.seam import TensorFacts, TensorSource, Window
 from shardckpt.tools.moving.writing.elements import Stretch
 
@@ -18,14 +19,19 @@ def floating(dtype: str) -> bool:
     return dtype in ITEMSIZE and dtype.startswith(("float", "bfloat")) and not dtype.startswith("float4")
 
 
+def check_floating(dtype: str) -> None:
+    """`ValueError` if it is none."""
+    if not floating(dtype):
+        raise ValueError(f"{dtype!r} is no floating-point dtype: give 'bfloat16', 'float16', 'float32', ...")
+
+
 class CastSource:
     """As `source`, with floating-point tensors as `dtype`: rounded as `tensor.to(dtype)` does, so that what is too
     large for it becomes what torch makes of it. All other tensors stay as they are."""
 
     def __init__(self, source: TensorSource, dtype: str) -> None:
         """`ValueError` if that is no floating-point dtype of torch."""
-        if not floating(dtype):
-            raise ValueError(f"{dtype!r} is no floating-point dtype: give 'bfloat16', 'float16', 'float32', ...")
+        check_floating(dtype)
         self._source, self._dtype = source, dtype
 
     @cached_property
@@ -42,6 +48,9 @@ class CastSource:
     @property
     def tree(self) -> Any:
         return self._source.tree
+
+    def crc(self, name: str) -> int | None:
+        return None if floating(self._source.tensors[name].dtype) else known_crc(self._source, name)
 
     def read(self, windows: Sequence[Window]) -> None:
         facts, own = self.tensors, self._source.tensors

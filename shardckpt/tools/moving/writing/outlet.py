@@ -4,50 +4,141 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from shardckpt.errors import CheckpointSaveError
 from shardckpt.storage.base import Buffer, RenamingStorage, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.open import open_storage, options_for
+from shardckpt.tools.exporting.scratch import Scratch, sweep
 from shardckpt.tools.place import Where, split_place
 
 
 @dataclass(slots=True)
 class Outlet:
-    """Takes the files of one write. The last one put is the one that makes the others count."""
+    """Takes the files of one write. The last one put is the one that makes the others count.
+
+    `locate`, then `claim`, by one process; it writes, and `publish` or `take_back`; and in the end `close`.
+    """
 
     storage: Storage
     url: str
     """What is being made, for people."""
-    file: str = ""
-    """The name that was asked for, if it was that of a file; else a folder is made."""
-    _inside: str = ""
-    _names: list[str] = field(default_factory=list)
+    name: str = ""
+    """Of what is made, in the storage; nothing if that is the storage itself."""
+    is_file: bool = False
+    """Whether that is a file; else a folder is made."""
+    inside: str = ""
+    """The folder in which all is written and then renamed; nothing where files are put under their names at once."""
+    names: list[str] = field(default_factory=list)
+    _owned: tuple[Storage, ...] = ()
+    _scratch: Scratch | None = None
+
+    @property
+    def file(self) -> str:
+        """The name that was asked for, if it was that of a file."""
+        return self.name if self.is_file else ""
+
+    @property
+    def renames(self) -> bool:
+        """Whether all is written in a folder beside it and then renamed."""
+        return bool(self.name) and isinstance(self.storage, LocalStorage if self.is_file else RenamingStorage)
+
+    @classmethod
+    def locate(
+        cls, where: Where, *, endings: tuple[str, ...], storage_options: Mapping[str, object] | None = None
+    ) -> Outlet:
+        """Where it will be; nothing is looked at yet. `ValueError` for a bad URL."""
+        if not isinstance(where, (str, os.PathLike)):
+            return cls(where, where.url)
+        text = os.fspath(where)
+        above, name = split_place(text.rstrip("/"))
+        is_file = names_file(where, endings)
+        if not above or not name:
+            if is_file or not name:
+                raise ValueError(f"{text!r} has no folder above it: name one in which it is to be made")
+            storage = open_storage(text, storage_options=options_for(text, storage_options))
+            return cls(storage, storage.url, _owned=(storage,))
+        parent = open_storage(above, storage_options=options_for(above, storage_options))
+        url = f"{parent.url.rstrip('/')}/{name}"
+        if is_file or isinstance(parent, RenamingStorage):
+            return cls(parent, url, name, is_file, _owned=(parent,))
+        storage = open_storage(text, storage_options=options_for(text, storage_options))
+        return cls(storage, storage.url, _owned=(parent, storage))
+
+    def claim(self) -> None:
+        """Look whether it is free, and begin. `CheckpointSaveError` if there is anything, or it cannot be looked at."""
+        try:
+            names = self.storage.list()
+        except OSError as error:
+            raise CheckpointSaveError(f"cannot look at {self.url}: {error}") from error
+        if not self.name and names:
+            raise CheckpointSaveError(
+                f"{self.url} is there already and has {names[0]}: name another place, or empty it"
+            )
+        if self.name and not {self.name, f"{self.name}/"}.isdisjoint(names):
+            raise CheckpointSaveError(f"{self.url} is there already: name another place, or delete it first")
+        if isinstance(self.storage, LocalStorage) and self.renames:
+            sweep(self.storage, self.name)
+            self._scratch = Scratch(self.storage, self.name)
+            self.inside = self._scratch.folder
+        elif self.renames:
+            self.inside = f"{self.name}.{secrets.token_hex(8)}.tmp"
 
     def put(self, name: str, parts: Iterable[Buffer]) -> int:
         """Write one file; gives its bytes."""
         try:
-            nbytes = self.storage.put(self._key(name), parts)
+            nbytes = self.storage.put(self.key(name), parts)
         except FileExistsError:
             raise  # it is another's
         except BaseException:
-            self._names.append(name)  # it may be there: only the answer is lost
+            self.names.append(name)  # it may be there: only the answer is lost
             raise
-        self._names.append(name)
+        self.names.append(name)
         return nbytes
 
-    def _key(self, name: str) -> str:
-        return f"{self._inside}/{name}" if self._inside else name
+    def key(self, name: str) -> str:
+        """Of a file that is being written."""
+        return f"{self.inside}/{name}" if self.inside else name
 
-    def _take_back(self) -> None:
+    def publish(self) -> None:
+        """Give the files their names. `FileExistsError` if somebody has taken them meanwhile."""
+        if self.inside and self.is_file:
+            self._link()
+        elif self.inside:
+            assert isinstance(self.storage, RenamingStorage)
+            self.storage.rename_folder(self.inside, self.name)
+
+    def take_back(self) -> None:
+        """Remove what was written, as far as that can be done."""
         with suppress(OSError):
-            if self._inside:
-                self.storage.delete_tree(self._inside)
+            if self.inside:
+                self.storage.delete_tree(self.inside)
             else:
-                self.storage.delete([self._key(name) for name in reversed(self._names)])
+                self.storage.delete([self.key(name) for name in reversed(self.names)])
+
+    def close(self) -> None:
+        if self._scratch is not None:
+            self._scratch.let_go()
+            self._scratch = None
+        for storage in self._owned:
+            storage.close()
+
+    def _link(self) -> None:
+        """Give the files their names beside the temporary folder: by hard links, which never replace what is there."""
+        storage, given = self.storage, list[str]()
+        assert isinstance(storage, LocalStorage)
+        try:
+            for name in self.names:
+                os.link(storage.path_of(self.key(name)), storage.path_of(name))
+                given.append(name)
+        except BaseException:
+            storage.delete(reversed(given))
+            raise
+        storage.sync_folder("")
+        storage.delete_tree(self.inside)
 
 
 @contextmanager
@@ -62,91 +153,38 @@ def outlet(
 
     `CheckpointSaveError` if it is there already or cannot be written, `ValueError` for a bad URL.
     """
-    with ExitStack() as stack:
-        out, publish = _found(stack, where, endings, storage_options)
-        try:
-            yield out
-            publish(out)
-        except FileExistsError as error:
-            out._take_back()
-            raise CheckpointSaveError(f"{out.url} is there already ({error}): nothing was changed") from error
-        except OSError as error:
-            out._take_back()
-            raise CheckpointSaveError(f"{out.url} was not written: {error}") from error
-        except BaseException:
-            out._take_back()
-            raise
+    out = Outlet.locate(where, endings=endings, storage_options=storage_options)
+    try:
+        with told_as_save_errors(out.url):
+            out.claim()
+            try:
+                yield out
+                out.publish()
+            except BaseException:
+                out.take_back()
+                raise
+    finally:
+        out.close()
+
+
+@contextmanager
+def told_as_save_errors(url: str) -> Iterator[None]:
+    """What a storage does not take is a `CheckpointSaveError`."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise CheckpointSaveError(f"{url} is there already ({error}): nothing was changed") from error
+    except OSError as error:
+        raise CheckpointSaveError(f"{url} was not written: {error}") from error
+
+
+def file_of(where: Where, endings: tuple[str, ...]) -> str:
+    """The name of the file that is asked for; "" if it is a folder."""
+    if not isinstance(where, (str, os.PathLike)) or not names_file(where, endings):
+        return ""
+    return split_place(os.fspath(where).rstrip("/"))[1]
 
 
 def names_file(where: Where, endings: tuple[str, ...]) -> bool:
     """Whether a place is meant as a file, by how its name ends."""
     return isinstance(where, (str, os.PathLike)) and os.fspath(where).rstrip("/").endswith(endings)
-
-
-def _found(
-    stack: ExitStack, where: Where, endings: tuple[str, ...], options: Mapping[str, object] | None
-) -> tuple[Outlet, Callable[[Outlet], None]]:
-    if not isinstance(where, (str, os.PathLike)):
-        return _free(Outlet(where, where.url)), _nothing
-    text = os.fspath(where)
-
-    def opened(place: str) -> Storage:
-        storage = open_storage(place, storage_options=options_for(place, options))
-        stack.callback(storage.close)
-        return storage
-
-    above, name = split_place(text.rstrip("/"))
-    is_file = names_file(where, endings)
-    if not above or not name:
-        if is_file or not name:
-            raise ValueError(f"{text!r} has no folder above it: name one in which it is to be made")
-        return _free(Outlet(storage := opened(text), storage.url)), _nothing
-    parent = opened(above)
-    url, fresh = f"{parent.url.rstrip('/')}/{name}", f"{name}.{secrets.token_hex(8)}.tmp"
-    if is_file:
-        inside = fresh if isinstance(parent, LocalStorage) else ""
-        return _absent(Outlet(parent, url, name, inside), name), _link if inside else _nothing
-    if isinstance(parent, RenamingStorage):
-        return _absent(Outlet(parent, url, "", fresh), name), lambda out: parent.rename_folder(fresh, name)
-    return _free(Outlet(storage := opened(text), storage.url)), _nothing
-
-
-def _nothing(out: Outlet) -> None:
-    """Files stand under their names already."""
-
-
-def _link(out: Outlet) -> None:
-    """Give the files their names beside the temporary folder: by hard links, which never replace what is there."""
-    storage, given = out.storage, list[str]()
-    assert isinstance(storage, LocalStorage)
-    try:
-        for name in out._names:
-            os.link(storage.path_of(out._key(name)), storage.path_of(name))
-            given.append(name)
-    except BaseException:
-        storage.delete(reversed(given))
-        raise
-    storage.sync_folder("")
-    storage.delete_tree(out._inside)
-
-
-def _absent(out: Outlet, name: str) -> Outlet:
-    """`CheckpointSaveError` if there is a file or a folder of that name."""
-    try:
-        names = out.storage.list()
-    except OSError as error:
-        raise CheckpointSaveError(f"cannot look at {out.url}: {error}") from error
-    if name in names or f"{name}/" in names:
-        raise CheckpointSaveError(f"{out.url} is there already: name another place, or delete it first")
-    return out
-
-
-def _free(out: Outlet) -> Outlet:
-    """`CheckpointSaveError` if there is anything."""
-    try:
-        names = out.storage.list()
-    except OSError as error:
-        raise CheckpointSaveError(f"cannot look at {out.url}: {error}") from error
-    if names:
-        raise CheckpointSaveError(f"{out.url} is there already and has {names[0]}: name another place, or empty it")
-    return out

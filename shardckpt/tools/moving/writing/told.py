@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeAlias
 
+from shardckpt.gang.gangs import Gangs
+from shardckpt.tools.exporting.summing import known_crc
 from shardckpt.tools.moving.seam import TensorFacts, TensorSource, Window
 
 Told: TypeAlias = Callable[[int, int, int], None]
@@ -24,7 +27,16 @@ class Means:
     storage_options: Mapping[str, object] | None = field(default=None, repr=False)
     """For fsspec, at all places that are no local paths; never logged."""
     told: Told = _unheard
-    """Called as (step, bytes that have just been read, bytes that will be read in all)."""
+    """Called as (step, bytes that have just been read, bytes that will be read in all); of what this rank reads."""
+    gangs: Gangs | None = None
+    """Of `export`: all ranks of these call it, and each writes a part of the files. None: this process alone."""
+    timeout: timedelta = timedelta(hours=1)
+    """With `gangs`: how long the ranks may take for one phase, such as to write."""
+
+    def check_alone(self, verb: str) -> None:
+        """`ValueError` if several ranks are to do what one process does."""
+        if self.gangs is not None and self.gangs.root.size > 1:
+            raise ValueError(f"{verb} is done by one process: call it on one rank, without gangs")
 
 
 class ToldSource:
@@ -44,6 +56,9 @@ class ToldSource:
     @property
     def tree(self) -> Any:
         return self._source.tree
+
+    def crc(self, name: str) -> int | None:
+        return known_crc(self._source, name)
 
     def read(self, windows: Sequence[Window]) -> None:
         self._source.read(windows)
