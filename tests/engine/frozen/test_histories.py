@@ -158,6 +158,7 @@ class History(RuleBasedStateMachine):
 
         return WatchedStorage(self.place, before)
 
+    @precondition(lambda self: self.seeds)
     @rule(cut=CUTS, late=st.booleans())
     def sweep_and_die(self, cut: int, late: bool) -> None:
         with suppress(OSError):
@@ -209,6 +210,7 @@ class History(RuleBasedStateMachine):
         assert found in ((score,) if cut is None else (score, self.run[step].score))
         self.run[step] = replace(self.run[step], score=found)
 
+    @precondition(lambda self: self.seeds)
     @rule()
     def tidy(self) -> None:
         """What managers do in the hours after commits."""
