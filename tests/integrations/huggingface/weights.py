@@ -79,14 +79,15 @@ def save_on_a_mesh(rank: int, world_size: int, shared: Path, real: Real, folder:
     from shardckpt.integrations.huggingface.pretrained import put_beside
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    torch.manual_seed(rank)
-    model = getattr(transformers, real.kind).from_config(transformers.AutoConfig.from_pretrained(folder))
+    with torch.device("meta"):  # it is laid out before there is any memory for it, as large models are
+        model = getattr(transformers, real.kind).from_config(transformers.AutoConfig.from_pretrained(folder))
     plan: dict[str, Any] = {name: ColwiseParallel() for name in real.columns}
     plan |= {name: RowwiseParallel() for name in real.rows}
     for layer in model.get_submodule(real.layers):
         parallelize_module(layer, mesh["tp"], plan)
         fully_shard(layer, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
+    model.to_empty(device="cpu")
     with sc.CheckpointManager(run, sc.Gangs.from_mesh(mesh)) as manager:
         manager.load(0, {"model": model}, policy=sc.LoadPolicy(**real.policy))
         if rank == 0:
