@@ -157,6 +157,16 @@ def restore_optimizer(part: Part, saved: SavedOptimizer, stateless: Collection[s
                 state.pop(parameter, None)
             elif saved.values.get(name) and id(parameter) in own:
                 state[parameter].update(saved.values[name])
+            if parameter in state:
+                _place_step(group, state[parameter], parameter.device)
+
+
+def _place_step(group: Options, values: dict[str, Any], device: torch.device) -> None:
+    """What runs on the device (capturable, fused) counts its steps there, as `Optimizer.load_state_dict` has it; the
+    options are those that were saved, and may say so of an optimizer that was made to count on the host."""
+    step = values.get("step")
+    if isinstance(step, torch.Tensor) and (group.get("capturable") or group.get("fused")) and step.device != device:
+        values["step"] = step.to(device)
 
 
 def _values(options: Options) -> Options:

@@ -63,7 +63,13 @@ def dequantise(rank: int, world_size: int, shared: Path, file: Path, folder: Pat
     """A file of GGUF as a model's folder."""
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config).float()
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
 
 
 def save_on_a_mesh(rank: int, world_size: int, shared: Path, real: Real, folder: Path, run: Path) -> tuple[int, int]:
