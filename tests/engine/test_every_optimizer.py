@@ -12,6 +12,9 @@ import torch
 from torch import nn, optim
 
 import shardckpt as sc
+from shardckpt.engine.loading.optimizers import read_saved, restore_optimizer
+from shardckpt.optimizers import OptimizerOf, optimizer_tree
+from shardckpt.state import Part
 from tests.manager.transactions import same
 
 Make = Callable[[nn.Module], optim.Optimizer]
@@ -124,6 +127,38 @@ def test_a_rate_in_a_tensor_stays_that_tensor(tmp_path: Path) -> None:
         manager.resume({"model": other, "optimizer": twin})
     assert twin.param_groups[0]["lr"] is rate
     assert rate.item() == 0.5
+
+
+CAPTURED: dict[str, Any] = {"capturable": True, "foreach": False}
+
+
+def test_a_captured_step_comes_back(tmp_path: Path) -> None:
+    """It cannot be taken on the host: what a device has made of it is put in by hand."""
+    model, other = net(0), net(1)
+    optimizer, twin = (optim.AdamW(made.parameters(), **CAPTURED) for made in (model, other))
+    for number, parameter in enumerate(model.parameters()):
+        optimizer.state[parameter] = {"step": torch.tensor(3.0)}
+        optimizer.state[parameter] |= {k: torch.full_like(parameter, number) for k in ("exp_avg", "exp_avg_sq")}
+    with sc.CheckpointManager(tmp_path, sc.Gangs.local()) as manager:
+        manager.save(1, {"model": model, "optimizer": optimizer}).result()
+        manager.resume({"model": other, "optimizer": twin})
+    assert same(twin.state_dict(), optimizer.state_dict())
+    assert twin.param_groups[0]["capturable"]
+
+
+@pytest.mark.parametrize("option", ["capturable", "fused", "neither"])
+def test_steps_are_counted_where_they_are_taken(option: str) -> None:
+    """The optimizer was made to count on the host, and its saved options say otherwise; "meta" is the device."""
+    module = nn.Linear(2, 2, device="meta")
+    optimizer = optim.AdamW(module.parameters(), foreach=False)
+    for parameter in module.parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(3.0)}
+    owner = OptimizerOf(optimizer, module, {id(p): name for name, p in module.named_parameters()}, was_empty=False)
+    part = Part(("optimizer",), "optimizer", owner, optimizer_tree(optimizer, owner.names))
+    groups = [{**part.tree["param_groups"][0], option: True}]
+    restore_optimizer(part, read_saved([{"state": {}, "param_groups": groups}]), ())
+    expected = "cpu" if option == "neither" else "meta"
+    assert {values["step"].device.type for values in optimizer.state.values()} == {expected}
 
 
 def test_a_parameter_that_was_added_after_the_save(tmp_path: Path) -> None:

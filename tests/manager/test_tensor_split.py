@@ -268,3 +268,18 @@ def test_experts_on_any_number_of_ranks(tmp_path: Path, before: int) -> None:
     on_ranks(Size(before), tmp_path, save_them)
     for after in {1, 3, 8, before}:
         on_ranks(Size(after), tmp_path, load_them)
+
+
+def test_experts_on_the_same_ranks_that_now_have_all_of_them(tmp_path: Path) -> None:
+    """As many ranks as before, but of another parallelism: a rank's own groups are no longer all that it needs."""
+
+    def save_them(manager: sc.CheckpointManager, gangs: sc.Gangs) -> None:
+        manager.save(1, dealt(gangs, 2.0)[2]).result()
+
+    def load_all(manager: sc.CheckpointManager, gangs: sc.Gangs) -> None:
+        model, optimizer, _ = dealt(sc.Gangs.local(), 1.0)
+        manager.resume({"model": model, "optimizer": optimizer})
+        equal(contents(model, optimizer), contents(*dealt(sc.Gangs.local(), 2.0)[:2]))
+
+    on_ranks(Size(2), tmp_path, save_them)
+    on_ranks(Size(2), tmp_path, load_all)

@@ -56,16 +56,21 @@ def read_saved(trees: Iterable[Any], *, lenient: bool = False) -> SavedOptimizer
 
 def by_own_names(tree: Any, names: Mapping[str, str]) -> Any:
     """The tree of a rank by the names that the state has for the parameters; `names` are what the checkpoint calls
-    them, of which one may be that of several."""
+    them (numbers, too), of which one may be that of several."""
     own: dict[str, list[str]] = {}
     for name, saved in names.items():
         own.setdefault(saved, []).append(name)
-    state = {name: values for saved, values in tree.get("state", {}).items() for name in own.get(saved, ())}
+    state = {name: values for saved, values in tree.get("state", {}).items() for name in own.get(str(saved), ())}
     groups = [
-        {**group, "params": [name for saved in group["params"] for name in own.get(saved, ())]}
+        {**group, "params": [name for saved in group["params"] for name in own.get(str(saved), ())]}
         for group in tree.get("param_groups", [])
     ]
     return {**tree, "state": state, "param_groups": groups}
+
+
+def is_by_number(tree: Any) -> bool:
+    """Whether the tree of an optimizer knows parameters by their numbers."""
+    return any(type(name) is int for group in tree.get("param_groups", []) for name in group["params"])
 
 
 def is_elsewhere(value: Any) -> bool:
@@ -152,6 +157,16 @@ def restore_optimizer(part: Part, saved: SavedOptimizer, stateless: Collection[s
                 state.pop(parameter, None)
             elif saved.values.get(name) and id(parameter) in own:
                 state[parameter].update(saved.values[name])
+            if parameter in state:
+                _place_step(group, state[parameter], parameter.device)
+
+
+def _place_step(group: Options, values: dict[str, Any], device: torch.device) -> None:
+    """What runs on the device (capturable, fused) counts its steps there, as `Optimizer.load_state_dict` has it; the
+    options are those that were saved, and may say so of an optimizer that was made to count on the host."""
+    step = values.get("step")
+    if isinstance(step, torch.Tensor) and (group.get("capturable") or group.get("fused")) and step.device != device:
+        values["step"] = step.to(device)
 
 
 def _values(options: Options) -> Options:

@@ -17,6 +17,7 @@ from shardckpt.engine.loading.optimizers import (
     SavedOptimizer,
     by_own_names,
     forget_made_up_state,
+    is_by_number,
     match_groups,
     read_saved,
     restore_optimizer,
@@ -99,7 +100,8 @@ class Restorer:
         if tree is None or not selection.renames:
             return tree
         above = f"{selection.saved_name(part.key)}.state."
-        called = {name: selection.saved_name(f"{part.key}.state.{name}") for name in part.owner.names.values()}
+        call = selection.saved_name if is_by_number(tree) else selection.renamed
+        called = {name: call(f"{part.key}.state.{name}") for name in part.owner.names.values()}
         return by_own_names(tree, {name: saved.removeprefix(above) for name, saved in called.items()})
 
     def _subtree(self, part: Part, rank: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shardckpt.engine.coordinates import Coordinates
@@ -135,16 +135,20 @@ class Sources:
                 return self._by_rule(keys, rule, key)
         return self._near(self._locate(keys[0])[0])
 
-    def optimizer_ranks(self, keys: Sequence[str], rule: NewWorld) -> tuple[int, ...]:
+    def optimizer_ranks(
+        self, keys: Sequence[str], rule: NewWorld, *, is_all: Callable[[frozenset[str]], bool]
+    ) -> tuple[int, ...]:
         """The ranks (of those that saved) that together know all groups of an optimizer; none: keep what is there now.
 
         Pipeline stages have groups of their own parameters; these go by name, so that they may be put together.
+        `is_all`: whether a rank that held these keys knew all parameters; its own are then enough on the same ranks.
         """
         lists = {key for key in keys if key.endswith(".params")}
         rank = self.part_rank([key for key in keys if key not in lists] or keys, rule)
         if rank is None:
             return ()
-        if rule != "fail" or self._same_position("rank") or self._differ.isdisjoint(lists):
+        is_own = self._differ.isdisjoint(lists) or (self._same_position("rank") and is_all(self.held_by(rank)))
+        if rule != "fail" or is_own:
             return (rank,)
         others = [self._near(self._tables[number]) for number in self._having(keys)]
         return tuple(dict.fromkeys((rank, *others)))

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from shardckpt.format.index import ITEMSIZE, MAX_DIMS, as_size
-from shardckpt.format.restricted.allowed import Built, Callee, Dialect, Storage, known_globals
+from shardckpt.format.placement import Box
+from shardckpt.format.restricted.allowed import Built, Callee, Dialect, Record, Storage, known_globals
+from shardckpt.format.restricted.dtensors import REBUILD, WholeOf, boxes_of, dtensor_globals
 from shardckpt.format.restricted.machine import read_pickle
 
 _TOO_LARGE = 1 << 62
@@ -54,14 +56,30 @@ class StoredView:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class StoredShard:
+    """Stands for a DTensor: the local tensor, and what it is of the whole one."""
+
+    local: StoredView
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    boxes: tuple[Box, ...]
+    """Where the local one belongs; none if it has no elements."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.local.shape == self.shape
+
+
 def read_foreign(data: bytes) -> Any:
-    """The tree of the pickle of any `torch.save`, with a `StoredView` for each tensor; arrays come as lists of numbers.
+    """The tree of the pickle of any `torch.save`, with a `StoredView` for each tensor and a `StoredShard` for each
+    DTensor; arrays come as lists of numbers.
 
     `data` is untrusted: `ValueError` for whatever is malformed, not on the allow-list, or not a tree. What a user has
     added by `torch.serialization.add_safe_globals` is on the list.
     """
-    tree = read_pickle(data, Dialect((2,), _foreign_globals, additions=True))
-    return _plain(tree) if b"numpy" in data else tree
+    tree = read_pickle(data, Dialect((2, 4, 5), _foreign_globals, additions=True))
+    return _plain(tree) if b"numpy" in data or b"torch.distributed" in data else tree
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,7 +100,7 @@ def views_for_tensors() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _foreign_globals() -> dict[str, Any]:
-    known = {**views_for_tensors(), "numpy.ndarray": _ARRAY, "numpy.dtype": Callee(_Dtype)}
+    known = {**views_for_tensors(), **dtensor_globals(), "numpy.ndarray": _ARRAY, "numpy.dtype": Callee(_Dtype)}
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         known |= {f"{module}._reconstruct": Callee(_array), f"{module}.scalar": Callee(_number)}
     return known
@@ -145,11 +163,22 @@ def _parameter(data: Any, *_: Any) -> StoredView:
     return data
 
 
-def _with_attributes(function: Any, kind: Any, arguments: Any, state: Any) -> StoredView:
-    """A tensor to which attributes were given, which are no part of a state: they are left out."""
+def _with_attributes(function: Any, kind: Any, arguments: Any, state: Any) -> StoredView | StoredShard:
+    """A DTensor; or a tensor to which attributes were given, which are no part of a state: they are left out."""
+    if function is REBUILD and type(arguments) is tuple:
+        return _shard(REBUILD.apply(*arguments), state)
     if kind is not _TENSOR or type(function) is not Callee or type(arguments) is not tuple:
         raise ValueError("a tensor of a class of its own")
     return _parameter(function.apply(*arguments))
+
+
+def _shard(whole: WholeOf, state: Any) -> StoredShard:
+    """`state` is that of an object, of which slots are the second half."""
+    fields = state[1] if type(state) is tuple and len(state) == 2 else state
+    local = fields.get("_local_tensor") if type(fields) is dict else None
+    if type(local) is not StoredView or whole.dtype is not getattr(torch, local.dtype):
+        raise ValueError("a DTensor without its local tensor")
+    return StoredShard(local, whole.shape, boxes_of(whole, fields.get("_spec"), local.shape))
 
 
 _FORMATS = {
@@ -226,6 +255,8 @@ def _plain(node: Any) -> Any:
         return node.numbers
     if isinstance(node, _Dtype):
         raise ValueError("a dtype of NumPy is no state")
+    if isinstance(node, (Record, WholeOf)):
+        raise ValueError("a placement of DTensors is no state")
     if isinstance(node, dict):
         return {key: _plain(item) for key, item in node.items()}
     if type(node) in (list, tuple):

@@ -143,6 +143,15 @@ class _Machine:
     def get(self, nbytes: int) -> None:
         self._stack.append(self._memo[self._unsigned(nbytes)])
 
+    def push_bytes(self, nbytes: int) -> None:
+        self._stack.append(self._take(self._unsigned(nbytes)))
+
+    def add_items(self) -> None:
+        items = self._since_mark()
+        if type(self._stack[-1]) is not set:
+            raise ValueError("items for what is not a set")
+        self._stack[-1].update(map(as_key, items))
+
     def memoize(self) -> None:
         self._memo[len(self._memo)] = self._stack[-1]
 
@@ -182,6 +191,9 @@ class _Machine:
         arguments, kind = self._stack.pop(), self._stack.pop()
         if type(kind) is RecordKind and type(arguments) is tuple and not arguments:
             self._stack.append(Record(kind.name))
+            return
+        if type(kind) is Callee and type(arguments) is tuple:
+            self._stack.append(kind.apply(*arguments))
             return
         self._check_added(kind)
         self._stack.append(kind.__new__(kind, *arguments))
@@ -260,10 +272,14 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
 
 _STEPS_OF_4 = {
     **_STEPS,
+    ord("C"): lambda machine: machine.push_bytes(1),
+    ord("B"): lambda machine: machine.push_bytes(4),
     0x8C: lambda machine: machine.push_text(1),
     0x8D: lambda machine: machine.push_text(8),
+    0x8F: lambda machine: machine.push(set()),
+    0x90: _Machine.add_items,
     0x93: _Machine.find_pushed,
     0x94: _Machine.memoize,
     0x95: _Machine.skip_frame,
 }
-"""With what protocols 4 and 5 add for texts, tuples, lists, dicts, numbers and objects."""
+"""With what protocols 4 and 5 add for texts, bytes, tuples, lists, dicts, sets, numbers and objects."""

@@ -6,13 +6,13 @@ It is told by the names in a folder, never by unpickling. One process; one look,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from shardckpt.errors import CheckpointLoadError, CheckpointNotFoundError
+from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.layout import MANIFEST, parse_step
 from shardckpt.run.catalog import Catalog
 from shardckpt.storage.base import Storage
@@ -22,6 +22,7 @@ from shardckpt.tools.moving.foreign.hub import in_hub_cache
 from shardckpt.tools.moving.foreign.reading import Folder, explained, named, read_json
 from shardckpt.tools.moving.foreign.safetensors_source import INDEX_ENDING, SafetensorsSource
 from shardckpt.tools.moving.foreign.shapes import as_parts, as_rng, by_parameter, named_parts, step_of
+from shardckpt.tools.moving.joining.names import has_folders, is_of_fairseq2, is_of_items
 from shardckpt.tools.moving.seam import TensorSource
 from shardckpt.tools.place import Place, Where, opened
 
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})/?")
 _RNG = re.compile(r"rng_state(?:_([0-9]{1,6}))?\.pth")
-_RANK_FILE = re.compile(r"rank_[0-9]+(\.[0-9]+)?\.pt")
-_ITEM = re.compile(r"(.+)_([0-9]{1,6})\.pt")
-_OF_SHARD = re.compile(r"(?:model|replicated)\.[0-9]+\.pt")
 _ZIPS = (".pt", ".pth", ".bin", ".ckpt")
 _MODELS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 """A model in a folder of Hugging Face, the preferred name first."""
+_PIECE = re.compile(r".+-[0-9]{5,}-of-[0-9]{5,}\.(?:safetensors|bin)")
+"""One of the files of a model that an index names."""
 _TRAINER = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "scaler": "scaler.pt"}
+_TRAINING = "training_state.pt"
+"""What training programs put beside a model: optimizer, schedule, step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,18 @@ class _Parts:
     def add(self, part: str, make: Callable[[], Any]) -> None:
         if self.wants(part):
             self.tree[part] = by_parameter(make()) if part == "optimizer" else make()
+
+    def wants_beside(self, part: str) -> bool:
+        """Whether more than that is wanted."""
+        return self.wanted is None or set(self.wanted) != {part}
+
+    def leave(self, folder: Folder, *read: str) -> None:
+        """Say which files of the folder, that look as if there were a state in them, are not among those `read`."""
+        endings = (*_ZIPS, ".pkl", ".safetensors")
+        others = [name for name in folder.names if name.endswith(endings) and not _PIECE.fullmatch(name)]
+        left = [name for name in others if name not in read]
+        if left and self.wanted is None:
+            self.notes.append(f"not read: {', '.join(left)}")
 
     def add_all(self, parts: Mapping[str, Any]) -> None:
         for part, tree in parts.items():
@@ -139,13 +153,11 @@ def _look(place: Place, parts: _Parts, step: int | None) -> _Look:
     if folder.has("trainer_state.json") or folder.has("optimizer.pt"):
         return _of_trainer(folder, parts)
     if any(folder.has(name) for name in _MODELS):
-        parts.add("model", lambda: _model(folder))
-        return "a model's folder", None, None
-    if any(_RANK_FILE.fullmatch(name) or name in ("model.pt", "replicated.pt") for name in folder.names):
+        return _of_model(folder, parts)
+    if is_of_fairseq2(folder):
         return _of_fairseq2(folder, parts)
-    items = [match for name in folder.names if (match := _ITEM.fullmatch(name))]
-    if items and (len(items) > 1 or folder.has("metadata.pkl")):
-        return _of_items(folder, items, parts)
+    if is_of_items(folder):
+        return _of_items(folder, parts)
     return _of_many(folder, parts, step)
 
 
@@ -186,8 +198,30 @@ def _of_file(storage: Storage, key: str, parts: _Parts) -> _Look:
     return "a file of torch.save", None, None
 
 
+def _of_model(folder: Folder, parts: _Parts) -> _Look:
+    parts.add("model", lambda: _model(folder))
+    if not (folder.has(_TRAINING) and parts.wants_beside("model")):
+        parts.leave(folder, _model_name(folder))
+        return "a model's folder", None, None
+    key = folder.file(_TRAINING)
+    try:
+        with explained(named(folder.storage, key)):
+            found = named_parts(origins(_archive(folder.storage, key)))
+    except CheckpointDamagedError as error:
+        raise CheckpointDamagedError(f"{error}; the model alone is --part model, parts=['model']") from error
+    if "model" in found:
+        parts.notes.append(f"the model in {_TRAINING} is not read, but the one beside it")
+    parts.add_all({part: tree for part, tree in found.items() if part != "model"})
+    parts.leave(folder, _model_name(folder), _TRAINING)
+    return f"a model's folder with its {_TRAINING}", None, None
+
+
+def _model_name(folder: Folder) -> str:
+    return next(name for name in _MODELS if folder.has(name))
+
+
 def _model(folder: Folder) -> Any:
-    name = next(name for name in _MODELS if folder.has(name))
+    name = _model_name(folder)
     if "safetensors" in name:
         return origins(SafetensorsSource(folder.storage, folder.file(name)))
     return as_parts(origins(_archive(folder.storage, folder.file(name))), Origin)["model"]
@@ -208,6 +242,8 @@ def _of_trainer(folder: Folder, parts: _Parts) -> _Look:
         parts.add("progress", lambda: _json(folder, "trainer_state.json"))
     if folder.has("training_args.bin"):
         parts.notes.append("training_args.bin is not read: it is an object of transformers, not a state")
+    model = [_model_name(folder)] if any(folder.has(name) for name in _MODELS) else []
+    parts.leave(folder, *model, *_TRAINER.values(), *streams, "training_args.bin")
     match = _CHECKPOINT.fullmatch(folder.key.rpartition("/")[2] or folder.storage.url.rstrip("/").rpartition("/")[2])
     return "a checkpoint of Trainer", int(match[1]) if match else None, None
 
@@ -221,45 +257,21 @@ def _json(folder: Folder, name: str) -> Any:
 
 
 def _of_fairseq2(folder: Folder, parts: _Parts) -> _Look:
-    """`step_N` of fairseq2, as its `load_checkpoint` puts it together on one rank; of several only the whole model."""
-    ranks = [name for name in folder.names if _RANK_FILE.fullmatch(name)]
-    sharded = [name for name in folder.names if _OF_SHARD.fullmatch(name)]
-    only_model = parts.wanted is not None and set(parts.wanted) == {"model"} and folder.has("model.pt")
-    if sharded or (len(ranks) > 1 and not only_model):
-        what = (sharded or ranks)[0]
-        raise CheckpointLoadError(
-            f"{folder.key or 'the step'} at {folder.storage.url} is of several ranks ({what}, ...), and its files do "
-            "not say how they join: load it in a job of that size with fairseq2, and save it whole; or convert "
-            "parts=['model'] alone, where model.pt holds the whole model"
-        )
-    merged: dict[str, Any] = {}
-    for name in [*([] if only_model else [*ranks, "replicated.pt"]), "model.pt"]:
-        if folder.has(name):
-            source = _archive(folder.storage, folder.file(name))
-            if source.is_own:
-                raise CheckpointLoadError(
-                    f"{folder.key or 'the step'} at {folder.storage.url} was never committed, or has lost its record: "
-                    "`shardckpt repair` says what can be done; or name the one file that you want"
-                )
-            with explained(named(folder.storage, folder.file(name))):
-                merged |= named_parts(origins(source))
-    parts.add_all(merged)
-    step = (
-        parse_step(folder.key.rpartition("/")[2]) if folder.key else parse_step(folder.storage.url.rpartition("/")[2])
-    )
-    return "a step of fairseq2", step, None
+    """`step_N` of fairseq2, of any number of ranks."""
+    if has_folders(folder):
+        found, notes = _imported("joining.ranks", "of_folders")(folder, parts.wants)
+        parts.notes += notes
+    else:
+        only_model = not parts.wants_beside("model") and folder.has("model.pt")
+        found = _imported("joining.ranks", "of_rank_files")(folder, only_model=only_model)
+    parts.add_all(found)
+    name = folder.key.rpartition("/")[2] if folder.key else folder.storage.url.rpartition("/")[2]
+    return "a step of fairseq2", parse_step(name), None
 
 
-def _of_items(folder: Folder, items: Sequence[re.Match[str]], parts: _Parts) -> _Look:
-    """A folder of `torch_checkpointing`, as it is by default: `<item>_<rank>.pt`. Of one rank, which needs no more."""
-    other = next((match[0] for match in items if int(match[2]) > 0), None)
-    if other is not None:
-        raise CheckpointLoadError(
-            f"{folder.key or 'the folder'} at {folder.storage.url} is of several ranks ({other}, ...), which only "
-            "torch_checkpointing puts together: load it with that on one rank, and save it with torch.save"
-        )
-    for match in items:
-        parts.add(match[1], lambda name=match[0]: origins(_archive(folder.storage, folder.file(name))))  # type: ignore[misc]
+def _of_items(folder: Folder, parts: _Parts) -> _Look:
+    """A folder of `torch_checkpointing`, as it is by default: `<item>_<rank>.pt`."""
+    parts.add_all(_imported("joining.ranks", "of_items")(folder, parts.wants))
     return "a checkpoint of torch_checkpointing", None, None
 
 

@@ -98,6 +98,31 @@ def test_a_models_folder_or_file_is_the_part_model(tmp_path: Path, name: str) ->
         assert same(dict(sorted(parts_of(place)["model"].items())), dict(sorted(MODEL.items())))
 
 
+def test_what_lies_beside_a_model_comes_with_it_or_is_named(tmp_path: Path) -> None:
+    """Training programs put the rest of their state into one file; of others it is said that they are not read."""
+    save_file(MODEL, tmp_path / "model.safetensors")
+    state = {"optimizer": OPTIMIZER, "lr_scheduler": SCHEDULER, "global_step": 7, "model": {"a": 1}}
+    torch.save(state, tmp_path / "training_state.pt")
+    for name in ("random_states_0.pkl", "optimizer.bin", "pytorch_model-00001-of-00002.bin", "README.md"):
+        (tmp_path / name).write_bytes(b"")
+    found = find(tmp_path)
+    parts = state_of(found.source)
+    found.source.close()
+    assert (found.kind, found.step) == ("a model's folder with its training_state.pt", 7)
+    assert list(parts) == ["model", "optimizer", "lr_scheduler", "global_step"]
+    assert same([parts["optimizer"], parts["lr_scheduler"]], [OPTIMIZER, SCHEDULER])
+    assert found.notes == (
+        "the model in training_state.pt is not read, but the one beside it",
+        "not read: optimizer.bin, random_states_0.pkl",
+    )
+    report = sc.convert(tmp_path, tmp_path / "run", parts=["model"])
+    assert (report.parts, report.step, report.notes) == (("model",), 0, ())
+    torch.save({"optimizer": torch.nn.Linear(1, 1)}, tmp_path / "training_state.pt")
+    with pytest.raises(CheckpointDamagedError, match=r"training_state\.pt in .* the model alone is --part model"):
+        find(tmp_path)
+    assert find(tmp_path, parts=["model"]).step is None
+
+
 def test_a_lightning_file_comes_by_parts(tmp_path: Path) -> None:
     content = {
         "epoch": 1,
@@ -133,9 +158,9 @@ def test_a_step_of_fairseq2_is_put_together_as_it_does(tmp_path: Path) -> None:
         state = state_of(found.source)
         expected = {"optimizer": OPTIMIZER, "step_nr": 1000, "epoch": 5, "ema": torch.ones(2), "model": MODEL}
         assert same(dict(sorted(state.items())), dict(sorted(expected.items())))
-    torch.save({"optimizer": OPTIMIZER}, folder / "rank_1.pt")
-    with pytest.raises(CheckpointLoadError, match="of several ranks"):
-        find(folder)
+    torch.save({"optimizer": {**OPTIMIZER, "param_groups": []}}, folder / "rank_1.pt")
+    with pytest.raises(CheckpointLoadError, match=r"optimizer\.param_groups in step_1000/rank_1\.pt is another one"):
+        find(tmp_path)
     assert same(parts_of(folder, parts=["model"]), {"model": MODEL})
 
 
@@ -145,8 +170,8 @@ def test_a_folder_of_torch_checkpointing_is_by_items(tmp_path: Path) -> None:
     found = find(tmp_path)
     assert (found.kind, found.step) == ("a checkpoint of torch_checkpointing", 7)
     assert same(dict(sorted(state_of(found.source).items())), {"model": MODEL, "optimizer": OPTIMIZER, "step": 7})
-    torch.save(MODEL, tmp_path / "model_1.pt")
-    with pytest.raises(CheckpointLoadError, match=r"of several ranks \(model_1\.pt"):
+    torch.save(MODEL | {"encoder.bias": torch.zeros(3)}, tmp_path / "model_1.pt")
+    with pytest.raises(CheckpointLoadError, match=r"model\.encoder\.bias in model_1\.pt is another one"):
         find(tmp_path)
 
 

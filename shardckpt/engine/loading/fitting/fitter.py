@@ -144,7 +144,9 @@ class _Fitter:
         """
         prefix = f"{self._part.key}.state."
         try:
-            ranks = self._fit.trees[self._part.key] = self._sources.optimizer_ranks(self._saved, self._rule)
+            ranks = self._fit.trees[self._part.key] = self._sources.optimizer_ranks(
+                self._saved, self._rule, is_all=self._is_all
+            )
             if not ranks:
                 self._differences.left(self._part.key, OF_OTHERS)
         except BelongsToRankError as error:
@@ -161,6 +163,13 @@ class _Fitter:
         tensors |= {name: ((), tensor) for name, tensor in anew.items()}
         expected |= {name for name in self._saved if self._sources.value_home(name) is not None}
         return tensors, expected
+
+    def _is_all(self, held: frozenset[str]) -> bool:
+        """Whether a rank that held these keys had all parameters of the optimizer; ranks of experts have some."""
+        prefix = f"{self._part.key}.state."
+        known = {key.partition(".")[2] for key in held}
+        known |= {key[len(prefix) :].rpartition(".")[0] for key in held if key.startswith(prefix)}
+        return all(name in known for group in self._part.tree["param_groups"] for name in group["params"])
 
     def _rank_of(self, keys: Sequence[str]) -> int | None:
         """The rank whose values these are for this rank; None if there is none, or if the rule does not say."""

@@ -12,6 +12,7 @@ from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.fit import Fit
 from shardckpt.engine.loading.fitting.claims import claim, unclaimed, unexpected_keys
 from shardckpt.engine.loading.fitting.fitter import fit_state
+from shardckpt.engine.loading.selecting.numbered import selection_of
 from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.engine.loading.selecting.reads import reads_of
 from shardckpt.engine.loading.selecting.report import FileReads, LoadPlan, RankReads
@@ -42,7 +43,7 @@ class Comparing:
 
         def compare() -> list[Any]:
             nonlocal fit, sources
-            view = fit.selection.view(self.manifest)
+            view = selection_of(policy, parts, self.manifest).view(self.manifest)
             sources = Sources(view.manifest, self.at)
             fit = fit_state(parts, sources, policy, view)
             said = fit.selection.say(partial(keys_of, parts), self.manifest, partial(parameters_of, parts))

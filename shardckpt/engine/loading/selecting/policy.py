@@ -35,6 +35,10 @@ class LoadPolicy:
     """By top-level key: what a rank gets of values that differ between ranks, in a job of another size: "fail", "own",
     "first", "drop", or a function (see `shardckpt.state`: `NewWorld`, `Merge`). A part with an attribute or method
     `new_world` says it itself."""
+    optimizers: Literal["by_name", "by_number"] = "by_name"
+    """`by_number`: state that was saved by number, as `optimizer.state_dict()` has it, is that of the parameter of
+    this number of the optimizer that is in the state, as for `Optimizer.load_state_dict`: the program must make its
+    groups as the one that saved did. State that was saved by name is loaded by name nevertheless."""
     in_place: bool = False
     """Read straight into the state's tensors and check the bytes as they come, rather than check all of them before
     the first is copied: up to twice as fast for files in the page cache. But if one of them is damaged, part of the
@@ -57,6 +61,8 @@ class LoadPolicy:
         for key, rule in self.new_world.items():
             if not callable(rule) and rule not in _RULES:
                 raise ValueError(f"new_world={{{key!r}: {rule!r}}}: one of {', '.join(_RULES)}, or a function")
+        if self.optimizers not in ("by_name", "by_number"):
+            raise ValueError(f"LoadPolicy(optimizers={self.optimizers!r}): by_name or by_number")
         if self.in_place and "keep" in (self.missing, self.shape, self.dtype):
             raise ValueError(
                 "LoadPolicy(in_place=True) cannot go with 'keep': after a damaged step there is nothing left of the "

@@ -25,10 +25,19 @@ class Selection:
     """Of one policy. All ranks of a job have the same."""
 
     def __init__(
-        self, include: Sequence[str] = (), exclude: Sequence[str] = (), rename: Mapping[str, str] | None = None
+        self,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rename: Mapping[str, str] | None = None,
+        *,
+        numbers: Mapping[str, str] | None = None,
     ) -> None:
+        """`numbers`: names of the state, and of all that lies below, that the checkpoint knows by these (see
+        `numbered`). They count before what `rename` says."""
         self._include, self._exclude = Patterns(include), Patterns(exclude)
         self._rules = by_precision(Rule(own, saved) for own, saved in (rename or {}).items())
+        self._numbers = dict(numbers or {})
+        self._numbered = {saved: own for own, saved in self._numbers.items()}
         self._saved_names: dict[str, str] = {}
 
     @property
@@ -38,7 +47,7 @@ class Selection:
 
     @property
     def renames(self) -> bool:
-        return bool(self._rules)
+        return bool(self._rules or self._numbers)
 
     def takes(self, name: str) -> bool:
         """Whether a key of the state is selected."""
@@ -48,13 +57,17 @@ class Selection:
 
     def saved_name(self, name: str) -> str:
         """What the checkpoint calls a key of the state."""
-        if not self._rules:
+        if not self.renames:
             return name
         if name not in self._saved_names:
-            number = self._applied(name)
-            saved = None if number is None else self._rules[number].forwards(name)
-            self._saved_names[name] = name if saved is None else saved
+            self._saved_names[name] = _through(self._numbers, name) or self.renamed(name)
         return self._saved_names[name]
+
+    def renamed(self, name: str) -> str:
+        """The same by the rules alone, whatever has a number."""
+        number = self._applied(name)
+        saved = None if number is None else self._rules[number].forwards(name)
+        return name if saved is None else saved
 
     def _applied(self, name: str) -> int | None:
         """The number of the rule for this name."""
@@ -62,6 +75,9 @@ class Selection:
 
     def own_names(self, saved: str) -> list[str]:
         """The keys of a state, selected or not, that are loaded from this key of a checkpoint: none, one or several."""
+        numbered = _through(self._numbered, saved)
+        if numbered is not None:
+            return [numbered]
         candidates = (*(rule.backwards(saved) for rule in self._rules), saved)
         return [name for name in dict.fromkeys(candidates) if name is not None and self.saved_name(name) == saved]
 
@@ -97,7 +113,7 @@ class Selection:
         optimizers that have no state. Neither is called if all is taken by its own name.
         """
         texts = [self._include.texts, self._exclude.texts, sorted((rule.own, rule.saved) for rule in self._rules)]
-        said: dict[str, Any] = {"digest": value_digest(texts)}
+        said: dict[str, Any] = {"digest": value_digest(texts), "numbers": value_digest(sorted(self._numbers.items()))}
         if not self.is_partial and not self.renames:
             return said
         names = keys()
@@ -118,6 +134,9 @@ class Selection:
         other = next((rank for rank, own in enumerate(said) if own["digest"] != said[0]["digest"]), None)
         if other is not None:
             return [f"policy: include, exclude and rename are others on rank {other} than on rank 0; give all the same"]
+        other = next((rank for rank, own in enumerate(said) if own["numbers"] != said[0]["numbers"]), None)
+        if other is not None:
+            return [f"policy: rank {other} numbers the parameters of an optimizer otherwise than rank 0 (by_number)"]
         if not self.is_partial and not self.renames:
             return []
         matched = {
@@ -152,6 +171,16 @@ class View:
     selection: Selection = field(default_factory=Selection)
     passed_over: frozenset[str] = field(default_factory=frozenset)
     """The state's names of what is not selected."""
+
+
+def _through(table: Mapping[str, str], name: str) -> str | None:
+    """The name with what stands for its beginning, up to some dot; None if nothing does."""
+    above = name if table else ""
+    while above:
+        if above in table:
+            return table[above] + name[len(above) :]
+        above = above.rpartition(".")[0]
+    return None
 
 
 def _seen(table: Table, own: Callable[[str], Sequence[str]]) -> Table:

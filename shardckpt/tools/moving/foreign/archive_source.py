@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardckpt.errors import CheckpointDamagedError
-from shardckpt.format.restricted.foreign import StoredView
+from shardckpt.format.restricted.foreign import StoredShard, StoredView
 from shardckpt.storage.base import Read, Storage
 from shardckpt.tools.moving.foreign.nesting import Path, flat_name, walk
 from shardckpt.tools.moving.foreign.reading import as_name, check_window, explained, merged, named, read_weight_map
@@ -45,13 +45,20 @@ class ArchiveSource:
     Tensors that share a storage otherwise come as tensors of their own. The storage is the caller's.
     """
 
-    def __init__(self, storage: Storage, key: str, *, gathered_nbytes: int = GATHERED) -> None:
+    def __init__(
+        self, storage: Storage, key: str, *, gathered_nbytes: int = GATHERED, of_one_rank: bool = False
+    ) -> None:
         """`key`: a file, or an index (`*.bin.index.json`) of several.
 
         `CheckpointNotFoundError` if it is not there, `CheckpointDamagedError` if it is not well-formed, or would run
-        code if it were unpickled. `gathered_nbytes`: twice that is the memory for tensors that do not lie row by row.
+        code if it were unpickled; also for a DTensor that is not all there, unless it is known to be `of_one_rank`:
+        its local tensor is then the tensor, and `shards` says what it is of the whole. `gathered_nbytes`: twice that
+        is the memory for tensors that do not lie row by row.
         """
         self._storage = storage
+        self._of_one_rank = of_one_rank
+        self.shards: dict[str, StoredShard] = {}
+        """The tensors that are parts of whole ones."""
         self._stored: dict[str, _Stored] = {}
         self._ties: dict[str, str] = {}
         self._first: dict[tuple[str, StoredView], str] = {}
@@ -83,16 +90,26 @@ class ArchiveSource:
         most = len(self._stored) + len(self._ties) + max(file.tree_nbytes, _FEW)
 
         def visit(path: Path, leaf: Any) -> Any:
-            if not isinstance(leaf, StoredView):
+            if not isinstance(leaf, (StoredView, StoredShard)):
                 return leaf
             name = flat_name(path)
             with explained(named(self._storage, file.key)):
-                self._add(file, as_name(name), leaf)
+                self._add(file, as_name(name), leaf if isinstance(leaf, StoredView) else self._part(name, leaf))
                 if len(self._stored) + len(self._ties) > most:
                     raise ValueError(f"a pickle of {file.tree_nbytes} bytes that unfolds to {most} tensors")
             return TensorName(name)
 
-        return walk(tree, StoredView, visit, path)
+        return walk(tree, (StoredView, StoredShard), visit, path)
+
+    def _part(self, name: str, shard: StoredShard) -> StoredView:
+        if self._of_one_rank:
+            self.shards[name] = shard
+        elif not shard.is_whole:
+            raise ValueError(
+                f"{name[:200]} is one rank's part {list(shard.local.shape)} of a tensor {list(shard.shape)}: put the "
+                "files of all ranks into one folder, as <name>_<rank>.pt, and name that"
+            )
+        return shard.local
 
     def _add(self, file: TorchZip, name: str, view: StoredView) -> None:
         if name in self._stored or name in self._ties:
@@ -182,6 +199,12 @@ class ArchiveSource:
                     f"{named(self._storage, stored.file)} is damaged: the bytes of data/{stored.view.key} are not what "
                     "their CRC says (or it was saved with torch.serialization.set_crc32_options(False))"
                 )
+
+    def sum_of(self, name: str) -> tuple[Any, ...]:
+        """Tensors of which this is the same, of whatever files, have the same content."""
+        stored = self._stored_as(name)
+        view = stored.view
+        return stored.record.crc, stored.record.nbytes, view.dtype, view.offset, view.shape, view.stride
 
     def close(self) -> None:
         """Nothing is held open."""

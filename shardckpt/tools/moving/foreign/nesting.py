@@ -8,12 +8,13 @@ from typing import Any
 from shardckpt.errors import CheckpointDamagedError
 
 Path = tuple[Any, ...]
+Kind = type | tuple[type, ...]
 
 MOST_LEVELS = 100
 """Containers within each other, as everywhere in a state."""
 
 
-def walk(tree: Any, kind: type, visit: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def walk(tree: Any, kind: Kind, visit: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """The same nesting with each leaf replaced, by the rules of `format.tree.map_leaves`, for tensors of this kind.
 
     Mappings become plain dicts; lists and tuples are entered only where there is a tensor or a mapping below.
@@ -44,7 +45,7 @@ def flat_name(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def _holds(items: Iterable[Any], kind: type, depth: int) -> bool:
+def _holds(items: Iterable[Any], kind: Kind, depth: int) -> bool:
     """Whether there is a tensor or a mapping below; not where it is nested too deeply, which fails elsewhere."""
     if depth > MOST_LEVELS:
         return False
