@@ -6,13 +6,16 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 130
+UNUSABLE, INTERRUPTED = 2, 130
 
 
 def main() -> None:
     """The entry point of `shardckpt` and of `python -m shardckpt`; in the main thread of a process of its own."""
     # As long as nothing has been begun: an exception amid an import would be shown as a traceback, or swallowed.
     quiet = _leave_at_once()
+    from shardckpt.cli.outlets import prepare
+
+    prepare()
     from shardckpt.cli.commands import app
 
     if quiet:
@@ -21,6 +24,9 @@ def main() -> None:
         app(prog_name="shardckpt")  # a command that is interrupted cleans up, and ends with the same status
     except KeyboardInterrupt:  # before the command was known
         sys.exit(INTERRUPTED)
+    except OSError as error:  # commands explain their own; this one is of what was to be printed
+        print(f"shardckpt: {error}", file=sys.stderr)
+        sys.exit(UNUSABLE)
     finally:
         _leave_at_once()  # what was to be done is done
 

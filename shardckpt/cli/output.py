@@ -108,8 +108,6 @@ def explaining() -> Iterator[None]:
         say(str(error))
         raise typer.Exit(PROBLEMS) from None
     except (CheckpointError, OSError, ValueError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         say(f"shardckpt: {error}")
         raise typer.Exit(UNUSABLE) from None
 

@@ -20,6 +20,7 @@ from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.loading.contents import Contents
 from shardckpt.engine.loading.fetching.borrow import fetch_from
 from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, check_region, find_stored
+from shardckpt.engine.loading.fetching.meter import Meter
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
 from shardckpt.engine.loading.fit import Fit, WantedTensor
 from shardckpt.engine.loading.fitting.claims import mismatch_error
@@ -59,6 +60,8 @@ class Loader:
         self._sources = Sources(manifest, at)
         self._folder = folder
         self._contents = Contents(storage, folder, manifest)
+        self.meter = Meter()
+        """How far this rank is."""
         self._fetch: Fetch = Arena(storage, self._contents.key_of)
         self._fit, self._holdings = Fit(), Holdings()
         self._fetched: dict[int, list[Fetched]] = {}
@@ -145,7 +148,8 @@ class Loader:
     def _read_together(self, parts: Sequence[Part]) -> Any:
         """All bytes that the ranks need; of an object store each only once, as far as they need the same."""
         if is_worth_while(self._storage, self._gang):
-            done = read_once(self._storage, self._gang, self._plan, timeout=self._timeout, step=self._manifest.step)
+            terms: dict[str, Any] = {"timeout": self._timeout, "step": self._manifest.step, "meter": self.meter}
+            done = read_once(self._storage, self._gang, self._plan, **terms)
             if isinstance(self._fetch, Arena):
                 self._fetch.have(done)
         read = partial(within, self._timeout, partial(self._read, parts), what="reading")
@@ -169,7 +173,7 @@ class Loader:
         self._contents.check_sizes(frames)
         self._contents.open(files := {need[1] for need in needs} | set(frames), trees)
         fetch = fetch_straight_from if self._in_place else fetch_from
-        self._fetch = fetch(self._storage, self._contents.key_of, files)
+        self._fetch = fetch(self._storage, self._contents.key_of, files, self.meter)
         for position, file, chunk_box, region, target in needs:
             wanted = self._fit.tensors[position]
             saved_name = self._fit.selection.saved_name(wanted.name)

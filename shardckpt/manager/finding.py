@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.kinds import Loaded
 from shardckpt.engine.load import Loader
+from shardckpt.engine.loading.fetching.bar import shown
 from shardckpt.engine.loading.selecting.selection import Selection
 from shardckpt.engine.loading.selecting.whole import keys_of
 from shardckpt.engine.pending import CheckpointInfo, Tell
@@ -81,9 +82,12 @@ class Finder:
 
     @contextmanager
     def loading(self, folder: str, manifest: Manifest) -> Iterator[Loader]:
-        """Who loads it; when that has succeeded, it is told."""
+        """Who loads it; when that has succeeded, it is told. Rank 0 shows how far it is, where a person waits."""
         began = time.perf_counter()
-        yield self.loader(folder, manifest)
+        loader = self.loader(folder, manifest)
+        bar = shown(loader.meter, f"step {manifest.step}", alone=self.at.world_size == 1)
+        with bar if self.at.rank == 0 else nullcontext():
+            yield loader
         self.tell(Loaded, manifest.step, seconds=time.perf_counter() - began, nbytes=manifest.nbytes)
 
     def info(self, folder: str, manifest: Manifest) -> CheckpointInfo:

@@ -126,5 +126,6 @@ def _remote(url: str, options: dict[str, object]) -> Storage:
         advice = f"install it with `pip install '{package}'`" if package else redacted(str(error))
         failure = ImportError(f"{redact(url)} needs a package that is not installed: {advice}")
     except Exception as error:
-        failure = ValueError(f"cannot open {redact(url)}: {type(error).__name__}: {redacted(str(error))}")
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        failure = ValueError(f"cannot open {redact(url)}: {kind}{redacted(str(error))}")
     raise failure

@@ -53,6 +53,12 @@ def opened(where: Where, options: Mapping[str, object] | None = None) -> Iterato
             storage.close()
 
 
+def check_is_there(where: str) -> None:
+    """`CheckpointNotFoundError` where there is nothing, not even an empty folder; other errors as of `opened`."""
+    with opened(where):
+        pass
+
+
 def _place(text: str, storages: list[Storage], options: Mapping[str, object] | None) -> Place:
     names = storages[0].list()
     above, name = split_place(text)

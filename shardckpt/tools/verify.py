@@ -19,13 +19,16 @@ from shardckpt.format.layout import CARBON_COPY, MANIFEST, METADATA, METRICS, SC
 from shardckpt.format.manifest import FileEntry, Manifest
 from shardckpt.run.catalog import Catalog, Entry
 from shardckpt.run.requests import each
-from shardckpt.storage.base import Storage
+from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.tools.checking.archives import check_archive
 from shardckpt.tools.checking.locate import locate
 from shardckpt.tools.checking.summing import Stretch, sums
 from shardckpt.tools.contents import Found, committed, files_below, foreign_folders, is_archive, leftovers
 from shardckpt.tools.place import Place, Where, opened
 from shardckpt.tools.report import ADDED, REBUILT, Problem, RunReport, StepReport, judge, parts_of, parts_of_files
+
+_FEW = 16
+"""Files of a step of which a file system tells the sizes sooner than threads begin."""
 
 Told: TypeAlias = Callable[[int, int, int], None]
 """What hears of progress: the step, how many bytes of it have just been read, and how many it has."""
@@ -160,7 +163,8 @@ def _of_sizes(storage: Storage, folder: str, files: Sequence[FileEntry]) -> tupl
             return f"is missing: {file.blob}" if file.blob else "is missing"
         return "" if nbytes == file.nbytes else f"has {nbytes} bytes, but {file.nbytes} were written"
 
-    said = each(look, files)
+    few = len(files) <= _FEW and isinstance(storage, RenamingStorage)
+    said = [look(file) for file in files] if few else each(look, files)
     problems = [Problem(file.name, what) for file, what in zip(files, said, strict=True) if what]
     return problems, [file for file, what in zip(files, said, strict=True) if not what]
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 import shardckpt as sc
 import shardckpt.cli.looking.comparing
+from shardckpt.tools.looking.two import diff
 from tests.cli.test_listing import run
 from tests.tools.making import save
 
@@ -63,6 +64,15 @@ def test_two_steps(root: Path) -> None:
     assert difference["values"] == [{"name": "step", "texts": ["1", "2"]}]
     line = difference["tensors"][2]
     assert (line["name"], line["unequal"], line["elements"], line["max_abs"]) == ("model.weight", 1, 6, 1.0)
+
+
+def test_it_says_how_far_it_is(root: Path) -> None:
+    heard: list[tuple[int, int, int]] = []
+    diff(root / "step_1", root / "step_2", budget=500, told=lambda *what: heard.append(what))
+    total = 2 * 6 * 4 + 2 * (4 + 2)  # `weight`, and `half` in two dtypes; what has other shapes is not read
+    assert {(step, most) for step, _, most in heard} == {(2, total)}
+    assert sum(nbytes for _, nbytes, _ in heard) == total
+    assert len(heard) > 1
 
 
 def test_alike(tmp_path: Path) -> None:

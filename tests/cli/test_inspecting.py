@@ -137,6 +137,8 @@ def test_plan(url: str) -> None:
     assert (status, found["mesh"], found["nbytes"], found["plan"]["dropped"]) == (0, {"dp": 3}, 96, ["rng.seed"])
     (file, *_) = found["plan"]["ranks"][2]["files"]
     assert (file["file"].rpartition("/")[2], file["ranges"], file["nbytes"]) == ("model.pt", 1, 8)
+    status, told, said = run("plan", url)  # on the mesh on which it was saved
+    assert (status, told.splitlines()[0], said) == (0, "step 7, 2.65 kB, on 1 rank (dp=1)", "")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,6 @@ def test_plan(url: str) -> None:
         (["plan", "--mesh", "dp"], 2, "such as dp=2,tp=2; not 'dp'"),
         (["plan", "--mesh", "dp=2,dp=2"], 2, "names a dimension twice"),
         (["plan", "--mesh", "pp=2"], 2, "only the model can say"),
-        (["plan"], 2, "--mesh"),
     ],
 )
 def test_what_cannot_be_said(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:

@@ -77,6 +77,12 @@ def test_without_a_rule_nothing_is_pruned(url: str) -> None:
     assert steps(url) == [1, 2, 3, 4, 5]
 
 
+def test_where_there_is_nothing_to_prune_it_says_so(tmp_path: Path) -> None:
+    command = ("--keep-last", 1)
+    assert run("prune", tmp_path, *command) == (0, "", f"there are no committed steps in {tmp_path}")
+    assert run("prune", tmp_path / "none", *command) == (1, "", f"there is nothing at {tmp_path}/none")
+
+
 def test_a_table_of_runs(tmp_path: Path) -> None:
     assert run("runs", tmp_path)[::2] == (
         1, "there are no runs here; `shardckpt ls` lists folders of steps that have other names",

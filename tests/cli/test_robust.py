@@ -147,17 +147,6 @@ def test_the_page_of_a_damaged_run(tmp_path: Path) -> None:
     assert "Space by part, step 1" in told
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    for command in (["ls"], ["report", "--to", "-"]):
-        read, write = os.pipe()
-        os.close(read)
-        full = [sys.executable, "-m", "shardckpt", *command, str(tmp_path)]
-        ended = subprocess.run(full, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100, check=False)
-        os.close(write)
-        assert ended.stderr == ""
-
-
 @pytest.mark.parametrize("columns", [80, 200])
 def test_on_a_terminal_nothing_is_wider_than_it(tmp_path: Path, columns: int) -> None:
     save(tmp_path, 1)

@@ -8,7 +8,7 @@ import typer
 
 from shardckpt.cli.looking.inspecting import Filter, many
 from shardckpt.cli.looking.listing import AsJson
-from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, say
+from shardckpt.cli.output import PROBLEMS, console, explaining, print_json, progress, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,10 +35,10 @@ def diff(
 
     Example: shardckpt diff runs/a/step_1000 runs/b/step_1000 --filter model
     """
-    with explaining():
+    with explaining(), progress("comparing with step") as bar:
         from shardckpt.tools.looking.two import diff as look
 
-        found = look(first, second, only=only or (), rank=rank)
+        found = look(first, second, only=only or (), rank=rank, told=bar)
     if as_json:
         print_json(found, alike=found.difference.is_none)
     else:

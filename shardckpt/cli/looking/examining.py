@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from statistics import median
 from typing import Annotated
 
 import typer
@@ -65,6 +64,8 @@ def bench(
     Example: shardckpt bench /mnt/scratch --mb 1000
     """
     with explaining():
+        from statistics import median
+
         from shardckpt.tools.examining.bench import bench as measure
 
         found = measure(url, nbytes=mb * 1_000_000, rounds=rounds)

@@ -22,13 +22,16 @@ _SHOWN = 3
 def plan(
     url: OneStep,
     *,
-    mesh: Annotated[str, typer.Option("--mesh", help="Of the job that would load it: dp=4, or dp=2,tp=2.")],
+    mesh: Annotated[
+        str | None,
+        typer.Option("--mesh", help="Of the job that would load it: dp=4, or dp=2,tp=2. As it was saved if left out."),
+    ] = None,
     step: WhichStep = None,
     include: Annotated[list[str] | None, typer.Option("--include", help="Only these: 'model.*'. Repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="But not these. Repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what each rank of a job on another mesh would read of a step; nothing is read but the record.
+    """Say what each rank of a job, on another mesh or on that of the step, would read of it; only the record is read.
 
     Assumed is what FSDP2 and tensor parallelism do: along tp a tensor lies as it was saved along tp, along replicate
     it is the same everywhere, along any other dimension of the mesh its dimension 0 is cut evenly. What was whole in a
@@ -40,7 +43,7 @@ def plan(
     Example: shardckpt plan s3://lab/runs/a --step 1000 --mesh dp=8 --include model
     """
     with explaining():
-        dims = _mesh(mesh)
+        dims = None if mesh is None else _mesh(mesh)
         from shardckpt.tools.looking.reading import plan_reading
 
         found = plan_reading(url, dims, step=step, include=include or (), exclude=exclude or ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -25,6 +25,11 @@ Pair: TypeAlias = tuple[str, str]
 """The names of a tensor in both, tied ones by the name of the tensor that they are tied to."""
 Stretch: TypeAlias = tuple[Pair, int, int]
 """Of a tensor: the first element, and how many."""
+Heard: TypeAlias = Callable[[int, int], None]
+"""Hears how many bytes have just been read, of how many that will be, of both together."""
+
+
+def unheard(nbytes: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,14 @@ class Difference:
         return not (self.only_first or self.only_second or self.tensors or self.values)
 
 
-def compare(first: TensorSource, second: TensorSource, *, only: Sequence[str] = (), budget: int = BUDGET) -> Difference:
+def compare(
+    first: TensorSource,
+    second: TensorSource,
+    *,
+    only: Sequence[str] = (),
+    budget: int = BUDGET,
+    told: Heard = unheard,
+) -> Difference:
     """Hold one checkpoint against another; `only`: patterns, as in `LoadPolicy(include=...)`.
 
     Tensors of other dtypes are compared by value, those of other shapes are not. Every tensor that is compared is read
@@ -88,7 +100,7 @@ def compare(first: TensorSource, second: TensorSource, *, only: Sequence[str] = 
     return Difference(
         only_first=tuple(name for name in keys[0] if name not in keys[1]),
         only_second=tuple(name for name in keys[1] if name not in keys[0]),
-        tensors=tuple(_TensorComparison(first, second, budget).run(both, *tensors)),
+        tensors=tuple(_TensorComparison(first, second, budget, told).run(both, *tensors)),
         values=tuple(_value_diffs(*keys)),
         compared=len(both),
         compared_values=len(keys[0].keys() & keys[1].keys() - tensors[0].keys() - tensors[1].keys()),
@@ -98,8 +110,9 @@ def compare(first: TensorSource, second: TensorSource, *, only: Sequence[str] = 
 class _TensorComparison:
     """All tensors of two sources, in windows that are read together."""
 
-    def __init__(self, first: TensorSource, second: TensorSource, budget: int) -> None:
+    def __init__(self, first: TensorSource, second: TensorSource, budget: int, told: Heard) -> None:
         self._sources = (first, second)
+        self._told = told
         self._most = max(budget // _PER_ELEMENT, 1)
 
     def run(self, names: Sequence[str], first: Tensors, second: Tensors) -> Iterator[TensorDiff]:
@@ -109,8 +122,9 @@ class _TensorComparison:
         tallies: dict[Pair, Tally] = {resolved[name]: Tally() for name in alike}
         dtypes = {resolved[name]: (first[name].dtype, second[name].dtype) for name in alike}
         lengths = {resolved[name]: first[name].nbytes // ITEMSIZE[first[name].dtype] for name in alike}
+        total = sum(lengths[pair] * (ITEMSIZE[one] + ITEMSIZE[other]) for pair, (one, other) in dtypes.items())
         for bundle in self._bundles(lengths):
-            self._add(bundle, dtypes, tallies)
+            self._told(self._add(bundle, dtypes, tallies), total)
         for name in names:
             about = (name, (first[name].dtype, second[name].dtype), (first[name].shape, second[name].shape))
             tally = tallies.get(resolved[name])
@@ -141,10 +155,12 @@ class _TensorComparison:
         bundle: Sequence[Stretch],
         dtypes: Mapping[Pair, tuple[str, str]],
         tallies: Mapping[Pair, Tally],
-    ) -> None:
+    ) -> int:
+        """Gives how many bytes were read."""
         read = each(lambda side: self._read(bundle, dtypes, side), (0, 1))
         for (pair, _, _), one, other in zip(bundle, *read, strict=True):
             tallies[pair].add(one, other, dtypes[pair])
+        return sum(len(content) for side in read for content in side)
 
     def _read(
         self,

@@ -41,7 +41,7 @@ class ReadingPlan:
 
 def plan_reading(
     where: Where,
-    mesh: Mapping[str, int],
+    mesh: Mapping[str, int] | None = None,
     *,
     step: int | None = None,
     include: Sequence[str] = (),
@@ -50,21 +50,39 @@ def plan_reading(
 ) -> ReadingPlan:
     """Plan the load of a step, the newest if none is named, on a mesh of these dimensions, the last of them fastest.
 
-    Reads the record and nothing else. `ValueError` for a mesh of which nothing can be said; else as `inspect`.
+    Without `mesh`, on that on which it was saved. Reads the record and nothing else. `ValueError` for a mesh of which
+    nothing can be said; else as `inspect`.
     """
+    if mesh is not None:
+        _check(mesh)
+    with opened(where, storage_options) as place:
+        folder, manifest = step_meant(place, step)
+        url = f"{place.storage.url.rstrip('/')}/{folder}"
+    if mesh is None:
+        _check(mesh := saved_mesh(manifest))
+    entry = MeshEntry(tuple(mesh), tuple(mesh.values()), tuple(range(math.prod(mesh.values()))))
+    planner = _Planner(manifest, Selection(include, exclude), entry)
+    ranks = tuple(planner.reads(rank) for rank in entry.ranks)
+    return ReadingPlan(dict(mesh), planner.plan(url, ranks), tuple(sorted(planner.own)))
+
+
+def saved_mesh(manifest: Manifest) -> dict[str, int]:
+    """That on which a step was saved: the device mesh of all its ranks, if its tensors were on one; else data x tensor
+    parallel."""
+    ranks, shards = manifest.world_size, manifest.shards
+    for mesh in manifest.meshes:
+        if len(mesh.ranks) == ranks and len({*mesh.dims}) == len(mesh.dims):
+            return dict(zip(mesh.dims, mesh.shape, strict=True))
+    return {"dp": ranks // shards, "tp": shards} if shards > 1 else {"dp": ranks}
+
+
+def _check(mesh: Mapping[str, int]) -> None:
     names, shape = tuple(mesh), tuple(mesh.values())
     if not names or min(shape) < 1 or math.prod(shape) > _MOST_RANKS or "pp" in names:
         raise ValueError(
             f"a mesh has dimensions of 1 or more ranks, at most {_MOST_RANKS} in all, and none called pp, for only the "
             f"model can say which stage has which layers; not {dict(mesh)}"
         )
-    with opened(where, storage_options) as place:
-        folder, manifest = step_meant(place, step)
-        url = f"{place.storage.url.rstrip('/')}/{folder}"
-    entry = MeshEntry(names, shape, tuple(range(math.prod(shape))))
-    planner = _Planner(manifest, Selection(include, exclude), entry)
-    ranks = tuple(planner.reads(rank) for rank in entry.ranks)
-    return ReadingPlan(dict(mesh), planner.plan(url, ranks), tuple(sorted(planner.own)))
 
 
 class _Planner:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
-from shardckpt.tools.looking.diff import BUDGET, Difference, compare
+from shardckpt.tools.looking.diff import BUDGET, Difference, compare, unheard
 from shardckpt.tools.moving.step import StepSource
+from shardckpt.tools.moving.writing.told import Told
 from shardckpt.tools.place import Where
 
 
@@ -31,6 +33,7 @@ def diff(
     only: Sequence[str] = (),
     rank: int = 0,
     budget: int = BUDGET,
+    told: Told | None = None,
     storage_options: Mapping[str, object] | None = None,
 ) -> StepsDiff:
     """Hold a step against another, on whatever ranks each was saved: two steps of a run, or the newest of two runs.
@@ -44,6 +47,8 @@ def diff(
         only: patterns for names of tensors and values, as in `LoadPolicy(include=...)`.
         rank: whose Python values and own tensors are compared.
         budget: bytes in memory at once, about; the indexes of both steps come on top.
+        told: hears of progress: the number of the second step, the bytes that have just been read of both, and all
+            that will be.
         storage_options: for fsspec; never logged.
     """
 
@@ -52,4 +57,6 @@ def diff(
 
     with closing(opened(first)) as one, closing(opened(second)) as other:
         own = tuple(dict.fromkeys((*one.differ, *other.differ)))
-        return StepsDiff(one.url, other.url, compare(one, other, only=only, budget=budget // 2), own, rank)
+        heard = unheard if told is None else partial(told, other.manifest.step)
+        difference = compare(one, other, only=only, budget=budget // 2, told=heard)
+        return StepsDiff(one.url, other.url, difference, own, rank)

@@ -52,8 +52,12 @@ def shares(parts: Mapping[str, int]) -> str:
     """One bar, divided; and what each colour is."""
     total = sum(parts.values()) or 1
     pieces = "".join(_piece(n / total, k, f"{name}: {bytes_text(n)}") for k, (name, n) in enumerate(parts.items()))
-    entries = ((f"{name} {bytes_text(n)} ({n / total:.0%})", k) for k, (name, n) in enumerate(parts.items()))
+    entries = ((f"{name} {bytes_text(n)} ({_percent(n / total)})", k) for k, (name, n) in enumerate(parts.items()))
     return f'<div class="bar" style="height:1.6rem">{pieces}</div>{legend(entries)}'
+
+
+def _percent(share: float) -> str:
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def legend(entries: Iterable[tuple[str, int]]) -> str:

@@ -67,7 +67,12 @@ def _head(facts: RunFacts) -> str:
     lost = sum(save.event in ("failed", "unknown") for save in facts.saves)
     if facts.saves:
         figures.append(("saves that failed", str(lost)))
-    return f"<h1>{escape(facts.url)}</h1>{_soft(f'looked at {facts.made}')}{tiles(figures)}"
+    return f"<h1>{escape(facts.url)}</h1>{_soft(f'looked at {_minute(facts.made)}')}{tiles(figures)}"
+
+
+def _minute(made: str) -> str:
+    """An ISO 8601 time in UTC, for people; any other text as it is."""
+    return f"{made[:10]} {made[11:16]} UTC" if made[10:11] == "T" else made
 
 
 def _sizes(facts: RunFacts) -> Iterator[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.format.manifest import MeshEntry
+from shardckpt.run.catalog import Catalog
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.testing.faults import CountingStorage
 from shardckpt.testing.gangs import run_ranks
-from shardckpt.tools.looking.reading import plan_reading
+from shardckpt.tools.looking.reading import plan_reading, saved_mesh
 from tests.distributed.jobs import Job, Layout, Net, checkpoints
 from tests.tools.making import save
 
@@ -30,6 +33,7 @@ def test_it_plans_what_a_job_plans(ranks, tmp_path):
     assert job.fits
     found = plan_reading(tmp_path, {"dp": 2, "tp": 2}, include=["model", "optimizer"])
     assert found.own == ()
+    assert plan_reading(tmp_path, include=["model", "optimizer"]) == found  # that on which it was saved
     for ours, theirs in zip(found.plan.ranks, job.ranks, strict=True):
         tensors, expected = ({f.file: f for f in reads.files if f.nbytes} for reads in (ours, theirs))
         assert tensors == expected
@@ -53,6 +57,17 @@ def test_what_was_never_cut_is_cut_evenly() -> None:
     assert [rank.ranges for rank in found.plan.ranks] == [2] * 4
     assert found.plan.changed == ("lr", "model.scale", "model.w")
     assert plan_reading(storage, {"dp": 4}, exclude=["model.w"]).plan.nbytes == 16
+
+
+def test_the_mesh_of_a_step_without_a_device_mesh_is_data_x_tensor_parallel() -> None:
+    storage = MemoryStorage()
+    save(storage, 1)
+    assert plan_reading(storage).mesh == {"dp": 1}
+    record = Catalog(storage).record(1)[1]
+    assert saved_mesh(replace(record, shard_of=(0, 0, 0))) == {"dp": 3}
+    assert saved_mesh(replace(record, shard_of=(0, 1, 0, 1, 0, 1))) == {"dp": 3, "tp": 2}
+    part, whole = MeshEntry(("dp",), (2,), (0, 2)), MeshEntry(("a", "b"), (2, 2), (0, 1, 2, 3))
+    assert saved_mesh(replace(record, shard_of=(0, 0, 1, 1), meshes=(part, whole))) == {"a": 2, "b": 2}
 
 
 def test_what_only_single_ranks_have_is_told() -> None:

@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
+from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
 from shardckpt.format.checksum import crc32
@@ -100,17 +102,17 @@ class Unit(Generic[_P]):
         return joined
 
 
-def fetch_from(storage: Storage, key_of: KeyOf, files: Iterable[str]) -> Fetch:
+def fetch_from(storage: Storage, key_of: KeyOf, files: Iterable[str], meter: Meter = UNWATCHED) -> Fetch:
     """The way to fetch regions of these files that suits the storage."""
     if isinstance(storage, LendingStorage):
         try:
             for file in files:
                 storage.lend(key_of(file)).close()
-                return Borrowed(storage, key_of)
+                return Borrowed(storage, key_of, meter)
         except OSError as error:
             if error.errno != errno.ENODEV:  # a file system that maps nothing
                 raise
-    return Arena(storage, key_of)
+    return Arena(storage, key_of, meter)
 
 
 class Borrowed:
@@ -120,9 +122,10 @@ class Borrowed:
     latest after the copy; its error says that the state is not to be used.
     """
 
-    def __init__(self, storage: LendingStorage, key_of: KeyOf) -> None:
+    def __init__(self, storage: LendingStorage, key_of: KeyOf, meter: Meter = UNWATCHED) -> None:
         self._storage = storage
         self._key_of = key_of
+        self._meter = meter
         self._items: dict[str, list[Fetched]] = {}
         self._kept: dict[str, Lent] = {}
         self._states: dict[str, tuple[int, ...]] = {}
@@ -138,12 +141,15 @@ class Borrowed:
         for read in others:
             look = _Look(read.offset, len(read.into), into=read.into)
             around.setdefault(read.key, []).append(look)
+        regions = (item.runs.total for items in self._items.values() for item in items)
+        self._meter.begin("reading", chain(regions, (len(read.into) for read in others)))
         looked: list[tuple[Fetched, list[_Look]]] = []
         for key in sorted({*self._items, *around}):
             items = [(item, _looks(item)) for item in self._items.get(key, ())]
             looks = [*around.get(key, ()), *(look for _, those in items for look in those)]
             with self._borrowed(key) as lent:
-                for_each(units(sorted(looks, key=lambda look: look.start)), partial(_look_at, lent), threads=THREADS)
+                look_at = partial(_look_at, lent, self._meter)
+                for_each(units(sorted(looks, key=lambda look: look.start)), look_at, threads=THREADS)
             looked += items
         return judge((item, _summed(looks)) for item, looks in looked)
 
@@ -161,13 +167,14 @@ class Borrowed:
 
     def _fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, inference: bool) -> None:
         by_key: dict[str, list[tuple[Fetched, torch.Tensor]]] = {}
+        self._meter.begin("copying", (item.runs.total for item, _ in places))
         for item, place in sorted(places, key=lambda pair: pair[0].record.at):
             if place.numel():
                 by_key.setdefault(self._key_of(item.need.file), []).append((item, place))
         for key, those in sorted(by_key.items()):
             with self._borrowed(key) as lent, torch.inference_mode(inference):
                 copies = (copy for item, place in those for copy in _copies(lent, item, place))
-                for_each(units(copies), partial(_copy, lent, self._gate, inference), threads=THREADS)
+                for_each(units(copies), partial(_copy, lent, self._gate, self._meter, inference), threads=THREADS)
 
     @contextmanager
     def _borrowed(self, key: str) -> Iterator[Lent]:
@@ -215,7 +222,7 @@ def units(parts: Iterable[_P]) -> Iterator[Unit[_P]]:
         yield unit
 
 
-def _look_at(lent: Lent, unit: Unit[_Look]) -> None:
+def _look_at(lent: Lent, meter: Meter, unit: Unit[_Look]) -> None:
     with present(lent, unit) as view:
         for look in unit.parts:
             found = view[look.start : look.start + look.nbytes]
@@ -223,11 +230,13 @@ def _look_at(lent: Lent, unit: Unit[_Look]) -> None:
                 look.crc = crc32(found)
             else:
                 look.into[:] = found
+    meter.add(unit.nbytes)
 
 
-def _copy(lent: Lent, gate: Gate, inference: bool, unit: Unit[_Copy]) -> None:
+def _copy(lent: Lent, gate: Gate, meter: Meter, inference: bool, unit: Unit[_Copy]) -> None:
     with present(lent, unit), gate.passing(), torch.inference_mode(inference), torch.no_grad():
         torch._foreach_copy_([copy.place for copy in unit.parts], [copy.source for copy in unit.parts])
+    meter.add(unit.nbytes)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter, read_metered
 from shardckpt.engine.loading.fit import WantedTensor
 from shardckpt.engine.loading.integrity import PartialSum, Region, Runs, runs_of, sum_among_zeros
 from shardckpt.engine.loading.sources import Chunk
@@ -103,9 +104,10 @@ class Fetch(Protocol):
 class Arena:
     """All regions laid out in one buffer, which they are read into once: what is fetched from afar is kept."""
 
-    def __init__(self, storage: Storage, key_of: KeyOf) -> None:
+    def __init__(self, storage: Storage, key_of: KeyOf, meter: Meter = UNWATCHED) -> None:
         self._storage = storage
         self._key_of = key_of
+        self._meter = meter
         self._fetched: list[Fetched] = []
         self._image = Image()
         self._nbytes = 0
@@ -132,7 +134,9 @@ class Arena:
 
     def read(self, others: Sequence[Read]) -> tuple[list[str], list[PartialSum]]:
         wanted = [read for read in self._reads() if read.key not in self._here]
-        self._storage.read_into([*wanted, *others])
+        wanted += others
+        self._meter.begin("reading", (len(read.into) for read in wanted))
+        read_metered(self._storage, wanted, self._meter)
         return judge((item, self._summed(item)) for item in self._fetched)
 
     def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:

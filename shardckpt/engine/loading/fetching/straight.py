@@ -30,6 +30,7 @@ from torch.autograd.graph import increment_version
 from shardckpt.engine.loading.fetching.borrow import THREADS, Borrowed, Unit, fetch_from, present, units
 from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
+from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
 from shardckpt.format.checksum import crc32
@@ -72,8 +73,8 @@ class _Piece:
 class Straight(Borrowed):
     """As `Borrowed`, but for the regions whose place could be told before they are read."""
 
-    def __init__(self, storage: LendingStorage, key_of: KeyOf) -> None:
-        super().__init__(storage, key_of)
+    def __init__(self, storage: LendingStorage, key_of: KeyOf, meter: Meter = UNWATCHED) -> None:
+        super().__init__(storage, key_of, meter)
         self._straight: dict[str, list[tuple[Fetched, list[_Piece]]]] = {}
         self._places: list[torch.Tensor] = []
         self._taken: list[tuple[int, int]] = []  # stretches of memory, in order
@@ -113,24 +114,28 @@ class Straight(Borrowed):
         return judge((item, _summed(pieces)) for item, pieces in items)
 
     def _stream(self) -> None:
+        self._meter.begin("reading", (item.runs.total for those in self._straight.values() for item, _ in those))
         for key, those in sorted(self._straight.items()):
             pieces = sorted((piece for _, pieces in those for piece in pieces), key=lambda piece: piece.start)
             with self._borrowed(key) as lent:
-                for_each(units(pieces), partial(_take, lent, self._gate), threads=THREADS)
+                for_each(units(pieces), partial(_take, lent, self._gate, self._meter), threads=THREADS)
 
 
-def fetch_straight_from(storage: Storage, key_of: KeyOf, files: Iterable[str]) -> Fetch:
+def fetch_straight_from(storage: Storage, key_of: KeyOf, files: Iterable[str], meter: Meter) -> Fetch:
     """As `fetch_from`; straight into the state where the storage lends its files, else by way of memory of our own."""
-    found = fetch_from(storage, key_of, files)
-    return Straight(storage, key_of) if isinstance(found, Borrowed) and isinstance(storage, LendingStorage) else found
+    found = fetch_from(storage, key_of, files, meter)
+    if isinstance(found, Borrowed) and isinstance(storage, LendingStorage):
+        return Straight(storage, key_of, meter)
+    return found
 
 
-def _take(lent: Lent, gate: Gate, unit: Unit[_Piece]) -> None:
+def _take(lent: Lent, gate: Gate, meter: Meter, unit: Unit[_Piece]) -> None:
     """What is in the page cache comes at once; what is not is brought first, so that nobody waits within the gate."""
     left = _taken(lent, gate, unit.parts, wait=False)
     if left:
         with present(lent, Unit(left)):
             _taken(lent, gate, left, wait=True)
+    meter.add(unit.nbytes)
 
 
 def _taken(lent: Lent, gate: Gate, pieces: list[_Piece], *, wait: bool) -> list[_Piece]:

@@ -8,6 +8,7 @@ from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
+from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter, read_metered
 from shardckpt.engine.loading.once.groups import Group, blocks, by_key, digests, find_groups
 from shardckpt.engine.patience import within
 from shardckpt.gang.announce import announce
@@ -25,7 +26,13 @@ def is_worth_while(storage: Storage, gang: Gang) -> bool:
 
 
 def read_once(
-    storage: Storage, gang: Gang, plan: Callable[[], Sequence[Read]], *, timeout: timedelta, step: int
+    storage: Storage,
+    gang: Gang,
+    plan: Callable[[], Sequence[Read]],
+    *,
+    timeout: timedelta,
+    step: int,
+    meter: Meter = UNWATCHED,
 ) -> frozenset[str]:
     """Fill the destinations of what several ranks read alike, each byte being fetched by one of them; gives the keys
     of the objects that are done. `plan` gives this rank's reads; what it raises is an error on all.
@@ -55,13 +62,15 @@ def read_once(
         if gang.rank in group.ranks
     ]
     fetched = [read for _, group, those in mine for read in _share(group, those, gang.rank)]
-    together(gang, lambda: within(timeout, lambda: storage.read_into(fetched), what="reading"), **terms)
+    meter.begin("reading", (len(read.into) for read in fetched))
+    together(gang, lambda: within(timeout, lambda: read_metered(storage, fetched, meter), what="reading"), **terms)
+    meter.begin("exchanging", (_nbytes(block) for _, _, those in mine for block in those))
 
     def pass_on() -> None:
         assert isinstance(gang, Relaying)
         for title, group, those in mine:
             with closing(gang.open_relay(group.ranks, name=title, timeout=timeout)) as relay:
-                _pass_on(relay, group, those, gang.rank)
+                _pass_on(relay, group, those, gang.rank, meter)
 
     together(gang, lambda: within(timeout, pass_on, what="passing on what was read"), **terms)
     return frozenset(key for _, group, _ in mine for key in group.keys)
@@ -72,17 +81,19 @@ def _share(group: Group, those: Blocks, rank: int) -> list[Read]:
     return [read for block in those[group.ranks.index(rank) :: len(group.ranks)] for read in block]
 
 
-def _pass_on(relay: Relay, group: Group, those: Blocks, rank: int) -> None:
+def _pass_on(relay: Relay, group: Group, those: Blocks, rank: int, meter: Meter) -> None:
     for number, block in enumerate(those):
         source = group.ranks[number % len(group.ranks)]
         if len(block) == 1:
             relay.pass_on(block[0].into, source=source)
+            meter.add(_nbytes(block))
             continue
         # Many small ones as one: each message costs as much as a hundred kilobytes.
         packed = bytearray().join(read.into for read in block) if rank == source else bytearray(_nbytes(block))
         relay.pass_on(memoryview(packed), source=source)
         if rank != source:
             _unpack(block, memoryview(packed))
+        meter.add(_nbytes(block))
 
 
 def _nbytes(block: Sequence[Read]) -> int:
