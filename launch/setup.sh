@@ -38,12 +38,12 @@ find_python() {
 # Two lines: where the environment stands and on which interpreter, and what is installed in it.
 wanted_stamp() {
     "$python" - "$PWD" "$extras" pyproject.toml "$constraints" launch/setup.sh <<'PY'
-import hashlib, sys
+import hashlib, os, sys
 place, extras, *files = sys.argv[1:]
 content = hashlib.sha256(extras.encode())
 for name in files:
     content.update(open(name, "rb").read())
-print(place, sys.executable, sys.version.split()[0])
+print(place, os.path.realpath(sys.executable), sys.version.split()[0])  # whatever name it was called by
 print(content.hexdigest())
 PY
 }

@@ -123,6 +123,15 @@ def test_a_moved_clone_gets_a_new_environment(clone: Clone) -> None:
     assert clone.calls() == ["venv", *EVERYTHING]
 
 
+def test_the_interpreter_by_another_name_is_the_same(clone: Clone) -> None:
+    """As python3 is, and what it is a link to: an environment that is in use would be made anew."""
+    for name in ("first", "second"):
+        (link := clone.folder / name).symlink_to(Path(sys.executable).resolve())
+        clone.python.write_text(PYTHON % link)
+        assert clone.setup().returncode == 0
+    assert clone.calls() == ["venv", *EVERYTHING]
+
+
 @pytest.mark.parametrize("package", EVERYTHING[:-1])
 def test_after_a_failure_it_says_why_and_starts_over(clone: Clone, package: str) -> None:
     clone.setup()
