@@ -14,7 +14,7 @@ from shardckpt.errors import GangError
 from shardckpt.gang.base import Fold, Gang, GatherError, Json
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.wire.mailbox import Line, Mailbox, SilentError, Store
-from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
+from shardckpt.gang.wire.messages import Arrival, History, TooLongError, Verdict, decode, encode, judge, ranks_text
 from shardckpt.gang.wire.roll import UNKNOWN, Roll
 from shardckpt.gang.wire.tree import ENDED, FLAT, Gathering, Tree
 from shardckpt.gang.wire.vain import Deadline
@@ -283,6 +283,8 @@ class StoreGang:
     def _translated(self) -> Iterator[None]:
         try:
             yield
+        except TooLongError as error:
+            raise GangError(f"gang {self._name!r}: {error}") from error
         except (SilentError, RuntimeError) as error:
             missed = "rank 0" if self._rank else "the others"
             raise GangError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.engine.loading.selecting import comparing
+from shardckpt.gang import LocalGang
 
 
 @pytest.fixture
@@ -124,3 +127,21 @@ def test_what_cannot_be_stored_is_named_at_once(tmp_path: Path, value: object, m
         checkpoints.save(2, {"model": {"good": torch.ones(2)}}).result()
         assert checkpoints.steps() == [2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2"]
+
+
+def test_a_rank_tells_of_no_more_than_is_told_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of ranks with another model altogether: all that each could say is more than a store takes."""
+    told, gather = list[Any](), LocalGang.gather
+
+    def overheard(gang: LocalGang, value: Any, **terms: Any) -> Any:
+        told.append(value)
+        return gather(gang, value, **terms)
+
+    monkeypatch.setattr(comparing, "_MOST", 3)
+    with sc.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, {"model": {f"saved{i}": torch.zeros(2) for i in range(10)}}).result()
+        monkeypatch.setattr(LocalGang, "gather", overheard)
+        with pytest.raises(sc.CheckpointMismatchError) as caught:
+            checkpoints.load(1, {"model": {f"other{i}": torch.zeros(2) for i in range(10)}})
+    assert len(caught.value.problems) == 3
+    assert [len(value[1][0]) for value in told if value[1] and isinstance(value[1][0], list)] == [3]

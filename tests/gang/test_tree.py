@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import threading
 import time
 import uuid
@@ -12,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from shardckpt.gang import StoreGang, together
-from shardckpt.gang.wire import mailbox, tree
+from shardckpt.gang.wire import mailbox, messages, tree
 from shardckpt.gang.wire.roll import Roll
 from shardckpt.gang.wire.tree import Gathering
 from shardckpt.testing.gang_acts import ENOUGH_S, LONG, SHORT, go_on, refusal
@@ -249,6 +251,35 @@ class Slow:
         if name == "multi_get":
             threading.Event().wait(0.15)
         return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("nbytes", [3000, pytest.param(10 << 20, marks=pytest.mark.larger)])
+def test_what_is_too_long_together_is_read_one_by_one(monkeypatch: pytest.MonkeyPatch, port: int, nbytes: int) -> None:
+    """Digits that cannot be packed well. The longer ones meet the true limit of the store."""
+    if nbytes < messages.LONGEST:
+        monkeypatch.setattr(messages, "LONGEST", nbytes)
+    values = [random.Random(rank).randbytes(nbytes // 2).hex() for rank in range(4)]
+
+    def act(gang: StoreGang) -> Any:
+        gang.enter("scope", timeout=LONG)
+        heard = gang.gather(values[gang.rank], timeout=LONG)
+        return gang.broadcast(heard == values, timeout=LONG)
+
+    assert in_threads(lambda rank: client(port, rank), size=4, flat=2)(act) == [True] * 4
+
+
+def test_one_that_is_too_long_by_itself_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "LONGEST", 1000)
+    digits, store = random.Random(0).randbytes(1500).hex(), dist.HashStore()
+
+    def act(gang: StoreGang) -> Any:
+        gang.enter("scope", timeout=LONG)
+        if gang.rank:
+            return refusal(lambda: gang.gather(digits, timeout=LONG))
+        return refusal(lambda: gang.broadcast(digits, timeout=LONG))
+
+    for said in in_threads(lambda rank: store, size=2, flat=2)(act):
+        assert re.fullmatch(r"gang 'root': a message of \d{4} bytes, packed; a store takes 1000", said["text"])
 
 
 def test_rank_0_hears_few_and_what_is_folded_is_short() -> None:

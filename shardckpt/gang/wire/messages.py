@@ -19,6 +19,12 @@ _REMEMBERED = 8
 _LONG = 2048
 _PACKED = b"\0z"
 """How a packed message begins; no text of JSON does."""
+LONGEST = 8 << 20
+"""Bytes of a message, packed, that a store takes: torch's TCPStore (2.13) hangs up on who sends it more."""
+
+
+class TooLongError(RuntimeError):
+    """A message that no store takes. Nothing was sent."""
 
 
 def encode(value: Json) -> str:
@@ -27,9 +33,15 @@ def encode(value: Json) -> str:
 
 
 def pack(value: Json) -> str | bytes:
-    """A message for a store, where thousands may lie at once: long ones are compressed, for they repeat themselves."""
+    """A message for a store, where thousands may lie at once: long ones are compressed, for they repeat themselves.
+    `TooLongError` where that is not enough."""
     text = encode(value)
-    return text if len(text) < _LONG else _PACKED + zlib.compress(text.encode(), 1)
+    if len(text) < _LONG:
+        return text
+    packed = _PACKED + zlib.compress(text.encode(), 1)
+    if len(packed) > LONGEST:
+        raise TooLongError(f"a message of {len(packed)} bytes, packed; a store takes {LONGEST}")
+    return packed
 
 
 def decode(text: str | bytes) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from shardckpt.gang.base import Fold, Json
 from shardckpt.gang.wire.mailbox import LAST_S, Mailbox, SilentError, Store, there, waited
-from shardckpt.gang.wire.messages import decode, encode
+from shardckpt.gang.wire.messages import TooLongError, decode, encode
 from shardckpt.gang.wire.roll import Roll, neighbours
 from shardckpt.gang.wire.vain import VainError
 
@@ -24,6 +24,8 @@ FLAT = 128
 """Of a gang of up to so many ranks rank 0 hears each itself."""
 ENDED = "\0shardckpt: rank 0 has ended"
 """What is left in the place of rank 0's word by one who has seen it end; no message is like it."""
+APIECE = None
+"""What the first of a group hands on where all together are more than a store takes: rank 0 reads each itself."""
 _PAUSE_S = 0.05
 """Between two looks, once somebody has ended who had given its value before."""
 _READ_S = 5.0
@@ -125,7 +127,10 @@ class Gathering:
             bundle: Json = [False, values] if fold is None else [True, fold(values)]
         else:
             bundle = [False, [value]]
-        self._mailbox.put(self._round.bundle(self._rank), bundle, timeout_s=self._left_s())
+        try:
+            self._mailbox.put(self._round.bundle(self._rank), bundle, timeout_s=self._left_s())
+        except TooLongError:
+            self._mailbox.put(self._round.bundle(self._rank), APIECE, timeout_s=self._left_s())
         self._count(0)
 
     def attend(self, key: str, left_s: Callable[[], float]) -> None:
@@ -242,7 +247,7 @@ class Gathering:
 
     def _given(self) -> Given:
         bundles = {self._round.bundle(first): first for first in self._tree.firsts}
-        found = self._read(list(bundles))
+        found = {key: bundle for key, bundle in self._read(list(bundles)).items() if bundle is not APIECE}
         alone = [first for key, first in bundles.items() if key not in found]
         ranks = [*self._tree.group(0)[1:], *(rank for first in alone for rank in self._tree.group(first))]
         values = self._read_ranks(ranks)

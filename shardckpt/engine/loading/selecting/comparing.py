@@ -25,7 +25,7 @@ from shardckpt.gang.together import together_gather
 from shardckpt.state import Part
 
 _MOST = 1000
-"""Differences that are told of; a state that has more is another one."""
+"""Differences that are told of, of one rank and of all; a state that has more is another one."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class Comparing:
             sources = Sources(view.manifest, self.at)
             fit = fit_state(parts, sources, policy, view)
             said = fit.selection.say(partial(keys_of, parts), self.manifest, partial(parameters_of, parts))
-            return [fit.problems, fit.claims, said]
+            return [fit.problems[:_MOST], fit.claims, said]  # of thousands of ranks all would be too long a message
 
         gathered: Any = self._gather(compare, "compare")
 
