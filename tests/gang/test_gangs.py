@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -144,9 +145,15 @@ def test_a_device_mesh_says_who_is_with_whom(ranks: ProcessPool) -> None:
         assert over_gloo
 
 
-def under_a_launcher(rank: int, size: int, folder: Path, port: int) -> Any:
-    """As under srun: no store of an agent, rank 0 hosts one; and the program makes its process group later."""
-    environ = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def under_a_launcher(rank: int, size: int, folder: Path, port: int, agent: dict[str, str]) -> Any:
+    """As under srun: rank 0 hosts a store, if there is none of an agent; the program makes its process group later."""
+    environ = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **agent,
+    }
     with patch.dict(os.environ, environ):
         before = Gangs.from_env(tp=2)
         first = shape(before)
@@ -167,7 +174,15 @@ def under_a_launcher(rank: int, size: int, folder: Path, port: int) -> Any:
 
 def test_a_job_can_be_found_before_and_after_its_process_group_is_made(ranks: ProcessPool, free_port: int) -> None:
     expected = (True, [0, 1], [0, 1], ("StoreGang", "ProcessGroupGang"))
-    assert ranks.run(2, under_a_launcher, free_port, backend=None) == [expected] * 2
+    assert ranks.run(2, under_a_launcher, free_port, {}, backend=None) == [expected] * 2
+
+
+def test_so_it_is_where_an_agent_has_the_store(ranks: ProcessPool, port: int) -> None:
+    """As torchrun's, whose store outlives the ranks."""
+    expected = (True, [0, 1], [0, 1], ("StoreGang", "ProcessGroupGang"))
+    told = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": uuid.uuid4().hex}
+    told["TORCHELASTIC_RESTART_COUNT"] = "0"
+    assert ranks.run(2, under_a_launcher, port, told, backend=None) == [expected] * 2
 
 
 TORCHRUN_SCRIPT = """
@@ -191,6 +206,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.larger
 def test_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(TORCHRUN_SCRIPT)

@@ -17,8 +17,11 @@ import torch.distributed as dist
 
 from shardckpt.errors import GangError
 from shardckpt.gang import Gangs, StoreGang, together
+from shardckpt.gang.wire import mailbox
+from shardckpt.gang.wire import roll as roll_module
 from shardckpt.gang.wire.roll import UNKNOWN, Roll, has_ended, neighbours, own_process
-from shardckpt.testing.gang_acts import ENOUGH_S, LONG, await_marks, mark, refusal
+from shardckpt.testing.gang_acts import ENOUGH_S, LONG, await_marks, go_on, mark, refusal
+from shardckpt.testing.gangs import run_ranks
 from shardckpt.testing.pool import Outcome, ProcessPool, RankLostError
 
 
@@ -69,6 +72,26 @@ def test_neighbours() -> None:
     assert neighbours(0, 3) == [1, 2]
     assert neighbours(2, 3) == [0, 1]
     assert neighbours(100, 4096) == [0, *range(84, 100), *range(101, 117)]
+
+
+def test_a_store_that_is_slow_to_reach_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the deadline, also where nothing but who the ranks are is asked."""
+    monkeypatch.setattr(roll_module, "_WORTH_S", 0.01)
+    monkeypatch.setattr(mailbox, "_SLACK_S", 0.01)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+
+    def slowly() -> Any:
+        time.sleep(0.2)  # many times as long as both together
+        return store
+
+    def act(gangs: Gangs) -> Any:
+        own = StoreGang(slowly, rank=gangs.root.rank, size=2, nonce="n", roll=Roll("who", (0, 1)))
+        try:
+            return go_on(own)
+        finally:
+            own.close()
+
+    assert run_ranks(2, act) == [["next", 2]] * 2
 
 
 def test_a_value_that_was_given_before_the_end_is_taken(process: Any) -> None:

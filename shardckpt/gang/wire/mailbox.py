@@ -196,11 +196,11 @@ class Mailbox:
 
         while keys:
             left_s = max(end - time.monotonic(), 0.0)
-            wait = partial(_collect, keys=keys, timeout_s=left_s)
+            wait = partial(collected, keys=keys, timeout_s=left_s)
             try:
                 return self.run(wait, timeout_s=left_s, ended=in_vain)
             except VainError as error:
-                there = self.run(partial(_collect, keys=keys, timeout_s=LAST_S), timeout_s=LAST_S)
+                there = self.run(partial(collected, keys=keys, timeout_s=LAST_S), timeout_s=LAST_S)
                 if not error.ranks <= there.keys():
                     return there
                 passed |= error.ranks  # they have said what they had to say
@@ -246,7 +246,7 @@ class Line:
         return "/".join([self.prefix, *map(str, parts)])
 
 
-def _collect(store: Store, keys: Mapping[int, str], timeout_s: float) -> dict[int, Any]:
+def collected(store: Store, keys: Mapping[int, str], timeout_s: float) -> dict[int, Any]:
     missing = _wait(store, list(keys.values()), timeout_s)
     there = {rank: key for rank, key in keys.items() if key not in missing}
     return dict(zip(there, map(decode, _read(store, list(there.values()))), strict=True))

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shardckpt.gang.base import Json
+from shardckpt.gang.wire.mailbox import Mailbox, collected
 from shardckpt.gang.wire.messages import ranks_text
 
-if TYPE_CHECKING:
-    from shardckpt.gang.wire.mailbox import Mailbox
-
-
 _NEAR = 16
+_WORTH_S = 1.0
+"""How long it is waited for what ranks leave of themselves: they do so before they are waited for, if at all."""
 
 
 def own_process() -> Json:
@@ -80,7 +80,10 @@ class Roll:
         unknown = {self._ranks[rank]: rank for rank in ranks if self._ranks[rank] not in self._known}
         keys = {rank: f"{self._prefix}/{rank}" for rank in unknown}
         if keys:
-            self._known |= dict.fromkeys(keys) | mailbox.collect(keys, timeout_s=min(timeout_s, 1.0))
+            # A second of waiting is enough, but where the store is slow, all of the time that is left may pass: to make
+            # a client alone takes seconds where a name server does not answer.
+            learn = partial(collected, keys=keys, timeout_s=min(timeout_s, _WORTH_S))
+            self._known |= dict.fromkeys(keys) | mailbox.run(learn, timeout_s=timeout_s)
 
     def ended(self, ranks: Iterable[int]) -> set[int]:
         """Those of them whose process has ended, as far as that can be known here."""
