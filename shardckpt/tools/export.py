@@ -12,6 +12,7 @@ from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, Checkp
 from shardckpt.format.checksum import crc32
 from shardckpt.format.layout import CARBON_COPY
 from shardckpt.manager.talk import Talk
+from shardckpt.storage.base import RenamingStorage
 from shardckpt.tools.convert import nbytes_read, sink_of
 from shardckpt.tools.exporting.jointly import write_jointly
 from shardckpt.tools.exporting.sink import FileSink
@@ -32,6 +33,9 @@ BESIDE = (
 )
 """What `from_pretrained` looks for beside a model."""
 _LARGE = 256 << 20
+_FROM_FILES = 64 << 20
+"""Bytes of a budget that are of use where the step lies on a file system: more is memory that is touched for the first
+time, which takes longer than to read. (0.27 GB, system time: 0.11 s with 64 MiB, 0.18 s with 256 MiB; 2026-11.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,8 @@ def written(
     total = nbytes_read(source, wish.form) // (talk.gang.size if talk is not None else 1)
     source = ToldSource(source, lambda count: means.told(number, count, total))
     sink: FileSink = kind(wish.to, beside=others, storage_options=means.storage_options, **wish.options)
-    budget = means.budget_nbytes // (1 if wish.dtype is None else 2)
+    at_once = min(means.budget_nbytes, _FROM_FILES) if isinstance(own.storage, RenamingStorage) else means.budget_nbytes
+    budget = at_once // (1 if wish.dtype is None else 2)
     if talk is None:
         sink.write(source, budget_nbytes=budget)
     else:

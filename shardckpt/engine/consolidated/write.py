@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from shardckpt.engine.committing.commit import check_room
 from shardckpt.engine.consolidated.assembling.assemble import Archive
 from shardckpt.engine.consolidated.assembling.notes import Contents, Notes, differing, read_notes
 from shardckpt.engine.consolidated.assembling.reading import Parts
@@ -39,7 +40,7 @@ from shardckpt.format.record.files import Extent, FileEntry, decode_file, encode
 from shardckpt.gang.announce import announce
 from shardckpt.gang.base import Gang
 from shardckpt.gang.together import together_gather
-from shardckpt.storage.base import Buffer, Read, SharedPuts, Storage, UploadId
+from shardckpt.storage.base import Buffer, Read, RenamingStorage, SharedPuts, Storage, UploadId
 
 _log = logging.getLogger(__name__)
 
@@ -126,10 +127,10 @@ class _Consolidation:
         """On rank 0: who tells of each kind, and whether all ranks put the file."""
         whole = Whole(kinds, [told.flat for told in self._stock.told])
         nbytes = sum(math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in whole.described())
-        return {
-            "tellers": [kind.teller for kind in kinds],
-            "by all": is_worth_it(self._storage, nbytes, self._gang.size),
-        }
+        by_all = is_worth_it(self._storage, nbytes, self._gang.size)
+        if by_all and isinstance(self._storage, RenamingStorage):
+            self._storage.make_folder(self._prefix, exist_ok=True)  # where the others look for it
+        return {"tellers": [kind.teller for kind in kinds], "by all": by_all}
 
     def _on_rank_0(self, work: Callable[[], FileEntry]) -> Any:
         def bounded() -> Any:
@@ -180,6 +181,8 @@ class _Consolidation:
     def _put(self, holding: Holding, *, tells: bool, by_all: bool, only_one: bool) -> Any:
         """Write this rank's file; rank 0 needs none if it alone puts the model together, and what all hold is in none
         if all do. `only_one`: whether all ranks are of one kind."""
+        if by_all and self._rank:
+            check_room(self._storage, self._prefix)  # or it would put its stretch on a disk of its own
         summed = holding.written(plain=tells)
         fragments = holding.written(plain=False) if by_all and only_one else summed
         sums = "".join(to_hex(holding.sums[fragment.name, fragment.offsets]) for fragment in summed)

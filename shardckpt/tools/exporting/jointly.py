@@ -13,7 +13,7 @@ where it is S3. Where it can do neither, each file is written by one rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,12 +42,17 @@ def write_jointly(sink: FileSink, source: TensorSource, own: StepSource, talk: T
     `source` reads from `own`, and that the same step on all ranks. Errors as of `sink.write`, the same on all ranks;
     `RootNotSharedError` if not all of them see the same place; `GangError` for a rank that did not come.
     """
-    files = sink.files(source, file_of(sink.where, sink.ENDINGS))
-    out = Outlet.locate(sink.where, endings=sink.ENDINGS, storage_options=sink.storage_options)
-    try:
+    with ExitStack() as stack:
+        made: list[tuple[FileSet, Outlet]] = []
+
+        def lay_out() -> None:
+            out = Outlet.locate(sink.where, endings=sink.ENDINGS, storage_options=sink.storage_options)
+            stack.callback(out.close)
+            made.append((sink.files(source, file_of(sink.where, sink.ENDINGS)), out))
+
+        talk.gather(lay_out, "lay out the files")  # which reads what is nested how
+        ((files, out),) = made
         _Joint(talk, out, source, own, max(budget_nbytes, LEAST_BUDGET)).run(files, sink.beside)
-    finally:
-        out.close()
 
 
 @dataclass(slots=True)

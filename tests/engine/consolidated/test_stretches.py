@@ -101,6 +101,21 @@ def test_a_flipped_byte_in_a_part_is_found(where: int) -> None:
 
 
 @pytest.mark.usefixtures("all_put")
+def test_a_rank_with_a_disk_of_its_own_is_found_out() -> None:
+    """Though what it would have put there is missed by nobody: copies are in no part, and the file has its length."""
+    views: list[Storage] = [MemoryStorage(), MemoryStorage()]
+
+    def act(gangs: sc.Gangs) -> str:
+        with pytest.raises(sc.GangError) as caught:
+            write_on(gangs, views[gangs.root.rank], Stage(1))
+        return str(caught.value)
+
+    for error in run_ranks(2, act):
+        assert "rank 1: RootNotSharedError" in error
+    assert views[0].list(FOLDER) == []
+
+
+@pytest.mark.usefixtures("all_put")
 def test_a_step_of_a_manager_has_it(tmp_path: Path) -> None:
     """Committed with its digest; no part is left."""
 

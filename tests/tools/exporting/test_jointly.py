@@ -13,7 +13,13 @@ from torch import nn
 
 import shardckpt as sc
 from shardckpt.engine.saving import share
-from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, CheckpointSaveError, GangError
+from shardckpt.errors import (
+    CheckpointDamagedError,
+    CheckpointLoadError,
+    CheckpointNotFoundError,
+    CheckpointSaveError,
+    GangError,
+)
 from shardckpt.storage.base import Storage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
 from shardckpt.storage.open import open_storage
@@ -74,7 +80,7 @@ def jointly(run: Any, to: Callable[[], Any], *, ranks: int = RANKS, **options: A
             read[gangs.root.rank] += nbytes
 
         means = sc.Means(budget_nbytes=8 * MIB, gangs=gangs, told=told, timeout=timedelta(seconds=30))
-        report = sc.export(run, to(), means=means, **options)
+        report = sc.export(run() if callable(run) else run, to(), means=means, **options)
         return report, read[gangs.root.rank]
 
     return run_ranks_settled(ranks, act)
@@ -187,6 +193,21 @@ def test_one_fails_all_know_and_nothing_is_left(run: Path, tmp_path: Path) -> No
     assert {type(error) for error in jointly(run, lambda: taken)} == {CheckpointSaveError}
     assert taken.list() == ["mine"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("nth", [1, 3, 4])
+def test_one_that_cannot_read_is_known_to_all(run: Path, tmp_path: Path, nth: int) -> None:
+    """An index, how things are nested, bytes of tensors."""
+    turns = iter(range(RANKS))
+
+    def source() -> Storage:
+        storage: Storage = open_storage(run)
+        return FailingStorage(storage, on("read_into"), nth=nth) if next(turns) == 2 else storage
+
+    found = jointly(source, lambda: tmp_path / "out")
+    assert [type(error) for error in found] == [CheckpointLoadError] * RANKS, found
+    assert all("injected" in str(error) for error in found)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_does_not_come(run: Path, tmp_path: Path) -> None:
