@@ -2,6 +2,7 @@
 
 Two arguments, if any: where the checkpoints go (a path, or any URL that fsspec opens), and the last step. Told to stop
 (SIGTERM or SIGUSR1, to any rank) it saves the step it is in and ends with status 75: not finished, start it again.
+An error that no restart mends (no such bucket, another model) ends torchrun, too; GIVEN_UP may name a file for it.
 """
 
 import os
@@ -12,7 +13,9 @@ from torch.distributed import destroy_process_group, init_process_group, is_init
 from torch.distributed.fsdp import fully_shard
 
 import shardckpt as sc
+from shardckpt.integrations.torchrun import end_torchrun_if_hopeless
 
+end_torchrun_if_hopeless(note=os.environ.get("GIVEN_UP"))
 root, last_step = (sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 2 else ("runs/tiny", 200)
 
 torch.manual_seed(0)

@@ -20,7 +20,7 @@ patience=join_timeout=600,last_call_timeout=${LAST_CALL-30},keep_alive_interval=
 if [[ -n ${MEET_ELSEWHERE-} ]]; then patience+=,is_host=0; fi
 
 # --max-restarts counts the deaths of ranks, not the nodes that come and go. A rank that ends because another node was
-# told to stop counts as one (train.py's status 75), so it is not small here.
+# told to stop counts as one (train.py's status 75), so it is not small here. What no restart mends ends torchrun at once.
 exec torchrun --nnodes "${NODES:?how many nodes, at least:at most?}" --nproc-per-node "${RANKS-auto}" --max-restarts 100 \
     --rdzv-backend c10d --rdzv-endpoint "$meeting" --rdzv-id "${JOB-train}" --rdzv-conf "$patience" \
     "$here/../train.py" "$root" "$last_step"

@@ -93,6 +93,21 @@ def test_under_slurm_what_fails_goes_back_into_the_queue(tmp_path: Path, run: st
     assert again or status == 1
 
 
+def test_under_slurm_what_no_restart_mends_is_given_up(tmp_path: Path) -> None:
+    """train.py has put the error down; one of an earlier job of that number does not count."""
+    for srun, again in (('echo "RootNotSharedError: two disks" >"$GIVEN_UP"; exit 1\n', False), ("exit 1\n", True)):
+        folder = tmp_path / str(again)
+        folder.mkdir()
+        (folder / "train-12345.given-up").write_text("of old")
+        clone = Clone.make(folder, {"srun": srun, "scontrol": REQUEUE_ENDS_IT, "squeue": RUNNING})
+        status, output = clone.run(
+            "launch/slurm/train.sbatch", "/runs/a", "7", SLURM_SUBMIT_DIR=str(folder), SLURM_JOB_NAME="train", **SLURM
+        )
+        assert ("requeue" in clone.noted("scontrol")) == again
+        assert again or status == 1
+        assert again or "job 12345 is given up: RootNotSharedError: two disks" in output
+
+
 def test_under_slurm_what_was_cancelled_stays_so(tmp_path: Path) -> None:
     programs = {"srun": "exit 143\n", "scontrol": REQUEUE_ENDS_IT, "squeue": "echo COMPLETING\n"}
     clone = Clone.make(tmp_path, programs)

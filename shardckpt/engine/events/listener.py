@@ -63,8 +63,10 @@ class Listener:
         if not isinstance(event, self._kinds) or self._left:
             return
         if self._takes_too_long() and not self._late:
-            self._late = True
-            self._on_failure(self, self._due[0], TimeoutError(f"it has not returned for {self._patience_s:g} s"))
+            told = tuple(self._due)  # none, if it has returned just now
+            self._late = bool(told)
+            for late in told[:1]:
+                self._on_failure(self, late, TimeoutError(f"it has not returned for {self._patience_s:g} s"))
         if len(self._due) >= MOST:
             text = "the subscriber %s is %d events behind: it is not told of %s of step %d"
             _log.error(text, self.name, MOST, type(event).__name__, event.step)

@@ -61,10 +61,10 @@ class ResumableSampler(Sampler[int]):
         """The batches of the loader that are left of this epoch; each counts as soon as it is given. Then the epoch is
         over. `ValueError` if the loader does not take this sampler in batches of one size."""
         batch_size = self._batch_size(loader)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a loader draws a seed for its workers, in the middle of an epoch or not
-            torch.manual_seed(hash((self._seed, self.epoch, self._rank)) % (1 << 63))
+        # A loader draws a seed for its workers, in the middle of an epoch or not. `torch.manual_seed` would set the
+        # streams of devices as well, which nothing here puts back.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash((self._seed, self.epoch, self._rank)) % (1 << 63))
             batches, left = iter(loader), len(self)
         for batch in batches:
             took = min(batch_size, left)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from shardckpt.engine.pending import CheckpointInfo, PendingSave
-from shardckpt.errors import CheckpointNotFoundError
+from shardckpt.errors import CheckpointNotFoundError, InvalidOperationError
 from shardckpt.integrations.frameworks import need
 from shardckpt.integrations.options import CheckpointOptions, Root, inner, options_of
 from shardckpt.manager.checkpoints import CheckpointManager
@@ -18,6 +18,8 @@ from shardckpt.streams import RngState
 
 _NUMBER = re.compile(r"^(?P<above>.*?)(?:^|/)[^/]*?(?P<number>\d+)/?$", re.DOTALL)
 """A folder whose name ends in a number, as `checkpoint-500` or `step_500` does."""
+_NOT_TORCHS = ("DEEPSPEED", "MEGATRON_LM", "XLA")
+"""Kinds of `DistributedType` whose states are not torch's."""
 
 
 class AcceleratorCheckpoints:
@@ -31,7 +33,8 @@ class AcceleratorCheckpoints:
 
     The step: `save_state(".../checkpoint-500")` is step 500 of the run at `...`, as people name their folders; with
     `automatic_checkpoint_naming` it is the number of the iteration, and with neither what `step=` says. Where the run
-    lies is what `checkpoints` says, or else the folder above. `total_limit` keeps the last so many.
+    lies is what `checkpoints` says, or else the folder above, which may be another one each time: a save that is under
+    way in the one before is then waited for. `total_limit` keeps the last so many.
 
     `load_state()` loads the newest good step and `load_state(".../checkpoint-500")` step 500; both give its
     `CheckpointInfo`. `load_state("auto")` does as the first, but gives None if there is no step.
@@ -54,6 +57,10 @@ class AcceleratorCheckpoints:
 
     checkpoints: CheckpointManager | None = None
     """From the first save or load on."""
+    distributed_type: Any
+    _root = ""
+    _there: frozenset[int] = frozenset()
+    """Steps that were there before this accelerator saved or loaded one."""
     _options = CheckpointOptions()
     _also: Mapping[str, Any] = {}
 
@@ -93,6 +100,15 @@ class AcceleratorCheckpoints:
         place = None if output_dir is None else os.fspath(output_dir)
         number = self._number(place, step)
         manager = self._manager(place)
+        if self._is_naming and step is None and number in self._there:
+            raise ValueError(
+                f"step {number} is in {manager.storage.url} already: set project_configuration.iteration to what to "
+                "start with, or load_state() first"
+            )
+        if self._save_model_state_pre_hook:
+            place = place or f"{manager.storage.url}/checkpoint_{number}"
+            if "://" not in place:  # hooks put into it what is theirs
+                os.makedirs(place, exist_ok=True)
         models = self._left_by(self._save_model_state_pre_hook, place)
         frozen = frozen or (("*",) if any(map(_has_frozen, models)) else ())
         pending = manager.save(number, self._parts(models), frozen=frozen)
@@ -108,6 +124,8 @@ class AcceleratorCheckpoints:
         place = None if input_dir is None or may_be_fresh else os.fspath(input_dir)
         named = _NUMBER.match(place or "")
         manager = self._manager(place)
+        if place is None and self._load_model_state_pre_hook and (newest := manager.latest()) is not None:
+            place = f"{manager.storage.url}/checkpoint_{newest}"
         parts = self._parts(self._left_by(self._load_model_state_pre_hook, place))
         if named is not None:
             info: CheckpointInfo | None = manager.load(int(named["number"]), parts)
@@ -116,6 +134,7 @@ class AcceleratorCheckpoints:
         if info is not None:
             self.step = parts["accelerator"].step
             self.project_configuration.iteration = info.step + 1
+            self._there -= {step for step, _ in info.skipped}
         elif not may_be_fresh:
             raise CheckpointNotFoundError(f"there is no step in {manager.storage.url} to load")
         return info
@@ -128,6 +147,10 @@ class AcceleratorCheckpoints:
         base: Any = super()
         base.end_training()
 
+    @property
+    def _is_naming(self) -> bool:
+        return bool(self.project_configuration.automatic_checkpoint_naming)
+
     def _number(self, place: str | None, step: int | None) -> int:
         named = _NUMBER.match(place or "")
         if step is not None:
@@ -137,11 +160,21 @@ class AcceleratorCheckpoints:
         return int(self.project_configuration.iteration)
 
     def _manager(self, place: str | None) -> CheckpointManager:
+        kind = str(getattr(self.distributed_type, "value", self.distributed_type))
+        if kind in _NOT_TORCHS:
+            raise InvalidOperationError(f"{kind} keeps its state itself: use accelerate.Accelerator with it")
+        if self.checkpoints is not None and (self._options.root is not None or place is None):
+            return self.checkpoints
+        root = self._root_of(place)
+        if self.checkpoints is not None and root != self._root:
+            manager, self.checkpoints = self.checkpoints, None
+            manager.close()
         if self.checkpoints is None:
-            self.checkpoints = self._options.open(root=self._root(place), keep=self._keep())
+            self.checkpoints, self._root = self._options.open(root=root, keep=self._keep()), root
+            self._there = frozenset(self.checkpoints.steps()) if self._is_naming else frozenset()
         return self.checkpoints
 
-    def _root(self, place: str | None) -> str:
+    def _root_of(self, place: str | None) -> str:
         if place is not None:
             named = _NUMBER.match(place)
             return (named["above"] or ".") if named is not None else place

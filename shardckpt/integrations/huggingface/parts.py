@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -60,3 +61,15 @@ class LateRngState:
         if self._loaded is not None:
             self._streams.load_state_dict(self._loaded)
             self._loaded = None
+
+
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an evaluation that can be compared: by all ranks alike."""
+    return {name: value for name, value in metrics.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not math.isnan(float(value))
+    except (TypeError, ValueError):
+        return False

@@ -14,7 +14,7 @@ from typing import Any
 
 from shardckpt.engine.events.kinds import Deleted, Event
 from shardckpt.engine.pending import PendingSave
-from shardckpt.errors import CheckpointError, InvalidStateError
+from shardckpt.errors import InvalidStateError
 from shardckpt.format.layout import CARBON_COPY
 from shardckpt.integrations.huggingface.adapters import ADAPTER_CONFIG, adapter_names, export_adapter
 from shardckpt.integrations.huggingface.parts import STATE_FILE
@@ -33,7 +33,8 @@ _PART = ".part"
 def put_beside(manager: CheckpointManager, model: Any, processing_class: Any = None) -> None:
     """Put the model's config and the files of its tokenizer into `cc/` of the run, so that each step carries them.
 
-    On rank 0, before the first save. Models without a config, and tokenizers that cannot be saved, have none.
+    On rank 0, before the first save. Models without a config, and tokenizers that cannot be saved, have none. What
+    cannot be put there is logged: an error of one rank alone would have the others wait for it.
     """
     with TemporaryDirectory(prefix="shardckpt-beside-") as name:
         for owner in (
@@ -47,7 +48,10 @@ def put_beside(manager: CheckpointManager, model: Any, processing_class: Any = N
         for file in sorted(Path(name).rglob("*")):
             if file.is_file():
                 key = f"{CARBON_COPY}/{file.relative_to(name).as_posix()}"
-                manager.storage.replace(key, file.read_bytes())
+                try:
+                    manager.storage.replace(key, file.read_bytes())
+                except OSError as error:
+                    _log.warning("%s does not go with the steps of %s: %s", key, manager.storage.url, error)
 
 
 def from_pretrained(
@@ -114,7 +118,7 @@ class Exporter:
         self._thread.join()
 
     def _told(self, event: Event) -> None:
-        if isinstance(event, Deleted):
+        if isinstance(event, Deleted) and not event.model_kept:
             self._add(partial(self._remove, event.step))
 
     def _add(self, job: Callable[[], None]) -> None:
@@ -126,8 +130,8 @@ class Exporter:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except (CheckpointError, OSError, ValueError) as error:
-                _log.warning("a step has no copy for from_pretrained: %s", error)
+            except Exception as error:  # whatever it is: who waits for the copies must not wait for ever
+                _log.warning("a step has no copy for from_pretrained: %s: %s", type(error).__name__, error)
             finally:
                 with self._idle:
                     self._left -= 1

@@ -17,6 +17,6 @@ def stopper(trainer: TrainerCheckpoints) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             manager = trainer.checkpoints
             if manager is not None and manager.should_stop(state.global_step):
-                control.should_save = control.should_training_stop = True
+                control.should_save = control.should_training_stop = trainer._is_told_to_stop = True
 
     return Stopper()

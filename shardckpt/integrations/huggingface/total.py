@@ -19,9 +19,11 @@ class KeepTotal(Policy):
     bests: list[int] = field(default_factory=list)
     """The steps that were the best when they were saved, in order. The last one that is committed counts: a new best
     whose save is under way, or fails, does not cost the one before. Rank 0's trainer appends to it."""
+    stale: set[int] = field(default_factory=set)
+    """Of another training in the same place: as if they were older than all others, which, by time, they are."""
 
     def keep(self, history: Sequence[StepFacts]) -> dict[int, str]:
-        steps = sorted(facts.step for facts in history)
+        steps = sorted((facts.step for facts in history), key=lambda step: (step not in self.stale, step))
         if not self.limit or self.limit < 0:
             return dict.fromkeys(steps, "save_total_limit is not set")
         kept = {step: "the best" for step in reversed(self.bests) if step in steps}

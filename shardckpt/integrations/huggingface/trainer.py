@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -14,8 +13,10 @@ from typing import Any, NoReturn
 from shardckpt.engine.pending import CheckpointInfo
 from shardckpt.errors import CheckpointDamagedError, InvalidOperationError
 from shardckpt.integrations.frameworks import need
-from shardckpt.integrations.huggingface.parts import STATE_FILE, LateRngState, TrainerProgress
+from shardckpt.integrations.huggingface.parts import LateRngState, TrainerProgress, numbers_of
+from shardckpt.integrations.huggingface.places import PREFIX, is_trainers_own, newest_of_trainers_own, which_of
 from shardckpt.integrations.huggingface.pretrained import Exporter, put_beside
+from shardckpt.integrations.huggingface.refusing import check
 from shardckpt.integrations.huggingface.stopping import stopper
 from shardckpt.integrations.huggingface.total import KeepTotal
 from shardckpt.integrations.options import CheckpointOptions, Root, inner, options_of
@@ -23,9 +24,6 @@ from shardckpt.manager.checkpoints import CheckpointManager
 from shardckpt.manager.steps.resuming import Which
 
 _log = logging.getLogger(__name__)
-
-_PREFIX = "checkpoint-"
-"""What Trainer calls its folders; those of exports are called so, too."""
 
 
 class TrainerCheckpoints:
@@ -63,6 +61,7 @@ class TrainerCheckpoints:
     _exporter: Exporter | None = None
     _late_rng: LateRngState
     _has_loaded = False
+    _is_told_to_stop = False
     _here = ""
     """Where Trainer would put its folders: `output_dir`, or that of a trial."""
     _saved: set[int]
@@ -82,13 +81,10 @@ class TrainerCheckpoints:
     ) -> Any:
         """As `Trainer.train`."""
         base: Any = super()
-        if isinstance(resume_from_checkpoint, (str, os.PathLike)) and _is_trainers_own(resume_from_checkpoint):
-            with self._opened(trial):
-                return base.train(os.fspath(resume_from_checkpoint), trial, ignore_keys_for_eval)
         with self._opened(trial) as manager, TemporaryDirectory(prefix="shardckpt-trainer-") as name:
             found = self._find(manager, resume_from_checkpoint, Path(name))
-            while found is not None:
-                self.resumed, self._has_loaded = found, False
+            while isinstance(found, CheckpointInfo):
+                self._begin(found)
                 try:
                     return base.train(name, trial, ignore_keys_for_eval)
                 except CheckpointDamagedError as error:
@@ -97,23 +93,36 @@ class TrainerCheckpoints:
                         raise
                     _log.warning("step %d is passed over: %s", found.step, error)
                     found = self._look_into(manager, older[-1], Path(name))
-            return base.train(None, trial, ignore_keys_for_eval)
+            self._begin(None)
+            return base.train(found, trial, ignore_keys_for_eval)
+
+    def _begin(self, found: CheckpointInfo | None) -> None:
+        """Training goes on from that step. Steps that it does not lead to are of another one, and go first."""
+        self.resumed, self._has_loaded = found, False
+        first = found.step if found is not None and self._is_here(found) else -1
+        self._keep.stale = {step for step in self._saved if step > first}
+        self._saved -= self._keep.stale
+        if self._keep.stale:
+            text = "%s has steps up to %d, to which this training does not lead: to resume may go on from these"
+            _log.warning(text, self._open_manager().storage.url, max(self._keep.stale))
+
+    def _is_here(self, found: CheckpointInfo) -> bool:
+        return found.url.startswith(f"{self._open_manager().storage.url.rstrip('/')}/")
 
     @contextmanager
     def _opened(self, trial: Any) -> Iterator[CheckpointManager]:
         """The manager of one call of `train`."""
         base: Any = super()
-        for kind in ("deepspeed", "fsdp_xla"):
-            if getattr(self, f"is_{kind}_enabled", False):
-                raise InvalidOperationError(f"{kind} keeps its state itself: use transformers.Trainer with it")
+        check(self)
         self._here = here = str(base._get_output_dir(trial))
         options = self._options if here == self.args.output_dir else self._options.below(os.path.basename(here))
         self._keep, self._late_rng, self.resumed = KeepTotal(self.args.save_total_limit), LateRngState(), None
+        self._is_told_to_stop = False
         with ExitStack() as stack:
             manager = options.open(root=here, keep=self._keep)
             is_first = self.args.process_index == 0
             if is_first and options.export:
-                self._exporter = Exporter(manager, Path(here), model=self.model, prefix=_PREFIX)
+                self._exporter = Exporter(manager, Path(here), model=self.model, prefix=PREFIX)
                 stack.callback(self._exporter.close)
             stack.enter_context(manager)
             self.checkpoints, self._saved = manager, set(manager.steps())
@@ -127,14 +136,21 @@ class TrainerCheckpoints:
                     self._exporter.wait()
                 self.checkpoints = self._exporter = None
 
-    def _find(self, manager: CheckpointManager, asked: Any, folder: Path) -> CheckpointInfo | None:
-        """The step to resume from, its TrainerState put into the folder; None for a fresh start."""
+    def _find(self, manager: CheckpointManager, asked: Any, folder: Path) -> CheckpointInfo | str | None:
+        """The step to resume from, its TrainerState put into the folder; or a folder that Trainer itself has written,
+        also where it is the newest, and there is no step of ours; None for a fresh start."""
         if asked is None or asked is False:
             return None
-        info = self._look_into(manager, True if asked in (True, "auto") else _place(os.fspath(asked)), folder)
-        if info is None and asked != "auto":
+        is_newest = asked in (True, "auto")
+        if not is_newest and is_trainers_own(asked):
+            return os.fspath(asked)
+        info = self._look_into(manager, True if is_newest else which_of(os.fspath(asked), here=self._here), folder)
+        if info is not None:
+            return info
+        own = newest_of_trainers_own(manager, self._here)
+        if own is None and asked != "auto":
             raise ValueError(f"No valid checkpoint found in output directory ({manager.storage.url})")
-        return info
+        return own
 
     def _look_into(self, manager: CheckpointManager, which: Which, folder: Path) -> CheckpointInfo | None:
         progress = TrainerProgress()
@@ -166,6 +182,7 @@ class TrainerCheckpoints:
         frozen = ("*",) if any(not parameter.requires_grad for parameter in self.model.parameters()) else ()
         pending = manager.save(step, self._whole(), frozen=frozen)
         self._saved.add(step)
+        self._keep.stale.discard(step)
         if self._exporter is not None:
             self._exporter.follow(pending)
         measured, metrics = self._measured
@@ -173,10 +190,10 @@ class TrainerCheckpoints:
             manager.save_metrics(metrics, step=step)
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
-        numbers = {name: value for name, value in metrics.items() if _is_number(value)}
-        self._measured = (self.state.global_step, numbers)
+        self._measured = (self.state.global_step, numbers_of(metrics))
         base: Any = super()
-        return bool(base._determine_best_metric(metrics, trial))
+        # `save_strategy="best"` goes by what is given back; the last save before the end is due in any case.
+        return bool(base._determine_best_metric(metrics, trial)) or self._is_told_to_stop
 
     def _note_best(self, step: int) -> None:
         """As Trainer: the best step is one that has been saved."""
@@ -188,7 +205,7 @@ class TrainerCheckpoints:
         if step not in self._keep.bests:
             self._keep.bests.append(step)
         root = self._open_manager().storage.url.rstrip("/")
-        place = os.path.join(self._here, f"{_PREFIX}{step}") if self._options.export else f"{root}/step_{step}"
+        place = os.path.join(self._here, f"{PREFIX}{step}") if self._options.export else f"{root}/step_{step}"
         self.state.best_model_checkpoint = place
 
     def _note_callbacks(self) -> None:
@@ -217,11 +234,11 @@ class TrainerCheckpoints:
             base: Any = super()
             base._load_optimizer_and_scheduler(checkpoint)
             return
-        manager, url = self._open_manager(), self.resumed.url
-        if url.startswith(f"{manager.storage.url.rstrip('/')}/"):
+        manager = self._open_manager()
+        if self._is_here(self.resumed):
             manager.load(self.resumed.step, self._whole())
         else:
-            manager.resume(self._whole(), url)
+            manager.resume(self._whole(), self.resumed.url)
         self._has_loaded = True
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -237,9 +254,18 @@ class TrainerCheckpoints:
             self._late_rng.apply()
 
     def _load_best_model(self) -> None:
-        manager = self._open_manager()
-        _log.info("the best model is that of step %s (%s)", self.state.best_global_step, self.state.best_metric)
-        manager.load(self.state.best_global_step, {"model": self.model})
+        manager, best = self._open_manager(), self.state.best_global_step
+        step = self._best_there(manager)
+        if step != best:
+            _log.warning("step %s, the best, is not there: its save failed, or it was deleted", best)
+        if step is not None:
+            _log.info("the best model is that of step %s (%s)", step, self.state.best_metric)
+            manager.load(step, {"model": self.model})
+
+    def _best_there(self, manager: CheckpointManager) -> int | None:
+        """Of the committed steps the last one that was the best when it was saved."""
+        steps = manager.steps()
+        return next((step for step in reversed(self._keep.bests) if step in steps), None)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         manager = self._open_manager()
@@ -252,9 +278,11 @@ class TrainerCheckpoints:
             output = base._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
-        if limit == 1 and self._keep.bests and self._options.keep is None:
-            for step in manager.steps():
-                if step != self._keep.bests[-1]:
+        # Not where training is to go on: that is what the last step is for.
+        if limit == 1 and self._keep.bests and self._options.keep is None and not self._is_told_to_stop:
+            best = self._best_there(manager)
+            for step in manager.steps() if best is not None else []:
+                if step != best:
                     manager.delete_checkpoint(step)
         return output
 
@@ -266,22 +294,3 @@ class TrainerCheckpoints:
 
 def _not_training() -> NoReturn:
     raise InvalidOperationError("a Trainer saves and loads checkpoints while train() runs; save_model() needs none")
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return not math.isnan(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def _is_trainers_own(place: str | os.PathLike[str]) -> bool:
-    """Whether Trainer itself has written it."""
-    return os.path.isfile(os.path.join(place, STATE_FILE))
-
-
-def _place(text: str) -> str:
-    """That of a step, by the name of its export: "out/checkpoint-500"."""
-    above, _, name = text.rstrip("/").rpartition("/")
-    number = name.removeprefix(_PREFIX)
-    return f"{above or '.'}/step_{number}" if name != number and number.isdigit() else text

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
+
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.policy import SavePolicy
 from shardckpt.errors import CheckpointError, InvalidOperationError
 from shardckpt.gang.gangs import Gangs
+from shardckpt.integrations.lightning.missing import say_missing
 from shardckpt.integrations.lightning.places import best_in, place_of, step_at, steps_in
 from shardckpt.integrations.lightning.restoring import Restoring
 from shardckpt.integrations.lightning.state import state_to_save
@@ -95,6 +98,7 @@ class TheCallback:
                 )
         if self.dirpath is None:
             super().setup(trainer, pl_module, stage)  # type: ignore[misc]
+        last = self._last_asked
         self._close(quietly=True)
         mesh = getattr(strategy, "_device_mesh", None)
         gangs = Gangs.from_env(tp=1 if mesh is None else mesh["tensor_parallel"].size())
@@ -111,7 +115,7 @@ class TheCallback:
             storage_options=terms.storage_options,
         )
         self._restoring = Restoring(
-            trainer, self._checkpoints, root=self._root, last=self._last_asked, options=terms.storage_options
+            trainer, self._checkpoints, root=self._root, last=last, options=terms.storage_options
         )
         self._running.enter_context(self._restoring.instead_of())
 
@@ -153,13 +157,16 @@ class TheCallback:
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         assert self._checkpoints is not None
+        if self.save_last and not self._last_checkpoint_saved:  # it was shorter than the interval
+            self._is_owed |= self._checkpoints.latest() != trainer.global_step
         if self._is_owed and not self._is_passed_over(trainer):
             self._save(trainer)
         self._checkpoints.wait()
         self._look_again()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._checkpoints is not None and self._should_save_on_exception(trainer):
+        asked = getattr(self, "save_on_exception", False)  # Lightning 2.5.0 has no such option
+        if asked and self._checkpoints is not None and self._should_save_on_exception(trainer):
             self._save(trainer, deadline=_LAST_TRY)
         self._close(quietly=True)
 
@@ -209,24 +216,35 @@ class TheCallback:
     def _save(self, trainer: Any, *, deadline: timedelta | None = None) -> None:
         assert self._checkpoints is not None
         self._is_owed, step = False, trainer.global_step
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics = {name: value for name, value in metrics.items() if value == value}
-        self._note(step, metrics, trainer.callback_metrics)  # before, for it is part of what is saved
+        metrics = self._measured(trainer, together=deadline is None)
+        self._note(step, metrics)  # before, for it is part of what is saved
         state = state_to_save(trainer, weights_only=self.save_weights_only)
         self._checkpoints.save(step, state, frozen=self._terms.frozen, deadline=deadline)
         self._last_global_step_saved = step
+        if deadline is not None:
+            return
         score = metrics.pop(SCORE, None)
         if score is not None:
             self._checkpoints.save_score(score, step=step)
         if metrics:
             self._checkpoints.save_metrics(metrics, step=step)
+        if self.monitor is not None and self.monitor not in trainer.callback_metrics:
+            say_missing(trainer, self.monitor)
 
-    def _note(self, step: int, metrics: Mapping[str, float], found: Mapping[str, Any]) -> None:
+    def _measured(self, trainer: Any, *, together: bool) -> dict[str, float]:
+        """What was logged, as far as it can be compared. Rank 0's counts for all, unless they may not come: ranks log
+        values of their own, and what is best, and what is to be agreed on, must not differ."""
+        assert self._checkpoints is not None
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        logged = {name: value for name, value in logged.items() if value == value}
+        return dict(self._checkpoints._do("logged", lambda: logged)) if together else logged
+
+    def _note(self, step: int, metrics: Mapping[str, float]) -> None:
         place = self._last_checkpoint_saved = self.last_model_path = place_of(self._root, step)
         if self.monitor is None:
             self.best_model_path = place
         elif self.monitor in metrics:
-            self.best_k_models[place] = found[self.monitor].detach().clone()
+            self.best_k_models[place] = torch.tensor(metrics[self.monitor])
             self._rank()
 
     def _rank(self) -> None:

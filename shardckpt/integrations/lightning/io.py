@@ -65,7 +65,9 @@ class TheIO:
         with closing(self._manager(path)) as manager:
             if _steps(manager):
                 return dict(manager.load_last_checkpoint()[1])
-        return dict(self._other.load_checkpoint(path, map_location=map_location, weights_only=weights_only))
+        # Lightning 2.5 has no `weights_only` here, and does not ask for it.
+        asked = {} if weights_only is None else {"weights_only": weights_only}
+        return dict(self._other.load_checkpoint(path, map_location=map_location, **asked))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Lightning removes one when it has handed over what takes its place: so it goes when that is committed."""

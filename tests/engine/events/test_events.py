@@ -165,6 +165,17 @@ def test_a_subscriber_that_hangs_holds_up_no_save(monkeypatch: pytest.MonkeyPatc
     assert "left behind" in caplog.text
 
 
+def test_one_that_returns_while_it_is_looked_at_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at the clock and the look at what it was told; whoever tells must not fail for it."""
+    heard: list[sc.Event] = []
+    events = EventStream(0)
+    events.subscribe(heard.append)
+    monkeypatch.setattr(events._listeners[0], "_takes_too_long", lambda: True)
+    events.tell(sc.Deleted, 1)
+    events.close()
+    assert names(heard) == [("Deleted", 1)]
+
+
 def test_who_has_had_enough_hears_no_more() -> None:
     heard: list[sc.Event] = []
     events = EventStream(0)

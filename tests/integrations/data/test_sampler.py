@@ -166,3 +166,18 @@ def test_the_loader_of_torchdata_goes_on_where_it_was(tmp_path: Path, workers: i
         data = loader()
         assert checkpoints.resume({"data": data}) is not None
         assert begun + [batch.tolist() for batch in data] == expected
+
+
+def test_streams_of_devices_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RngState` has put them back, and dropout goes on with them: a loader that begins must not set them anew."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    torch.manual_seed(1)
+    assert seeded, "torch would do so through this"
+    seeded.clear()
+    before = torch.get_rng_state()
+    sampler = sc.ResumableSampler(range(8), sc.Gangs.local())
+    assert sum(map(len, sampler.over(DataLoader(range(8), 2, sampler=sampler)))) == 8
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), before)

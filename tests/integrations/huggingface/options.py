@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -138,6 +139,8 @@ def resume_in_every_way(rank: int, world_size: int, shared: Path, folder: Path) 
 
 def refused(rank: int, world_size: int, shared: Path, folder: Path) -> list[str]:
     """What it says to what it cannot do."""
+    import transformers
+
     from shardckpt.errors import InvalidOperationError
     from shardckpt.integrations.huggingface import Trainer
 
@@ -152,4 +155,17 @@ def refused(rank: int, world_size: int, shared: Path, folder: Path) -> list[str]
         trainer.train()
     except InvalidOperationError as error:
         told.append(str(error))
+    trainer.is_deepspeed_enabled = False
+    trainer.args.push_to_hub = True
+    watched = logging.getLogger("shardckpt.integrations.huggingface.refusing")
+    watched.addFilter(lambda record: told.append(record.getMessage()))
+    trainer.train()
+    finalize = transformers.Trainer._finalize_training
+    del transformers.Trainer._finalize_training
+    try:
+        trainer.train()
+    except InvalidOperationError as error:
+        told.append(str(error).replace(transformers.__version__, "5.0"))
+    finally:
+        transformers.Trainer._finalize_training = finalize
     return told

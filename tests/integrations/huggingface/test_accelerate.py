@@ -56,6 +56,12 @@ def test_its_words_keep_their_meaning(forks: Forks, tmp_path: Path) -> None:
         "what a hook leaves to us": ["model_1"],
         "the hook's stays, ours is loaded": (True, False),
         "a step by its folder": [7],
+        "loaded from another run": True,
+        "saved into its own": (None, [1, 2]),
+        "which is left as it was": [9],
+        "hooks have a folder": [("own/step_1", True), ("own/checkpoint_2", True)],
+        "a name that is taken": "step 2",
+        "not torch's": "DEEPSPEED keeps its state itself: use accelerate.Accelerator with it",
         "nothing there, auto": None,
         "nowhere": "where to? give a folder, or Accelerator(checkpoints=...), or a project_dir",
     }

@@ -94,4 +94,6 @@ def test_what_it_cannot_do_it_refuses(forks: Forks, tmp_path: Path) -> None:
     assert told == [
         "a Trainer saves and loads checkpoints while train() runs; save_model() needs none",
         "deepspeed keeps its state itself: use transformers.Trainer with it",
+        "hub_strategy='every_save': checkpoints are not pushed; push_to_hub() after train() pushes the model",
+        "transformers 5.0 is too old: its Trainer has no _finalize_training, which came with 5.3",
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shardckpt.errors import CheckpointNotFoundError
+from shardckpt.errors import CheckpointNotFoundError, InvalidOperationError
 from shardckpt.tools.moving.step import StepSource
 
 
@@ -65,7 +65,37 @@ def keep_their_meaning(rank: int, world_size: int, shared: Path, folder: Path) -
     found["the hook's stays, ours is loaded"] = (torch.equal(now[0], before[0]), torch.equal(now[1], before[1]))
     found["a step by its folder"] = fourth.checkpoints.steps()
     fourth.end_training()
-    return found | asked_in_vain(folder)
+    return found | go_elsewhere(folder) | asked_in_vain(folder)
+
+
+def go_elsewhere(folder: Path) -> dict[str, Any]:
+    """From one run into another; names that are taken; hooks that want a folder."""
+    found: dict[str, Any] = {}
+    one, models = made()
+    one.save_state(folder / "pretrained" / "step_9")
+    saved = weights(models)
+    one.end_training()
+    two, models = made()
+    told: list[str] = []
+    two.register_save_state_pre_hook(lambda models, weights, place: told.append(place))
+    two.load_state(folder / "pretrained" / "step_9")
+    found["loaded from another run"] = all(map(torch.equal, weights(models), saved))
+    two.save_state(folder / "own" / "step_1")
+    two.save_state(step=2)
+    found["saved into its own"] = (two.checkpoints.wait(), two.checkpoints.steps())
+    two.load_state(folder / "pretrained" / "step_9")
+    found["which is left as it was"] = two.checkpoints.steps()
+    found["hooks have a folder"] = [(str(Path(place).relative_to(folder)), Path(place).is_dir()) for place in told]
+    two.end_training()
+    project = {"project_dir": str(folder / "named"), "automatic_checkpoint_naming": True}
+    three, _ = made(project=project)
+    three.project_configuration.iteration = 2
+    try:
+        three.save_state()
+    except ValueError as error:
+        found["a name that is taken"] = str(error).partition(" is in ")[0]
+    three.end_training()
+    return found
 
 
 def asked_in_vain(folder: Path) -> dict[str, Any]:
@@ -81,6 +111,11 @@ def asked_in_vain(folder: Path) -> dict[str, Any]:
         sixth.save_state()
     except ValueError as error:
         found["nowhere"] = str(error)
+    sixth.__class__ = type("DeepSpeeds", (type(sixth),), {"distributed_type": "DEEPSPEED"})
+    try:
+        sixth.save_state(folder / "step_1")
+    except InvalidOperationError as error:
+        found["not torch's"] = str(error)
     for accelerator in (fifth, sixth):
         accelerator.end_training()
     return found
