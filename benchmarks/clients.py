@@ -58,13 +58,12 @@ class Bare:
     def gets(self) -> dict[str, Callable[[str], object]]:
         """Those that give objects of their own, and those that fill memory that is made for it each time."""
         own: dict[str, Callable[[str], object]] = {}
-        for nbytes, threads in _GETS:
-            size = f"{nbytes} MiB x {threads}"
-            terms = {"nbytes": nbytes * _MiB, "threads": threads}
-            own[f"get, s3fs, {size}"] = partial(self._get_s3fs, **terms)
-            own[f"get, direct, {size}"] = partial(self._get_direct, **terms)
+        for mib, threads in _GETS:
+            size, nbytes = f"{mib} MiB x {threads}", mib * _MiB
+            own[f"get, s3fs, {size}"] = partial(self._get_s3fs, nbytes=nbytes, threads=threads)
+            own[f"get, direct, {size}"] = partial(self._get_direct, nbytes=nbytes, threads=threads)
             if self._obstore is not None:
-                own[f"get, obstore, {size}"] = partial(self._get_obstore, **terms)
+                own[f"get, obstore, {size}"] = partial(self._get_obstore, nbytes=nbytes, threads=threads)
         if self._obstore is not None:
             own["get, obstore, 8 MiB, by itself"] = self._get_obstore_ranges
         return own
