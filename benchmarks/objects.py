@@ -3,8 +3,9 @@
 A server of its own on this machine (SeaweedFS, its data in the folder for temporary files: set TMPDIR to choose), one
 process, state A. By turns in one process: ours (`CheckpointManager`, with each client), `dcp.save` and `dcp.load` with
 `FsspecWriter` and `FsspecReader`, and the same number of bytes put and got by bare clients: s3fs as shipped, s3fs with
-parts from several threads, obstore; each with several settings, of which the best one counts. Then several ranks that
-hold one state alike (`benchmarks.several`): all write against one writes, each byte read once against all read all.
+parts from several threads, obstore, and gets by what `client="direct"` is made of; each with several settings, of which
+the best one counts. Then several ranks that hold one state alike (`benchmarks.several`): all write against one writes,
+each byte read once against all read all.
 What was loaded is compared with what was saved before any number counts.
 """
 
@@ -12,36 +13,33 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import os
 import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import shardckpt as sc
 from benchmarks import several
 from benchmarks.cells import Spread
+from benchmarks.clients import Bare
 from benchmarks.engines.dcp import Dcp
 from benchmarks.limits import machine_facts
 from benchmarks.places import Place
 from benchmarks.rounds import wait_until_quiet
 from benchmarks.states import Shape, State, make
-from shardckpt.storage import open_storage
 from shardckpt.testing.servers import seaweed
 from shardckpt.testing.servers.seaweed import ObjectServer
 
-_MiB = 1 << 20
 GOALS = {"dcp": 3.0, "bare": 0.85}
+OURS = {"shardckpt": {}, "shardckpt, direct": {"client": "direct"}}
+"""By name, `storage_options`; as shipped first."""
 
 
 @dataclass
@@ -70,77 +68,6 @@ class Timings:
         )
 
 
-class Bare:
-    """The clients themselves: one object of as many bytes as the state has."""
-
-    def __init__(self, server: ObjectServer, nbytes: int) -> None:
-        storage: Any = open_storage(server.url, storage_options=server.options)
-        self._fs = storage._client()
-        self._bucket = server.bucket
-        self._obstore: Any = None
-        with suppress(ImportError):  # where it is installed, it is measured as well
-            self._obstore = importlib.import_module("obstore")
-            self._store = importlib.import_module("obstore.store").S3Store(
-                server.bucket,
-                access_key_id=server.access_key,
-                secret_access_key=server.secret_key,
-                endpoint=server.endpoint,
-                region="us-east-1",
-                client_options={"allow_http": True},
-            )
-        noise = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-        self._content = memoryview(noise.numpy().data).cast("B")
-
-    def puts(self) -> dict[str, Callable[[str], object]]:
-        own: dict[str, Callable[[str], object]] = {
-            "put, s3fs as shipped": lambda key: self._fs.pipe_file(f"{self._bucket}/{key}", bytes(self._content))
-        }
-        for part, threads in ((8, 4), (8, 8), (16, 4)):
-            own[f"put, s3fs, {part} MiB x {threads}"] = partial(self._put_s3fs, nbytes=part * _MiB, threads=threads)
-            if self._obstore is not None:
-                put = partial(self._put_obstore, nbytes=part * _MiB, threads=threads)
-                own[f"put, obstore, {part} MiB x {threads}"] = put
-        return own
-
-    def gets(self) -> dict[str, Callable[[str], object]]:
-        own: dict[str, Callable[[str], object]] = {"get, s3fs, 8 MiB x 16": self._get_s3fs}
-        return own if self._obstore is None else {**own, "get, obstore, 8 MiB": self._get_obstore}
-
-    def remove(self, key: str) -> None:
-        self._fs.rm_file(f"{self._bucket}/{key}")
-
-    def _put_obstore(self, key: str, *, nbytes: int, threads: int) -> None:
-        where, what = (self._store, key), self._content
-        self._obstore.put(*where, what, use_multipart=True, chunk_size=nbytes, max_concurrency=threads)
-
-    def _put_s3fs(self, key: str, *, nbytes: int, threads: int) -> None:
-        place = {"Bucket": self._bucket, "Key": key}
-        upload = self._fs.call_s3("create_multipart_upload", **place)["UploadId"]
-        cuts = range(0, len(self._content), nbytes)
-
-        def put(number: int) -> str:
-            body = bytes(self._content[cuts[number] : cuts[number] + nbytes])
-            answer = self._fs.call_s3("upload_part", **place, UploadId=upload, PartNumber=number + 1, Body=body)
-            return str(answer["ETag"])
-
-        with ThreadPoolExecutor(threads) as pool:
-            tags = list(pool.map(put, range(len(cuts))))
-        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]
-        self._fs.call_s3("complete_multipart_upload", **place, UploadId=upload, MultipartUpload={"Parts": parts})
-
-    def _ranges(self) -> tuple[list[int], list[int]]:
-        starts = list(range(0, len(self._content), 8 * _MiB))
-        return starts, [min(start + 8 * _MiB, len(self._content)) for start in starts]
-
-    def _get_s3fs(self, key: str) -> None:
-        starts, ends = self._ranges()
-        self._fs.cat_ranges([f"{self._bucket}/{key}"] * len(starts), starts, ends, batch_size=16, on_error="raise")
-
-    def _get_obstore(self, key: str) -> None:
-        starts, ends = self._ranges()
-        self._obstore.get_ranges(self._store, key, starts=starts, ends=ends, coalesce=0)
-
-
 class Bench:
     """The turns; each saves to a place of its own and leaves it, for deleting would disturb the next."""
 
@@ -153,8 +80,8 @@ class Bench:
         self._bare.puts()["put, s3fs, 8 MiB x 8"](self._key)
         # The environment says how to reach the server.
         self._managers = {
-            "shardckpt": sc.CheckpointManager(f"{self._root.url}/ours"),
-            "shardckpt, direct": sc.CheckpointManager(f"{self._root.url}/direct", storage_options={"client": "direct"}),
+            name: sc.CheckpointManager(f"{self._root.url}/{number}", storage_options=options)
+            for number, (name, options) in enumerate(OURS.items())
         }
         self._dcp = Dcp(state, self._root / "dcp", durable=True)
         for manager in self._managers.values():
@@ -175,6 +102,7 @@ class Bench:
     def close(self) -> None:
         for manager in self._managers.values():
             manager.close()
+        self._bare.close()
 
     def _ours(self, name: str, number: int) -> None:
         manager, state = self._managers[name], self._state.live
@@ -217,18 +145,21 @@ def told(timings: Timings, nbytes: int) -> str:
         assert busy is not None
         text = f"{spread.middle:.2f} ({spread.least:.2f}-{spread.most:.2f})"
         lines.append(f"| {name} | {text} | {nbytes / spread.middle / 1e6:.0f} | {busy.middle:.2f} |")
-    lines += ["", "| as fast as | times (range) | goal |", "| --- | ---: | ---: |"]
+    lines += ["", "| times as fast as (range) | s3fs | direct | goal |", "| --- | ---: | ---: | ---: |"]
     for what, bare in (("save", "put"), ("load", "get")):
-        for against, goal in ((f"{what}, dcp", GOALS["dcp"]), (timings.best(f"{bare},"), GOALS["bare"])):
-            ratio = _times(timings.seconds, against, f"{what}, shardckpt")
-            lines.append(f"| {what}: {against} | {ratio} | {goal:g} |")
+        best = timings.best(f"{bare},")
+        for against, goal in ((f"{what}, dcp", GOALS["dcp"]), (best, GOALS["bare"])):
+            ratios = [_times(timings.seconds, against, f"{what}, {name}") for name in OURS]
+            lines.append(f"| {what}: {against} | {' | '.join(ratios)} | {goal:g} |")
+        most = _times(timings.seconds, f"{what}, dcp", best)
+        lines.append(f"| {what}, dcp: {best} | {most} | {most} | |")
     lines += [
         "",
         "| direct, against s3fs | times as fast (range) | times less processor (range) |",
         "| --- | ---: | ---: |",
     ]
     for what in ("save", "load"):
-        pair = f"{what}, shardckpt", f"{what}, shardckpt, direct"
+        pair = [f"{what}, {name}" for name in OURS]
         lines.append(f"| {what} | {_times(timings.seconds, *pair)} | {_times(timings.busy, *pair)} |")
     return "\n".join(lines)
 
@@ -247,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4, help="of the job with several processes (default: 4; 1: none)")
     parser.add_argument("--patience", type=float, default=0.0, metavar="S", help="wait so long for a quiet machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the seconds of every turn here")
+    parser.add_argument("--tls", action="store_true", help="by https, with a certificate of its own")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     facts, nbytes = machine_facts(Path(tempfile.gettempdir())), int(options.gb * 1e9)
     together: dict[str, list[float]] = {}
-    with seaweed.running(bucket="benchmark") as server:
+    with seaweed.running(bucket="benchmark", tls=options.tls) as server:
         os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where, and for the ranks
         state = make(Shape("A", nbytes), rank=0, mesh=None)
         bench = Bench(server, state)
@@ -259,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.round(number, options.patience)
         bench.close()
         print(", ".join(f"{key}: {value}" for key, value in facts.items()))
-        print(f"\nOne process, state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, SeaweedFS beside it:\n")
+        way = "by https" if options.tls else "by http"
+        print(f"\nOne process, state A, {state.nbytes / 1e9:.2f} GB, {options.rounds} rounds, SeaweedFS {way}:\n")
         print(told(bench.timings, state.nbytes), flush=True)
         if options.ranks > 1:
             with tempfile.TemporaryDirectory(prefix="shardckpt-bench-") as folder:

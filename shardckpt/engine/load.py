@@ -18,8 +18,9 @@ import torch
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.loading.contents import Contents
+from shardckpt.engine.loading.fetching.arena import Arena
 from shardckpt.engine.loading.fetching.borrow import fetch_from
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, Need, check_region, find_stored
+from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, Need, check_region, find_stored
 from shardckpt.engine.loading.fetching.meter import Meter
 from shardckpt.engine.loading.fetching.straight import Straight, fetch_straight_from
 from shardckpt.engine.loading.fit import Fit, WantedTensor

@@ -9,7 +9,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -25,6 +25,7 @@ from shardckpt.storage.retrying import RetryPolicy
 from shardckpt.storage.transfer.amounts import Transfers
 from shardckpt.storage.transfer.ranges import Run, as_bytes, merge
 from shardckpt.storage.transfer.several import for_each
+from shardckpt.storage.transfer.summing import sums_of
 
 T = TypeVar("T")
 
@@ -47,7 +48,9 @@ class _Bulk(Protocol):
 
     def put_part(self, fs: Any, path: str, upload: str, number: int, content: memoryview) -> str: ...
 
-    def get_range(self, fs: Any, path: str, offset: int, into: Sequence[memoryview]) -> int: ...
+    def get_range(
+        self, fs: Any, path: str, offset: int, into: Sequence[memoryview], sums: list[int] | None = None
+    ) -> int: ...
 
 
 class S3Storage(FsspecStorage):
@@ -221,17 +224,28 @@ class S3Storage(FsspecStorage):
         return self._call(self._what("read", key), lambda fs: requests.get_object(fs, path))
 
     def read_into(self, reads: Sequence[Read]) -> None:
+        self._get_all(reads, summed=False)
+
+    def read_summed(self, reads: Sequence[Read]) -> list[int]:
+        return sums_of(reads, self._get_all(reads, summed=True))
+
+    def _get_all(self, reads: Sequence[Read], *, summed: bool) -> Iterator[tuple[int, int]]:
+        """CRC and bytes of each buffer of each run, in order; none if they are not `summed`."""
         for read in reads:
             checked(check_key(read.key))
         runs = merge(reads, run_nbytes=self._transfers.request_nbytes, run_buffers=1 << 20)
-        for_each(runs, self._get, threads=self._transfers.concurrency)
+        sums = [list[int]() if summed else None for _ in runs]
+        for_each(zip(runs, sums, strict=True), self._get, threads=self._transfers.concurrency)
+        found = ((run, own) for run, own in zip(runs, sums, strict=True) if own is not None)
+        return ((crc, len(buffer)) for run, own in found for crc, buffer in zip(own, run.into, strict=True))
 
-    def _get(self, run: Run) -> None:
+    def _get(self, wanted: tuple[Run, list[int] | None]) -> None:
+        run, sums = wanted
         path = self._path(run.key)
 
         def get(fs: Any) -> int:
             try:
-                return self._bulk.get_range(fs, path, run.offset, run.into)
+                return self._bulk.get_range(fs, path, run.offset, run.into, sums)
             except Exception as error:
                 self._raise_if_too_short(run, error)
                 raise

@@ -1,5 +1,6 @@
 """The main job on S3, beside a real server: save, kill in the middle of a save, resume on another mesh, keep the last
-ones, the whole model in one file, every byte verified."""
+ones, the whole model in one file, every byte verified; what the killed one had begun to put is swept, while uploads of
+other programs go on."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -149,6 +151,31 @@ def check_that_verify_finds_damage(server: S3Server, url: str, steps: list[int])
     assert found_by_verify(server, url) == sound
 
 
+class Foreign:
+    """An upload of another program, by a client of its own: a part of it is there, and another one still to come."""
+
+    def __init__(self, server: S3Server, path: str) -> None:
+        self._call, self._cat = server.file_system.call_s3, partial(server.file_system.cat_file, path)
+        bucket, _, key = path.removeprefix("s3://").partition("/")
+        self._place = {"Bucket": bucket, "Key": key}
+        self._upload = {**self._place, "UploadId": self._call("create_multipart_upload", **self._place)["UploadId"]}
+        self._parts = [self._put(1, b"1" * PART)]
+
+    def _put(self, number: int, content: bytes) -> dict[str, object]:
+        answer = self._call("upload_part", **self._upload, PartNumber=number, Body=content)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    def finish(self) -> bool:
+        """Whether it could be, and what it put is all there."""
+        self._parts.append(self._put(2, b"2"))
+        self._call("complete_multipart_upload", **self._upload, MultipartUpload={"Parts": self._parts})
+        return bool(self._cat() == b"1" * PART + b"2")
+
+
+def uploads_of(storage: S3Storage) -> list[str]:
+    return [key for key, _ in storage.list_uploads()]
+
+
 def sweep(storage: S3Storage) -> list[str]:
     """What a later job does that lives for longer than its patience."""
     now = [0.0]
@@ -174,6 +201,9 @@ def test_save_kill_resume_on_another_mesh_keep_the_last_export_and_verify(
     server: S3Server, ranks: ProcessPool, tmp_path: Path, before: Layout, after: Layout
 ) -> None:
     url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
+    # In the run, in a folder of a step, and beside the run under a name that begins alike.
+    inside = ["exports/large", f"step_{KILLED_AT}/of somebody/large"]
+    foreign = [Foreign(server, path) for path in (*(f"{url}/{key}" for key in inside), f"{url}-of-another/rank_0.pt")]
     terms = replace(server), url  # without the client that it may have, which cannot go to other processes
     *alive, dead = ranks.run_settled(before.ranks, train, *terms, before, tmp_path, timeout=60)
     assert "killed by signal 9" in str(dead.error)
@@ -181,7 +211,8 @@ def test_save_kill_resume_on_another_mesh_keep_the_last_export_and_verify(
     storage = storage_of(server, url)
     assert Catalog(storage).steps() == [LAST_SAVED - 1, LAST_SAVED]
     # Where nobody is left to clean up, the upload lies there unfinished.
-    assert [key.rpartition("/")[2] for key, _ in storage.list_uploads()] == (["rank_0.pt"] if not alive else [])
+    ours = [key.rpartition("/")[2] for key in uploads_of(storage) if key not in inside]
+    assert ours == (["rank_0.pt"] if not alive else [])
 
     found = ranks.run(after.ranks, resume, *terms, after, tmp_path, timeout=60)
     assert found == [(LAST_SAVED, [])] * after.ranks
@@ -197,5 +228,6 @@ def test_save_kill_resume_on_another_mesh_keep_the_last_export_and_verify(
     assert all(name.startswith(f"step_{KILLED_AT}/") for name in swept)
     assert bool(swept) == (not alive)
     assert set(walk(storage)) == {key for step in kept for key in keys_of(storage, step)}  # the bytes are gone, too
-    assert storage.list_uploads() == []
+    assert uploads_of(storage) == inside
+    assert all(upload.finish() for upload in foreign)
     check_that_verify_finds_damage(server, url, kept)

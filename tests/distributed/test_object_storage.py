@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ LIMIT = timedelta(seconds=60)
 """Nothing here may hang for so long."""
 
 
-def small_parts(server: S3Server, url: str) -> S3Storage:
-    return server.storage(url, transfers=Transfers(whole_nbytes=5 << 20, part_nbytes=5 << 20))
+def small_parts(server: S3Server, url: str, **options: Any) -> S3Storage:
+    return server.storage(url, transfers=Transfers(whole_nbytes=5 << 20, part_nbytes=5 << 20), **options)
 
 
 def test_ranks_put_one_object_of_a_real_server_together(server: S3Server) -> None:
@@ -44,11 +45,12 @@ def test_ranks_put_one_object_of_a_real_server_together(server: S3Server) -> Non
 
 
 @pytest.mark.leaks(threads=("Thread-",), why="the proxy's, one for each connection that a client keeps")
-def test_faults_on_the_way_are_counted_in_the_report_and_tear_nothing(server: S3Server) -> None:
+@pytest.mark.parametrize("client", ["s3fs", "direct"])
+def test_faults_on_the_way_are_counted_in_the_report_and_tear_nothing(server: S3Server, client: str) -> None:
     place = f"{server.bucket}/{uuid.uuid4().hex}"
     with proxy.before(server.endpoint) as harmful:
         through = S3Server(harmful.endpoint, server.bucket, server.access_key, server.secret_key)
-        storage = small_parts(through, f"s3://{place}")
+        storage = small_parts(through, f"s3://{place}", client=client)
         state = {"weights": torch.arange(5 << 20, dtype=torch.float32)}
         with sc.CheckpointManager(storage) as manager:
             manager.save(1, state).result()
@@ -62,7 +64,7 @@ def test_faults_on_the_way_are_counted_in_the_report_and_tear_nothing(server: S3
                 manager.save(3, state).result()
             assert manager.steps() == [1, 2]
             harmful.heal()
-            harmful.harm(Harm.TRUNCATED, "get", times=2)
+            harmful.harm(Harm.TRUNCATED, "get", key="rank_0", times=2)
             loaded = {"weights": torch.zeros(5 << 20)}
             manager.load(2, loaded)
             assert torch.equal(loaded["weights"], state["weights"])
@@ -70,13 +72,14 @@ def test_faults_on_the_way_are_counted_in_the_report_and_tear_nothing(server: S3
 
 
 @pytest.mark.leaks(threads=("Thread-",), why="the proxy's, one for each connection that a client keeps")
-def test_answers_that_come_too_late_are_asked_for_again(server: S3Server) -> None:
+@pytest.mark.parametrize("client", ["s3fs", "direct"])
+def test_answers_that_come_too_late_are_asked_for_again(server: S3Server, client: str) -> None:
     """By a client that waits for a second: parts, their end, the record and ranges that were done but not answered."""
     url = f"s3://{server.bucket}/{uuid.uuid4().hex}"
     state = {"weights": torch.arange(5 << 20, dtype=torch.float32)}
     with proxy.before(server.endpoint) as harmful:
         options = {**server.options, "endpoint_url": harmful.endpoint, "config_kwargs": {"read_timeout": 1}}
-        with sc.CheckpointManager(url, storage_options=options) as manager:
+        with sc.CheckpointManager(url, storage_options={**options, "client": client}) as manager:
             manager.save(1, state).result()
             for kind in ("create_upload", "part", "complete", "put"):
                 harmful.harm(Harm.LATE, kind, key="step_2")

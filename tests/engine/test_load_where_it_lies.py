@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import shardckpt as sc
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.loading.fetching import borrow, straight
+from shardckpt.engine.loading.fetching import arena, borrow, pieces, straight
+from shardckpt.engine.loading.fetching.arena import Arena
 from shardckpt.engine.loading.fetching.borrow import Borrowed, fetch_from
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetched, Need
+from shardckpt.engine.loading.fetching.fetch import Fetched, Need
 from shardckpt.engine.loading.fetching.straight import Straight
 from shardckpt.engine.loading.integrity import Region, runs_of
 from shardckpt.engine.loading.sources import Sources
@@ -32,6 +33,7 @@ from shardckpt.format.placement import Box
 from shardckpt.format.record.files import keys_in
 from shardckpt.storage import LocalStorage, MemoryObjects, Read
 from shardckpt.storage.posix.map import MappedFile
+from shardckpt.testing.faults import flip_byte
 from shardckpt.testing.gangs import run_ranks
 from tests.engine.states import assert_same, snapshot, train, training
 
@@ -52,6 +54,14 @@ def write(folder: Path, name: str, tensors: list[torch.Tensor], *, gap: int = 10
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content + b"tail")
     return records
+
+
+class Summing(LocalStorage):
+    """As S3 does it."""
+
+    def read_summed(self, reads: Sequence[Read]) -> list[int]:
+        self.read_into(reads)
+        return [crc32(read.into) for read in reads]
 
 
 def need(file: str, record: StoredRecord, region: Region | None = None) -> Need:
@@ -114,9 +124,9 @@ def test_any_region_to_any_place(tmp_path_factory: pytest.TempPathFactory, wante
     storage = LocalStorage(root)
     whole = (root / "step_1" / "a.pt").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(borrow, "_PIECE", 64)
+        patch.setattr(pieces, "PIECE", 64)
         patch.setattr(borrow, "_CLOSE", rng.choice([0, 100, 1 << 16]))
-        for fetch in (Arena(storage, HERE), Borrowed(storage, HERE)):
+        for fetch in (Arena(storage, HERE), Arena(Summing(root), HERE), Borrowed(storage, HERE)):
             items = [
                 fetch.add(need("a.pt", record, region), record)
                 for record, (_, region) in zip(records, wanted, strict=True)
@@ -136,6 +146,21 @@ def test_any_region_to_any_place(tmp_path_factory: pytest.TempPathFactory, wante
         patch.setattr(straight, "_PIECE", rng.choice([64, 1 << 20]))
         patch.setattr(straight, "_SHORT", rng.choice([0, 50]))
         read_straight(Straight(storage, HERE), [*zip(tensors, records, wanted, strict=True)], rng)
+
+
+def test_what_was_summed_up_as_it_came_is_not_gone_over_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is believed: neither a sound file is refused nor a damaged one taken."""
+    tensors = [torch.arange(3000.0), torch.zeros(0), torch.ones(7)]
+    records = write(tmp_path / "step_1", "a.pt", tensors)
+    monkeypatch.setattr(arena, "crc32", lambda _: pytest.fail("summed up twice"))
+    for flipped, found in ((None, []), (records[0].at + 11_000, ["a.pt"])):
+        if flipped is not None:
+            flip_byte(tmp_path / "step_1" / "a.pt", flipped)
+        fetch = Arena(Summing(tmp_path), HERE)
+        for record in records[::2]:
+            fetch.add(need("a.pt", record), record)
+        assert fetch.read(()) == (found, [])
+        fetch.release()
 
 
 def read_straight(fetch: Straight, wanted: list[Any], rng: random.Random) -> None:

@@ -6,6 +6,7 @@ import http.client
 import re
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -17,6 +18,8 @@ from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
+
+from shardckpt.testing.servers.certificate import Certificate
 
 
 class Harm(Enum):
@@ -120,10 +123,14 @@ class Proxy:
 
 
 @contextmanager
-def before(endpoint: str) -> Iterator[Proxy]:
-    """Serve on a free port of the loopback interface until the block ends."""
+def before(endpoint: str, *, certificate: Certificate | None = None) -> Iterator[Proxy]:
+    """Serve on a free port of the loopback interface until the block ends; by https, if there is a certificate."""
     server = _Server(("127.0.0.1", 0), _Handler)
-    server.proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}", endpoint)
+    if certificate is not None:
+        server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.tls.load_cert_chain(certificate.certificate, certificate.key)
+    scheme = "http" if server.tls is None else "https"
+    server.proxy = Proxy(f"{scheme}://127.0.0.1:{server.server_address[1]}", endpoint)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="proxy", daemon=True)
     thread.start()
     try:
@@ -140,6 +147,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     """Its clients keep connections open; they end with the client."""
+    tls: ssl.SSLContext | None = None
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        if self.tls is not None:  # they come to terms in the connection's own thread, as soon as it reads
+            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news here."""

@@ -79,6 +79,17 @@ def test_parts_go_out_of_the_callers_memory(storage: S3Storage, monkeypatch: pyt
     assert ranges(storage, "a", (0, 17 * MiB), (16 * MiB, MiB)) == [content, content[16 * MiB :]]
 
 
+def test_ranges_come_into_the_callers_memory(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """urllib3 would make an object of each piece, and copy it from there."""
+    from urllib3.response import HTTPResponse
+
+    content = filled(9 * MiB)
+    storage.put("a", [content])
+    for name in ("read", "readinto", "stream"):
+        monkeypatch.setattr(HTTPResponse, name, lambda *_: pytest.fail("through urllib3's own buffers"))
+    assert ranges(storage, "a", (1, 9 * MiB - 1)) == [content[1:]]
+
+
 def test_connections_are_used_again(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 

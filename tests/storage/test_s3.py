@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -10,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from shardckpt.storage import MemoryObjects, RetryPolicy, S3Storage, SharedPuts, Transfers, is_transient
+from shardckpt.storage import MemoryObjects, Read, RetryPolicy, S3Storage, SharedPuts, Transfers, is_transient
 from shardckpt.storage.objects import requests
 from shardckpt.storage.objects.parts import cut, nbytes_of, sizes
 from shardckpt.storage.objects.writeonce import WriteOnce
+from shardckpt.storage.transfer.summing import SummingStorage
 from shardckpt.testing.storage_suite import filled, ranges
 from tests.storage import proxy
 from tests.storage.proxy import Harm, Proxy
@@ -100,6 +102,17 @@ class TestFaults:
         harmful.harm(Harm.TRUNCATED, "get", times=3)
         assert ranges(storage, "large/first", (0, 7 * MiB)) == [filled(7 * MiB)]
         assert storage.read("first") == b"the probe is over"
+        assert storage.retries == 3
+
+    def test_what_was_summed_up_before_an_answer_broke_off_is_forgotten(
+        self, harmful: Proxy, storage: S3Storage
+    ) -> None:
+        harmful.harm(Harm.TRUNCATED, "get", times=3)
+        content, extents = filled(7 * MiB), [(3, 5 * MiB), (0, 3), (5 * MiB + 3, 0), (5 * MiB + 3, 2 * MiB - 3)]
+        reads = [Read("large/first", at, memoryview(bytearray(nbytes))) for at, nbytes in extents]
+        assert isinstance(storage, SummingStorage)
+        assert storage.read_summed(reads) == [zlib.crc32(content[at : at + nbytes]) for at, nbytes in extents]
+        assert [bytes(read.into) for read in reads] == [content[at : at + nbytes] for at, nbytes in extents]
         assert storage.retries == 3
 
     @pytest.mark.parametrize("harm", [Harm.STALL, Harm.STUCK])

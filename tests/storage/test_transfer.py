@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import threading
+import zlib
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from shardckpt.storage.transfer import several
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
 from shardckpt.storage.transfer.ranges import merge
 from shardckpt.storage.transfer.several import for_each
+from shardckpt.storage.transfer.summing import sums_of
 
 SOME_READS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 60), st.integers(0, 20)), max_size=30)
 
@@ -32,6 +35,18 @@ def test_merged_runs_ask_for_the_same_bytes(wanted, run_nbytes: int, run_buffers
     for read in reads:
         assert read.into == bytes((read.offset + step + ord(read.key)) % 256 for step in range(len(read.into)))
     assert [run.key for run in runs] == sorted(run.key for run in runs)
+
+
+@given(wanted=SOME_READS, run_nbytes=st.integers(1, 40), run_buffers=st.integers(1, 5))
+def test_the_sum_of_a_read_follows_from_those_of_its_runs(wanted, run_nbytes: int, run_buffers: int) -> None:
+    """However the reads were joined, cut and sorted, also several of the same bytes and of none."""
+    contents = {key: random.Random(key).randbytes(100) for key in "ab"}
+    reads = [Read(key, offset, memoryview(bytearray(nbytes))) for key, offset, nbytes in wanted]
+    runs, pieces = merge(reads, run_nbytes=run_nbytes, run_buffers=run_buffers), list[tuple[int, int]]()
+    for run in runs:
+        run.fill(contents[run.key][run.offset : run.end], url="")
+        pieces += [(zlib.crc32(buffer), len(buffer)) for buffer in run.into]
+    assert sums_of(reads, pieces) == [zlib.crc32(contents[key][at : at + n]) for key, at, n in wanted]
 
 
 def test_neighbours_become_one_run_and_gaps_do_not() -> None:

@@ -16,10 +16,13 @@ from shardckpt.format.record.columns import FilesByName, loose
 from shardckpt.format.record.files import keys_in
 from shardckpt.format.tree import decode_tree, map_leaves
 from shardckpt.state import Path, join_path
-from shardckpt.storage.base import Read, Storage
+from shardckpt.storage.base import Read, RenamingStorage, Storage
+from shardckpt.storage.transfer.several import for_each
 
 _SMALL = 1 << 20
 """Bytes of an index or a tree that are read without having looked whether the file has them."""
+_AT_ONCE = 8
+"""Files of an object store that are looked at together: each is a request."""
 
 
 class Contents:
@@ -44,14 +47,17 @@ class Contents:
 
     def check_sizes(self, names: Iterable[str]) -> None:
         """Raise `CheckpointDamagedError` for a file that is missing or of another size."""
-        for name in names:
-            expected = self._entry(name).nbytes
-            try:
-                nbytes = self._storage.size(self.key_of(name))
-            except FileNotFoundError as error:
-                raise self._damaged(name, "is missing") from error
-            if nbytes != expected:
-                raise self._damaged(name, f"has {nbytes} bytes, but {expected} were written")
+        threads = 1 if isinstance(self._storage, RenamingStorage) else _AT_ONCE
+        for_each(names, self._check_size, threads=threads)
+
+    def _check_size(self, name: str) -> None:
+        expected = self._entry(name).nbytes
+        try:
+            nbytes = self._storage.size(self.key_of(name))
+        except FileNotFoundError as error:
+            raise self._damaged(name, "is missing") from error
+        if nbytes != expected:
+            raise self._damaged(name, f"has {nbytes} bytes, but {expected} were written")
 
     def open(self, names: Iterable[str], trees: Iterable[str]) -> None:
         """Read, check and parse the indexes and trees of these files, all of them at once."""

@@ -44,8 +44,7 @@ class Sources:
         inside = f"{manifest.attempt}/"  # on object stores files lie below their attempt
         self._files = FilesByName(manifest.files)
         self._folder = inside if self._files.begins_with(inside) else ""
-        self._same_ranks = at.world_size == manifest.world_size
-        self._shard_count = manifest.shards  # a look at all ranks, and asked for each file
+        self._same_ranks, self._shard_count = at.world_size == manifest.world_size, manifest.shards
         self._same_shards = at.shards == self._shard_count
         own = [table for table in manifest.tables if self._same_ranks and at.rank in table.ranks]
         self._tables = own + [table for table in manifest.tables if table not in own]

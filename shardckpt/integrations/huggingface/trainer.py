@@ -143,7 +143,7 @@ class TrainerCheckpoints:
             return None
         is_newest = asked in (True, "auto")
         if not is_newest and is_trainers_own(asked):
-            return os.fspath(asked)
+            return str(os.fspath(asked))
         info = self._look_into(manager, True if is_newest else which_of(os.fspath(asked), here=self._here), folder)
         if info is not None:
             return info

@@ -50,7 +50,9 @@ class Direct:
             answer.raw.close()
         return str(answer.headers["ETag"])
 
-    def get_range(self, fs: Any, path: str, offset: int, into: Sequence[memoryview]) -> int:
+    def get_range(
+        self, fs: Any, path: str, offset: int, into: Sequence[memoryview], sums: list[int] | None = None
+    ) -> int:
         end = offset + sum(map(len, into))
         url, headers = self._readable(fs, path), {"Range": f"bytes={offset}-{end - 1}"}
         answer = self._send(fs, path, "GET", url, headers, None)
@@ -59,7 +61,7 @@ class Direct:
                 _raise_for(answer, "GetObject")
             if offset and not answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
                 raise NotImplementedError("the server gives whole objects where a range is asked for")
-            have = _fill(answer.raw, into)
+            have = _fill(answer.raw, into, sums)
         finally:
             answer.raw.close()
         if have < min(int(answer.headers.get("Content-Length", 0)), end - offset):
@@ -97,22 +99,31 @@ class Direct:
         raise lost
 
 
-def _fill(raw: Any, into: Sequence[memoryview]) -> int:
-    """The bytes as they come, into one buffer after the other; gives how many came."""
-    have = 0
+def _fill(raw: Any, into: Sequence[memoryview], sums: list[int] | None) -> int:
+    """The bytes as they come, into one buffer after the other; gives how many came, and what each buffer sums up to."""
+    # What urllib3 itself reads it copies once more. It is left out where there is such a thing behind it.
+    source = getattr(raw, "_original_response", None)
+    have, found = 0, list[int]()
     for buffer in into:
-        view = buffer
+        view, crc = buffer, 0
         while len(view):
             try:
-                came = raw.readinto(view[:_CHUNK])
+                came = (raw if source is None else source).readinto(view[:_CHUNK])
             except Exception as error:
                 lost = _lost(error)
             else:
                 if not came:
                     return have
+                if sums is not None:
+                    crc = isal_zlib.crc32(view[:came], crc)
                 view, have = view[came:], have + came
                 continue
             raise lost
+        found.append(crc)
+    if source is not None and source.isclosed():  # read to its end: the connection is free for the next request
+        raw.release_conn()
+    if sums is not None:
+        sums[:] = found
     return have
 
 

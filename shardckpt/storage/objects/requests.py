@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isal import isal_zlib
+
 from shardckpt.storage.objects.translate import number_of_code, service_codes
 
 _STAMP = "shardckpt-put"
@@ -147,11 +149,15 @@ def get_tagged(fs: Any, path: str) -> tuple[bytes, str]:
     return bytes(content), str(tag)
 
 
-def get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview]) -> int:
-    """Fill the buffers, one after the other, with the bytes from `offset` on, as they come; gives how many came."""
+def get_range(fs: Any, path: str, offset: int, into: Sequence[memoryview], sums: list[int] | None = None) -> int:
+    """Fill the buffers, one after the other, with the bytes from `offset` on, as they come; gives how many came, and in
+    `sums` the CRC-32 of each buffer, if it is given."""
     from fsspec.asyn import sync
 
-    return int(sync(fs.loop, _get_range, fs, path, offset, into))
+    have = int(sync(fs.loop, _get_range, fs, path, offset, into))
+    if sums is not None:
+        sums[:] = map(isal_zlib.crc32, into)  # in the caller's thread: the loop has the ranges of all others
+    return have
 
 
 def delete_objects(fs: Any, paths: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 _REMOTE_IO = getattr(errno, "EREMOTEIO", errno.EIO)
+_UNTRUSTED = getattr(errno, "EKEYREJECTED", errno.EACCES)
 _KNOWN = (FileExistsError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, ImportError)
 
@@ -83,6 +84,8 @@ _ADVICE: dict[int, str] = {
     errno.ECONNRESET: "no connection, or it broke: check endpoint_url, network and proxy",
     errno.EPROTO: "what came is no answer of such a server: is a proxy or a login page in between, or is endpoint_url "
     "wrong? Check them and try again",
+    _UNTRUSTED: "the certificate of the server is not trusted: if the server is the right one, name the file of the "
+    "authority that vouches for it (storage_options={'client_kwargs': {'verify': '...'}}, or AWS_CA_BUNDLE)",
     errno.EIO: "an unexpected failure of the storage library",
     errno.ENOTSUP: "this kind of storage cannot do that: choose another root",
 }
@@ -116,6 +119,8 @@ def _number(error: Exception) -> int:
             return _CODES[code]
     if isinstance(error, _KNOWN):
         return _number_of_class(error)
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):  # among lost connections, but it stays so
+        return _UNTRUSTED
     if isinstance(error, TimeoutError | asyncio.TimeoutError) or "Timeout" in type(error).__name__:
         return errno.ETIMEDOUT
     if isinstance(error, ConnectionError) or _is_one_of(error, _LOST_CONNECTION):

@@ -11,12 +11,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from shardckpt.testing.servers.certificate import new_certificate
 from shardckpt.testing.servers.process import ServerError, free_ports, process, started, status_of
 
 __all__ = ["ObjectServer", "ServerError", "program", "running"]
 
 _PORTS = tuple(f"{name}.port{kind}" for name in ("master", "volume", "filer", "s3", "admin") for kind in ("", ".grpc"))
+_TLS_PORT = "s3.port.https"
+"""Beside the other one, which is asked whether it is up."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ObjectServer:
     access_key: str
     secret_key: str
     pid: int
+    certificate: Path | None = None
+    """What clients must be told to trust, of a server behind TLS."""
 
     @property
     def url(self) -> str:
@@ -36,9 +42,10 @@ class ObjectServer:
         return f"s3://{self.bucket}"
 
     @property
-    def options(self) -> Mapping[str, str]:
+    def options(self) -> Mapping[str, Any]:
         """`storage_options`."""
-        return {"key": self.access_key, "secret": self.secret_key, "endpoint_url": self.endpoint}
+        trust = {"client_kwargs": {"verify": str(self.certificate)}} if self.certificate else {}
+        return {"key": self.access_key, "secret": self.secret_key, "endpoint_url": self.endpoint, **trust}
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -47,6 +54,7 @@ class ObjectServer:
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_ENDPOINT_URL_S3": self.endpoint,
+            **({"AWS_CA_BUNDLE": str(self.certificate)} if self.certificate else {}),
         }
 
 
@@ -57,23 +65,29 @@ def program() -> str | None:
 
 
 @contextmanager
-def running(*, bucket: str = "checkpoints") -> Iterator[ObjectServer]:
+def running(*, bucket: str = "checkpoints", tls: bool = False) -> Iterator[ObjectServer]:
     """Serve on free ports of the loopback interface until the block ends; nothing stays, neither process nor file.
+    `tls`: by https, with a certificate of its own.
 
     Called in the main thread of one process: the server dies with the thread that has started it, where the system
     has `setpriv`. `FileNotFoundError` if the program is not installed, `ServerError` if it does not start.
     """
-    with mortal(bucket=bucket) as server:
+    with mortal(bucket=bucket, tls=tls) as server:
         yield server.server
 
 
 class MortalServer:
     """A server that can be killed, and started again with what it holds. Used in the main thread, as `running`."""
 
-    def __init__(self, weed: str, bucket: str, folder: Path) -> None:
+    def __init__(self, weed: str, bucket: str, folder: Path, *, tls: bool = False) -> None:
         self._pair = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
-        self._ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        self._certificate = new_certificate(folder) if tls else None
+        names = (*_PORTS, _TLS_PORT) if tls else _PORTS
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._command = [weed, *_options(folder, self._ports), "-bucket", bucket]
+        if self._certificate:
+            self._command += ["-s3.cert.file", str(self._certificate.certificate)]
+            self._command += ["-s3.key.file", str(self._certificate.key)]
         self._bucket, self._folder = bucket, folder
         self._process = ExitStack()
         self._pid = 0
@@ -81,7 +95,10 @@ class MortalServer:
     @property
     def server(self) -> ObjectServer:
         """Where it is, or will be again."""
-        return ObjectServer(f"http://127.0.0.1:{self._ports['s3.port']}", self._bucket, *self._pair, self._pid)
+        if self._certificate is None:
+            return ObjectServer(f"http://127.0.0.1:{self._ports['s3.port']}", self._bucket, *self._pair, self._pid)
+        endpoint, trusted = f"https://127.0.0.1:{self._ports[_TLS_PORT]}", self._certificate.certificate
+        return ObjectServer(endpoint, self._bucket, *self._pair, self._pid, trusted)
 
     def start(self) -> None:
         """Returns when the gateway answers and has its bucket. `ServerError`."""
@@ -104,15 +121,15 @@ class MortalServer:
 
 
 @contextmanager
-def mortal(*, bucket: str = "checkpoints") -> Iterator[MortalServer]:
+def mortal(*, bucket: str = "checkpoints", tls: bool = False) -> Iterator[MortalServer]:
     """As `running`, of one that may be killed on the way."""
-    with started(partial(_started, _weed(), bucket)) as server:
+    with started(partial(_started, _weed(), bucket, tls)) as server:
         yield server
 
 
 @contextmanager
-def _started(weed: str, bucket: str, folder: Path) -> Iterator[MortalServer]:
-    server = MortalServer(weed, bucket, folder)
+def _started(weed: str, bucket: str, tls: bool, folder: Path) -> Iterator[MortalServer]:
+    server = MortalServer(weed, bucket, folder, tls=tls)
     try:
         server.start()
         yield server

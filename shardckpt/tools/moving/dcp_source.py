@@ -14,7 +14,8 @@ import torch
 from shardckpt.engine.consolidated.blocks import Block, common, position, stretch
 from shardckpt.engine.dcp.foreign.folder import DcpFolder, SavedValue
 from shardckpt.engine.dcp.foreign.locating import Located
-from shardckpt.engine.loading.fetching.fetch import NO_SUM, Arena, Fetched, Need
+from shardckpt.engine.loading.fetching.arena import Arena
+from shardckpt.engine.loading.fetching.fetch import NO_SUM, Fetched, Need
 from shardckpt.engine.loading.integrity import PartialSum, Region, join_sums
 from shardckpt.errors import CheckpointDamagedError, CheckpointLoadError, CheckpointNotFoundError
 from shardckpt.format.foreign.dcp import METADATA, Payload, StoredChunk

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,21 @@ def test_what_is_watched_is_read_in_batches_of_neighbours(monkeypatch: pytest.Mo
     given.clear()
     read_metered(storage, reads, Meter())
     assert given == [[("b", 2, 25), ("a", 7, 3), ("a", 0, 0), ("a", 3, 4)]]
+
+
+def test_what_is_summed_up_as_it_comes_is_so_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "_BATCH", 10)
+    content = bytes(range(1, 60))
+
+    class Summing(MemoryObjects):
+        def read_summed(self, reads: Sequence[Read]) -> list[int]:
+            self.read_into(reads)
+            return [zlib.crc32(read.into) for read in reads]
+
+    storage = Summing()
+    storage.put("a", [content])
+    watched = Meter()
+    for watched.watched in (True, False):
+        reads = [Read("a", at, memoryview(bytearray(nbytes))) for at, nbytes in ((0, 3), (20, 27), (3, 0), (5, 1))]
+        sums = [zlib.crc32(content[read.offset : read.offset + len(read.into)]) for read in reads]
+        assert read_metered(storage, reads, watched) == sums

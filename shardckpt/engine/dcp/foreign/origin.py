@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from shardckpt.engine.dcp.foreign.folder import DcpFolder
 from shardckpt.engine.dcp.reading import Found
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Need
+from shardckpt.engine.loading.fetching.arena import Arena
+from shardckpt.engine.loading.fetching.fetch import Fetch, Need
 from shardckpt.engine.loading.integrity import Region
 from shardckpt.errors import CheckpointLoadError
 from shardckpt.format.foreign.dcp import Payload, StoredChunk, StoredTensor

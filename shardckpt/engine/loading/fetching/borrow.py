@@ -16,17 +16,19 @@ import ctypes
 import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
-from shardckpt.engine.loading.fetching.fetch import Arena, Fetch, Fetched, KeyOf, Need, Summed, judge
+from shardckpt.engine.loading.fetching.arena import Arena
+from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter
+from shardckpt.engine.loading.fetching.pieces import THREADS, Part, Unit, copies, copy_all, cut, is_cut, units
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
 from shardckpt.format.checksum import crc32
@@ -35,24 +37,17 @@ from shardckpt.storage.base import Read, Storage
 from shardckpt.storage.transfer.lending import LendingStorage, Lent
 from shardckpt.storage.transfer.several import for_each
 
-_PIECE = 16 << 20
-"""Bytes that one thread looks at in one go; they count as memory meanwhile. With 4, 8, 16, 32 and 64 MiB a load of 1 GB
-in 300 tensors took 313, 276, 250, 245, 235 ms warm, 860, 712, 778, 747, 746 cold (medians of 11 and 7, by turns)."""
-THREADS = 2
 _CLOSE = 64 << 10
 """Bytes between two runs that are brought along with them: a call for each run would cost more."""
 _KEPT = 64
 """Files that stay borrowed between check and copy, so that they may be deleted meanwhile."""
 
 
-class _Part(Protocol):
+class _Part(Part, Protocol):
     @property
     def spans(self) -> Iterable[tuple[int, int]]:
         """The bytes that must be there: (first, behind the last) of each stretch."""
         ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 _P = TypeVar("_P", bound=_Part)
@@ -84,22 +79,15 @@ class _Copy:
     place: torch.Tensor
 
 
-@dataclass(slots=True)
-class Unit(Generic[_P]):
-    """What one thread does in one go."""
-
-    parts: list[_P] = field(default_factory=list)
-    nbytes: int = 0
-
-    def spans(self) -> list[tuple[int, int]]:
-        """What has to be there for it: few stretches, in order."""
-        joined: list[tuple[int, int]] = []
-        for start, end in (span for part in self.parts for span in part.spans):
-            if joined and joined[-1][0] <= start <= joined[-1][1] + _CLOSE:
-                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-            else:
-                joined.append((start, end))
-        return joined
+def _spans(unit: Unit[_P]) -> list[tuple[int, int]]:
+    """What has to be there for it: few stretches, in order."""
+    joined: list[tuple[int, int]] = []
+    for start, end in (span for part in unit.parts for span in part.spans):
+        if joined and joined[-1][0] <= start <= joined[-1][1] + _CLOSE:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def fetch_from(storage: Storage, key_of: KeyOf, files: Iterable[str], meter: Meter = UNWATCHED) -> Fetch:
@@ -198,28 +186,16 @@ class Borrowed:
 
 def _looks(item: Fetched) -> list[_Look]:
     """The region's bytes, run by run; of a long run, piece by piece, so that threads can share it."""
-    at, size = item.record.at, item.runs.nbytes
+    at = item.record.at
     return [
-        _Look(at + offset + start, min(_PIECE, size - start), offset + start)
+        _Look(at + offset + start, nbytes, offset + start)
         for offset in item.runs.offsets
-        for start in range(0, max(size, 1), _PIECE)
+        for start, nbytes in cut(item.runs.nbytes)
     ]
 
 
 def _summed(looks: Iterable[_Look]) -> Iterator[Summed]:
     return ((look.offset, look.nbytes, look.crc) for look in looks)
-
-
-def units(parts: Iterable[_P]) -> Iterator[Unit[_P]]:
-    unit: Unit[_P] = Unit()
-    for part in parts:
-        if unit.parts and unit.nbytes + part.nbytes > _PIECE:
-            yield unit
-            unit = Unit()
-        unit.parts.append(part)
-        unit.nbytes += part.nbytes
-    if unit.parts:
-        yield unit
 
 
 def _look_at(lent: Lent, meter: Meter, unit: Unit[_Look]) -> None:
@@ -234,15 +210,15 @@ def _look_at(lent: Lent, meter: Meter, unit: Unit[_Look]) -> None:
 
 
 def _copy(lent: Lent, gate: Gate, meter: Meter, inference: bool, unit: Unit[_Copy]) -> None:
-    with present(lent, unit), gate.passing(), torch.inference_mode(inference), torch.no_grad():
-        torch._foreach_copy_([copy.place for copy in unit.parts], [copy.source for copy in unit.parts])
+    with present(lent, unit), gate.passing():
+        copy_all(((copy.source, copy.place) for copy in unit.parts), inference=inference)
     meter.add(unit.nbytes)
 
 
 @contextmanager
 def present(lent: Lent, unit: Unit[_P]) -> Iterator[memoryview]:
     """The file's bytes, of which those of this unit can be looked at."""
-    spans = unit.spans()
+    spans = _spans(unit)
     for start, end in spans:
         lent.bring(start, end - start)
     with lent.view as view:
@@ -254,16 +230,13 @@ def present(lent: Lent, unit: Unit[_P]) -> Iterator[memoryview]:
 def _copies(lent: Lent, item: Fetched, place: torch.Tensor) -> Iterator[_Copy]:
     """The region as one copy; a large one whose elements lie in one row here and there, as several."""
     source, start = _source(lent, item), item.record.at + item.runs.offsets[0]
-    if len(item.runs.offsets) > 1 or not place.is_contiguous() or item.nbytes <= _PIECE:
+    if len(item.runs.offsets) > 1 or not is_cut(source, place):
         spans = [(item.record.at + at, item.record.at + at + item.runs.nbytes) for at in item.runs.offsets]
         yield _Copy(spans, item.nbytes, source, place)
         return
-    flat_source, flat_place, size = source.reshape(-1), place.view(-1), source.dtype.itemsize
-    step = _PIECE // size
-    for first in range(0, flat_source.numel(), step):
-        piece = flat_source[first : first + step]
-        at, nbytes = start + first * size, piece.numel() * size
-        yield _Copy(((at, at + nbytes),), nbytes, piece, flat_place[first : first + step])
+    for first, piece, target in copies(source, place):
+        at = start + first
+        yield _Copy(((at, at + piece.nbytes),), piece.nbytes, piece, target)
 
 
 def _source(lent: Lent, item: Fetched) -> torch.Tensor:

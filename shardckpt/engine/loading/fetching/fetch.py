@@ -2,14 +2,14 @@
 
 Nothing is copied before all ranks have checked all their bytes: a damaged checkpoint changes nothing. (2026-11: DESIGN
 had the reads go straight to the destinations; a load that fails half way would then leave a model that is half old
-and half new, for the user to train on.) Until then the bytes are kept in memory of our own (`Arena`), as from an
-object store, or stay where they lie (`Borrowed`, in `borrow`), as on a file system of this machine.
+and half new, for the user to train on.) Until then the bytes are kept in memory of our own (`arena`), as from an object
+store, or stay where they lie (`borrow`), as on a file system of this machine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TypeAlias
@@ -18,17 +18,14 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter, read_metered
 from shardckpt.engine.loading.fit import WantedTensor
-from shardckpt.engine.loading.integrity import PartialSum, Region, Runs, runs_of, sum_among_zeros
+from shardckpt.engine.loading.integrity import PartialSum, Region, Runs, sum_among_zeros
 from shardckpt.engine.loading.sources import Chunk
-from shardckpt.engine.saving.image import Image
-from shardckpt.format.archive import LINE
-from shardckpt.format.checksum import combine, crc32
+from shardckpt.format.checksum import combine
 from shardckpt.format.index import StoredBox, StoredRecord
 from shardckpt.format.manifest import TensorEntry
 from shardckpt.format.placement import Box
-from shardckpt.storage.base import Read, Storage
+from shardckpt.storage.base import Read
 
 WASTE = 512 << 10
 """Bytes that a rank may read in excess, over all its tensors, to get many short runs of a record in one read."""
@@ -99,83 +96,6 @@ class Fetch(Protocol):
     def release(self) -> None:
         """Give back what was read."""
         ...
-
-
-class Arena:
-    """All regions laid out in one buffer, which they are read into once: what is fetched from afar is kept."""
-
-    def __init__(self, storage: Storage, key_of: KeyOf, meter: Meter = UNWATCHED) -> None:
-        self._storage = storage
-        self._key_of = key_of
-        self._meter = meter
-        self._fetched: list[Fetched] = []
-        self._image = Image()
-        self._nbytes = 0
-        self._waste = WASTE
-        self._here: frozenset[str] = frozenset()
-
-    def add(self, need: Need, record: StoredRecord) -> Fetched:
-        item = Fetched(need, record, runs_of(record, need.region), self._nbytes)
-        excess = item.runs.span - item.runs.total
-        if excess and excess <= self._waste:
-            self._waste -= excess
-            item.spans = True
-        self._fetched.append(item)
-        self._nbytes = -(-(self._nbytes + item.nbytes) // LINE) * LINE
-        return item
-
-    def reads(self) -> list[Read]:
-        """All that is to be fetched; whoever does it says so by `have`."""
-        return list(self._reads())
-
-    def have(self, keys: Collection[str]) -> None:
-        """What is needed of these objects has come by other means."""
-        self._here = frozenset(keys)
-
-    def read(self, others: Sequence[Read]) -> tuple[list[str], list[PartialSum]]:
-        wanted = [read for read in self._reads() if read.key not in self._here]
-        wanted += others
-        self._meter.begin("reading", (len(read.into) for read in wanted))
-        read_metered(self._storage, wanted, self._meter)
-        return judge((item, self._summed(item)) for item in self._fetched)
-
-    def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:
-        """In the caller's thread: everything is in memory, so nothing can take long."""
-        with torch.no_grad():
-            for item, place in places:
-                place.copy_(self._tensor(item))
-
-    def release(self) -> None:
-        self._image.release()
-
-    def _reads(self) -> Iterable[Read]:
-        self._image.reserve(max(self._nbytes, 1))
-        view = self._image.view
-        for item in self._fetched:
-            key, at = self._key_of(item.need.file), item.record.at
-            if item.spans:
-                yield Read(key, at + item.runs.offsets[0], view[item.offset : item.offset + item.nbytes])
-                continue
-            position, size = item.offset, item.runs.nbytes
-            for offset in item.runs.offsets:
-                yield Read(key, at + offset, view[position : position + size])
-                position += size
-
-    def _summed(self, item: Fetched) -> Iterator[Summed]:
-        view, size, first = self._image.view, item.runs.nbytes, item.runs.offsets[0]
-        for number, offset in enumerate(item.runs.offsets):
-            at = item.offset + (offset - first if item.spans else number * size)
-            yield offset, size, crc32(view[at : at + size])
-
-    def _tensor(self, item: Fetched) -> torch.Tensor:
-        """The region's elements, in the shape of its box; a view of the buffer."""
-        dtype = getattr(torch, item.record.dtype)
-        shape = item.need.region.lengths
-        if not item.spans:
-            return self._image.tensor(item.offset, dtype, shape)
-        strides = torch.empty(item.record.shape, device="meta").stride()
-        flat = self._image.tensor(item.offset, dtype, (item.nbytes // dtype.itemsize,))
-        return flat.as_strided(shape, strides)
 
 
 def judge(items: Iterable[tuple[Fetched, Iterable[Summed]]]) -> tuple[list[str], list[PartialSum]]:

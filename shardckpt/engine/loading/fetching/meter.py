@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+from shardckpt.format.checksum import combine
 from shardckpt.storage.base import Read, Storage
 from shardckpt.storage.transfer.several import for_each
+from shardckpt.storage.transfer.summing import SummingStorage
 
 _BATCH = 64 << 20
 """Bytes after which a watched read says how far it is. Two batches are under way at once: together they are as many
@@ -48,27 +50,41 @@ UNWATCHED = Meter()
 """For those of whom nobody wants to know."""
 
 
-def read_metered(storage: Storage, reads: Sequence[Read], meter: Meter) -> None:
-    """As `storage.read_into`, which says nothing before all is there: batch by batch, if somebody watches."""
+def read_metered(storage: Storage, reads: Sequence[Read], meter: Meter) -> list[int]:
+    """As `storage.read_into`, which says nothing before all is there: batch by batch, if somebody watches. Gives the
+    CRC of each read where the storage sums up what comes, else nothing."""
     if not meter.watched:
-        storage.read_into(reads)
-        return
+        return _read(storage, reads)
+    found: list[list[tuple[int, int, int]]] = [[] for _ in reads]
 
-    def read(batch: list[Read]) -> None:
-        storage.read_into(batch)
-        meter.add(sum(len(each.into) for each in batch))
+    def read(batch: list[tuple[int, int, Read]]) -> None:
+        sums = _read(storage, [part for _, _, part in batch])
+        for (number, start, part), crc in zip(batch, sums, strict=False):
+            found[number].append((start, crc, len(part.into)))
+        meter.add(sum(len(part.into) for _, _, part in batch))
 
     for_each(_batches(reads), read, threads=2)
+    if not isinstance(storage, SummingStorage):
+        return []
+    return [combine((crc, nbytes) for _, crc, nbytes in sorted(pieces))[0] for pieces in found]
 
 
-def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
-    """Neighbours stay together, as the storage reads them by one request."""
-    batch, room = list[Read](), _BATCH
-    for read in sorted(reads, key=lambda read: (read.key, read.offset)):
-        start = 0
+def _read(storage: Storage, reads: Sequence[Read]) -> list[int]:
+    if isinstance(storage, SummingStorage):
+        return storage.read_summed(reads)
+    storage.read_into(reads)
+    return []
+
+
+def _batches(reads: Sequence[Read]) -> Iterator[list[tuple[int, int, Read]]]:
+    """Which read, from which of its bytes on, and a part of it. Neighbours stay together, as the storage reads them by
+    one request."""
+    batch, room = list[tuple[int, int, Read]](), _BATCH
+    for number in sorted(range(len(reads)), key=lambda number: (reads[number].key, reads[number].offset)):
+        read, start = reads[number], 0
         while start < len(read.into):
             piece = read.into[start : start + room]
-            batch.append(Read(read.key, read.offset + start, piece))
+            batch.append((number, start, Read(read.key, read.offset + start, piece)))
             start, room = start + len(piece), room - len(piece)
             if not room:
                 yield batch

@@ -27,10 +27,11 @@ from typing import cast
 import torch
 from torch.autograd.graph import increment_version
 
-from shardckpt.engine.loading.fetching.borrow import THREADS, Borrowed, Unit, fetch_from, present, units
+from shardckpt.engine.loading.fetching.borrow import Borrowed, fetch_from, present
 from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter
+from shardckpt.engine.loading.fetching.pieces import THREADS, Unit, units
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
 from shardckpt.format.checksum import crc32
