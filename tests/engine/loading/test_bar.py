@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import shardckpt as sc
-from shardckpt.engine.loading.fetching import bar, borrow, meter, straight
+from shardckpt.engine.loading.fetching import bar, borrow, meter, pieces, straight
 from shardckpt.engine.loading.fetching.meter import Meter, read_metered
 from shardckpt.gang.gangs import Gangs
 from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, Read, Storage
@@ -95,7 +95,7 @@ def test_it_stands_while_the_load_goes_on_and_then_no_more(
 ) -> None:
     monkeypatch.setattr("sys.stderr", screen.stream)
     storage = saved(LocalStorage(tmp_path) if way != "by way of memory" else MemoryStorage())
-    for module, name in ((borrow, "_PIECE"), (straight, "_PIECE"), (meter, "_BATCH")):
+    for module, name in ((pieces, "PIECE"), (straight, "_PIECE"), (meter, "_BATCH")):
         monkeypatch.setattr(module, name, 4000)
     seen, plain = threading.Event(), Meter.add
 
@@ -121,9 +121,9 @@ def test_it_is_not_there(
     reason: str, tmp_path: Path, screen: Screen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And then nothing is counted, nor read otherwise than ever."""
-    drawn, counted, plain = list[str](), list[int](), bar._draw
+    drawn, counted, plain, batches = list[str](), list[int](), bar._draw, meter._batches
     monkeypatch.setattr(bar, "_draw", lambda *given: (drawn.append(given[1]), plain(*given)))
-    monkeypatch.setattr(meter, "_batches", lambda reads: (counted.append(len(reads)), [list(reads)])[1])
+    monkeypatch.setattr(meter, "_batches", lambda reads: (counted.append(len(reads)), batches(reads))[1])
     path = tmp_path / "stderr"
     monkeypatch.setattr("sys.stderr", screen.stream)
     with path.open("w") as file:
