@@ -65,7 +65,11 @@ class DeadAttempts:
         names, uploads = self._catalog.storage.list(), _uploads(self._catalog.storage)
         self._tidy_probes(names, uploads, now)
         for attempt in self._attempts(names, uploads):
-            content = self._content(attempt)
+            try:
+                content = self._content(attempt)
+            except OSError as error:  # another user's, say: it must not keep the others from being looked at
+                _log.warning("what is in %s/%s cannot be told: %s", self._catalog.storage.url, attempt.folder, error)
+                continue
             since, known = self._seen.get(attempt.folder, (now, content))
             still[attempt.folder] = (since if known == content else now, content)
             if now - still[attempt.folder][0] >= self._grace_s and known == content and attempt.folder in self._seen:

@@ -7,6 +7,7 @@ from datetime import timedelta
 from shardckpt.run.catalog import Catalog
 from shardckpt.run.leftovers import DeadAttempts
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
+from shardckpt.testing.faults import FailingStorage, on
 from tests.run.making import commit, is_whole
 
 
@@ -37,6 +38,19 @@ def test_only_what_does_not_change_for_the_whole_grace_goes() -> None:
     clock.now = 199
     assert attempts.tidy() == [ALIVE]
     assert storage.list() == ["step_7.mine.tmp/", "step_8.0123456789abcdef.old/"]
+
+
+def test_one_that_cannot_be_looked_into_keeps_no_other_from_going() -> None:
+    """Another user's, in a root that several write to."""
+    storage, clock = MemoryStorage(), Clock()
+    for folder in (ALIVE, DEAD):
+        storage.put(f"{folder}/rank_0.pt", [b"some"])
+    closed = FailingStorage(storage, on("list", key=ALIVE), times=None, error=lambda: PermissionError("not yours"))
+    attempts = DeadAttempts(Catalog(closed), grace=timedelta(seconds=100), clock=clock)
+    for clock.now in (0, 100):
+        swept = attempts.tidy()
+    assert swept == [DEAD]
+    assert storage.list() == [f"{ALIVE}/"]
 
 
 def test_a_long_pause_between_two_looks_counts_only_if_it_was_seen_before() -> None:

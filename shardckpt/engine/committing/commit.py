@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
-from shardckpt.errors import CommitUnknownError, RootNotSharedError
+from shardckpt.errors import CheckpointSaveError, CommitUnknownError, RootNotSharedError
 from shardckpt.format.layout import MANIFEST, step_folder
-from shardckpt.format.manifest import Manifest, decode_manifest, encode_manifest
+from shardckpt.format.manifest import FileEntry, Manifest, decode_manifest, encode_manifest
 from shardckpt.storage.base import RenamingStorage, Storage
 from shardckpt.storage.transfer.exchange import exchange, saved_meanwhile
 
@@ -68,6 +69,24 @@ def check_room(storage: Storage, prefix: str) -> None:
         f"what rank 0 has made in {storage.url} is not there for this rank: the root must be one place for all ranks, "
         "a file system that all nodes mount or an object store"
     )
+
+
+def check_kept(storage: Storage, prefix: str, files: Iterable[FileEntry]) -> None:
+    """That what this rank wrote earlier, while the checkpoint was open, is still there. `CheckpointSaveError` if not.
+
+    A checkpoint may be open for as long as its user likes, and another job at this root takes an attempt on which
+    nothing happens for a leftover. What is written from now on keeps it from that.
+    """
+    for file in files:
+        try:
+            there = storage.size(f"{prefix}/{file.name}") == file.nbytes
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise CheckpointSaveError(
+                f"{prefix}/{file.name} in {storage.url}, which was written before, is no longer there: this checkpoint "
+                "was open for so long that another job has removed it as left over; save it again"
+            )
 
 
 def commit_attempt(

@@ -14,7 +14,7 @@ from shardckpt.engine.background.lease import Watch
 from shardckpt.engine.background.manners import Manners
 from shardckpt.engine.background.worker import is_ending
 from shardckpt.engine.carry import carry
-from shardckpt.engine.committing.commit import check_room
+from shardckpt.engine.committing.commit import check_kept, check_room
 from shardckpt.engine.committing.receipts import TableBook, describe_own
 from shardckpt.engine.committing.transaction import Transaction
 from shardckpt.engine.coordinates import Coordinates
@@ -173,6 +173,7 @@ class Committer:
             pace |= {"uploads": work.uploads, "blobs": self._blobs}
             if self._at.rank:
                 check_room(self._storage, prefix)
+            check_kept(self._storage, prefix, work.files)
             own = write_files(self._storage, prefix, sealed, work.pending.progress, **pace)
             report.nbytes -= own.reused_nbytes
             if self._at.rank == 0:

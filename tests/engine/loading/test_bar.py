@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import shardckpt as sc
-from shardckpt.engine.loading.fetching import bar, borrow, meter, pieces, straight
+from shardckpt.engine.loading.fetching import bar, meter, pieces, straight
 from shardckpt.engine.loading.fetching.meter import Meter, read_metered
 from shardckpt.gang.gangs import Gangs
 from shardckpt.storage import LocalStorage, MemoryObjects, MemoryStorage, Read, Storage
