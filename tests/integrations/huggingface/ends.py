@@ -81,7 +81,7 @@ def in_a_place_that_is_not_empty(rank: int, world_size: int, shared: Path, folde
     life(transformers.Trainer, theirs, {"max_steps": 4})
     for asked in (True, "auto"):
         trainer = evaluated(Trainer)(small_model(), arguments(theirs, max_steps=6), train_dataset=rows(16))
-        began = []
+        began: list[int] = []
         trainer.add_callback(_noting(began))
         trainer.train(resume_from_checkpoint=asked)
         found[f"what Trainer itself has written, {asked}"] = (began[0], steps_in(theirs))
