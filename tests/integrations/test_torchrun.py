@@ -83,8 +83,8 @@ def processes(folder: Path, *above: tuple[str, dict[str, str]]) -> Path:
 
 def test_torchrun_is_found_above_what_it_starts(tmp_path: Path) -> None:
     ours = {"A": "b", "TORCHELASTIC_RUN_ID": "train"}
-    shell: tuple[str, dict[str, str]] = ("bash start.sh", {})
-    wrapper = ("numactl python train.py", ours)
+    nothing: dict[str, str] = {}
+    shell, wrapper = ("bash start.sh", nothing), ("numactl python train.py", ours)
 
     def found(name: str, *above: tuple[str, dict[str, str]]) -> int | None:
         place = tmp_path / name

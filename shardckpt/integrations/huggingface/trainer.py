@@ -192,8 +192,11 @@ class TrainerCheckpoints:
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         self._measured = (self.state.global_step, numbers_of(metrics))
         base: Any = super()
+        is_new_best = bool(base._determine_best_metric(metrics, trial))
+        if is_new_best and self.args.save_strategy != "no":
+            self.state.best_global_step = self.state.global_step  # transformers 5.3 leaves "best" out
         # `save_strategy="best"` goes by what is given back; the last save before the end is due in any case.
-        return bool(base._determine_best_metric(metrics, trial)) or self._is_told_to_stop
+        return is_new_best or self._is_told_to_stop
 
     def _note_best(self, step: int) -> None:
         """As Trainer: the best step is one that has been saved."""

@@ -158,7 +158,7 @@ def refused(rank: int, world_size: int, shared: Path, folder: Path) -> list[str]
     trainer.is_deepspeed_enabled = False
     trainer.args.push_to_hub = True
     watched = logging.getLogger("shardckpt.integrations.huggingface.refusing")
-    watched.addFilter(lambda record: told.append(record.getMessage()) is None)
+    watched.addFilter(lambda record: told.append(record.getMessage()) or True)
     trainer.train()
     finalize = transformers.Trainer._finalize_training
     del transformers.Trainer._finalize_training
