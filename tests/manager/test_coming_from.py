@@ -52,7 +52,7 @@ def read(page: str) -> list[Row]:
         lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
         for line in lines:
             there, here, shown = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
-            tests = tuple((path, name) for path, name in re.findall(r"`([\w/]+\.py)::(\w+)`", shown))
+            tests = tuple((path, name) for path, name in re.findall(r"`([\w/]+\.py)::(?:\w+::)?(\w+)`", shown))
             rows.append(Row(system, there, here.replace("\\|", "|"), tests))
     return rows
 
@@ -62,7 +62,7 @@ def functions_of(path: str) -> frozenset[str]:
     """The test functions of a file, parametrised or not, without importing it; none if there is no such file."""
     file = ROOT / path
     tree = ast.parse(file.read_text() if file.is_file() else "")
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def unknown_calls(text: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from tests.testing.trainings import drifting, everything, job_on
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_resumed_training_is_uninterrupted_training(ranks, world_size):
     """AMP scaler, schedule, loader workers, dropout, accumulation; over the end of an epoch."""
-    assert_resumable(partial(everything, workers=1), before=(world_size,), pool=ranks)
+    assert_resumable(partial(everything, workers=2), before=(world_size,), pool=ranks)
 
 
 def test_on_other_meshes(ranks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from torch.distributed.fsdp import fully_shard
 
 import shardckpt as sc
 from shardckpt.errors import CheckpointDamagedError, CheckpointNotFoundError, InvalidStateError
+from shardckpt.run.catalog import Catalog
 from shardckpt.storage.memory import MemoryObjects
+from shardckpt.storage.open import open_storage
 from shardckpt.testing.faults import flip_byte
 from shardckpt.tools.merging.source import MergedSource
 from shardckpt.tools.moving.seam import Window
 from shardckpt.tools.moving.step import StepSource
 from tests.cli.test_listing import run
+from tests.storage.conftest import place, s3
+
+__all__ = ["place", "s3"]  # fixtures
 
 pytestmark = [
     pytest.mark.xdist_group("peft"),
@@ -208,7 +214,7 @@ class Layer(nn.Module):
         return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
 
 
-def train_sharded(rank: int, world_size: int, folder: Path, root: Path) -> None:
+def train_sharded(rank: int, world_size: int, folder: Path, root: str, options: dict[str, Any] | None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (world_size,))
@@ -218,7 +224,7 @@ def train_sharded(rank: int, world_size: int, folder: Path, root: Path) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with sc.CheckpointManager(root) as checkpoints:
+    with sc.CheckpointManager(root, storage_options=options) as checkpoints:
         for step in (1, 2):
             model(torch.randn(8, 33)).square().mean().backward()
             optimizer.step()
@@ -227,11 +233,24 @@ def train_sharded(rank: int, world_size: int, folder: Path, root: Path) -> None:
 
 
 def test_from_a_mesh(ranks, tmp_path):
-    """FSDP2 on two ranks, with uneven shards."""
-    ranks.run(2, train_sharded, tmp_path / "run")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    sc.merge_lora(tmp_path / "run", tmp_path / "a.pt", form="pt", config=config)
-    sc.export(tmp_path / "run", tmp_path / "b.pt", form="pt")
+    check_a_mesh(ranks, tmp_path, str(tmp_path / "run"), None)
+
+
+@pytest.mark.s3
+@pytest.mark.larger
+def test_from_a_mesh_on_an_object_store(ranks, tmp_path, s3, place):
+    check_a_mesh(ranks, tmp_path, place(s3), dict(s3.options))
+
+
+def check_a_mesh(ranks: Any, tmp_path: Path, root: str, options: dict[str, Any] | None) -> None:
+    """FSDP2 on two ranks, with uneven shards; the base of each rank is stored once."""
+    ranks.run(2, train_sharded, root, options)
+    config, means = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}, sc.Means(storage_options=options)
+    sc.merge_lora(root, tmp_path / "a.pt", form="pt", config=config, means=means)
+    sc.export(root, tmp_path / "b.pt", form="pt", means=means)
+    with closing(open_storage(root, storage_options=options)) as storage:
+        shared = [file.blob.rpartition("/")[2] for file in Catalog(storage).record(2)[1].files if file.blob]
+    assert sorted(shared) == ["frozen_rank_0.pt", "frozen_rank_1.pt"]
     found, apart = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "b.pt"))
     assert list(found) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     for layer in ("0", "2"):
