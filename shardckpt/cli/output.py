@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from threading import Lock
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import typer
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GOOD, PROBLEMS, UNUSABLE = 0, 1, 2
+
+MOMENT_S = 0.5
+"""What is over by then shows no bar."""
 
 Side: TypeAlias = Literal["left", "right"]
 Heads: TypeAlias = dict[str, Side]
@@ -71,8 +75,9 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
-    """Bars on stderr, on terminals only. Call it, in any thread, with the number of what is under way (a step, ...),
-    how many bytes of it have just been done, and how many it has."""
+    """A bar on stderr, on terminals only, and if it takes longer than a moment. Call it, in any thread, with the number
+    of what is under way (a step, ...), how many bytes of it have just been done, and how many it has; one is done after
+    the other."""
     if not sys.stderr.isatty():
         yield lambda part, nbytes, total: None
         return
@@ -81,16 +86,25 @@ def progress(what: str) -> Iterator[Callable[[int, int, int], None]]:
 
     amounts = (parts.DownloadColumn(), parts.TransferSpeedColumn(), parts.TimeRemainingColumn())
     columns = (parts.TextColumn("{task.description}"), parts.BarColumn(), *amounts)
-    tasks, lock = dict[int, parts.TaskID](), Lock()
-    with parts.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    tasks, lock, began = dict[int, parts.TaskID](), Lock(), monotonic()
+    bar = parts.Progress(*columns, console=Console(stderr=True), transient=True)
 
-        def advance(part: int, nbytes: int, total: int) -> None:
-            with lock:
-                if part not in tasks:
-                    tasks[part] = bar.add_task(f"{what} {part}", total=total)
+    def advance(part: int, nbytes: int, total: int) -> None:
+        with lock:
+            if part not in tasks:
+                for task in [*tasks.values()]:  # of thousands of steps, only the one that is under way has a line
+                    bar.remove_task(task)
+                tasks.clear()
+                tasks[part] = bar.add_task(f"{what} {part}", total=total)
             bar.advance(tasks[part], nbytes)
+            if not bar.live.is_started and monotonic() - began > MOMENT_S:
+                bar.start()
 
+    try:
         yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def print_json(content: Any, **more: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 from shardckpt.cli import output
 from shardckpt.storage.local import LocalStorage
@@ -84,8 +85,18 @@ def test_a_bar_on_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         bar(1, 5, 10)
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(output, "MOMENT_S", 60.0)
     with output.progress("step") as bar:
-        bar(1, 5, 10)
-        bar(1, 5, 10)
+        bar(1, 10, 10)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(output, "MOMENT_S", -1.0)
+    gone: list[int] = []
+    plain = Progress.remove_task
+    monkeypatch.setattr(Progress, "remove_task", lambda bar, task: (gone.append(task), plain(bar, task)))
+    with output.progress("step") as bar:
+        for step in (1, 2, 3):
+            bar(step, 5, 10)
+            bar(step, 5, 10)
     told, said = capsys.readouterr()
-    assert (told, "step 1" in said) == ("", True)
+    assert (told, "step 3" in said) == ("", True)
+    assert gone == [0, 1]  # of many steps, one line stands there

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import shardckpt as sc
@@ -162,3 +163,22 @@ def test_at_any_moment(tmp_path: Path, scale: Scale, scorecard: Scorecard) -> No
         assert_unharmed(folder / "run", name)
         shutil.rmtree(folder)
     scorecard.add("Ctrl-C in commands", runs=trials, notes=f"{interrupted} ended with 130, the others were faster")
+
+
+@pytest.mark.larger
+@pytest.mark.slow
+def test_in_the_middle_of_the_demo(tmp_path: Path) -> None:
+    """Once its ranks have been started: all of them are ended."""
+    choices = ["--mesh", "1x1", "--others", "none", "--size", "tiny", "--root", str(tmp_path)]
+    command = [sys.executable, "-m", "shardckpt", "demo", *choices]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("checkpoints in ")
+        ranks, until = list[psutil.Process](), time.monotonic() + 60
+        while not ranks:
+            assert time.monotonic() < until
+            ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=100)[1]
+    assert (process.returncode, said) == (130, "\nshardckpt demo: interrupted; all ranks were ended\n")
+    assert not any(rank.is_running() for rank in ranks)

@@ -46,6 +46,24 @@ def test_all_bytes_are_there(lent: MappedFile) -> None:
     assert lent.view == CONTENT
 
 
+def test_it_tells_what_is_in_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    lent = LocalStorage(tmp_path).lend("file")
+    assert lent.is_here(0, len(CONTENT))
+    assert lent.is_here(5000, 10)
+    assert not lent.is_here(0, 0)
+    assert not lent.is_here(99_999, 2)  # behind the end
+    lent.close()
+    os.truncate(path, 0)
+    os.truncate(path, 1 << 20)  # a hole, which nobody has read
+    lent = LocalStorage(tmp_path).lend("file")
+    assert not lent.is_here(0, 1 << 20)
+    lent.bring(50_000, 10)
+    assert lent.is_here(50_000, 10)
+    lent.close()
+
+
 def test_a_lent_file_cannot_be_written_to(lent: MappedFile) -> None:
     assert lent.view.readonly
 

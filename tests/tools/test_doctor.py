@@ -132,7 +132,7 @@ def test_a_machine_with_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, resource.RLIM_INFINITY))
     monkeypatch.setattr(machine, "_version", {"torch": "2.3.1+cpu", "fsspec": None}.get)
     found = by_name(examine_machine(str(tmp_path)))
-    assert found["memory"].what == "1 GB can be used now, by the limit of its control group"
+    assert found["memory"].what == "1 GB can be used now, as the limit of its control group allows"
     assert (found["open files"].level, "unlimited" in found["open files"].advice) == ("note", True)
     assert (found["shared memory"].level, found["torch"].level) == ("note", "problem")
     assert (found["fsspec"].what, "shardckpt[s3]" in found["s3fs"].advice) == ("is not installed", True)

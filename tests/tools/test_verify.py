@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,13 @@ import shardckpt as sc
 from shardckpt.storage.base import Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
+from shardckpt.storage.posix.map import MappedFile
 from shardckpt.testing.faults import CountingStorage, FailingStorage, TornStorage, flip_byte, on, truncate
 from shardckpt.tools.checking import summing
 from shardckpt.tools.checking.summing import Stretch, sums
 from tests.manager.transactions import Size
 from tests.run.making import start_attempt, walk
+from tests.scorecard import Scale
 from tests.tools.making import save, save_on, small_state
 
 
@@ -207,6 +211,46 @@ def test_sums_are_right_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch) -> 
         else:
             assert isinstance(crc, EOFError)
     assert isinstance(found[-1], FileNotFoundError)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_sampled_flipped_bytes_of_a_large_step_are_found(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch, scale: Scale
+) -> None:
+    """Summed up where they lie, as far as the page cache has them, or read."""
+    seen: list[bool] = []
+    plain = summing._sum_in_place
+    monkeypatch.setattr(summing, "_sum_in_place", lambda *given: (seen.append(plain(*given)), seen[-1])[1])
+    if not cached:
+        monkeypatch.setattr(MappedFile, "is_here", lambda *_: False)
+    with sc.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, {"model": {"w": torch.rand(2_500_000), "v": torch.rand(3)}}).result()
+    file = tmp_path / "step_1/model.pt"
+    size = len(file.read_bytes())  # and now it is in the page cache
+    dice = random.Random(1)
+    for at in [0, size - 1, (4 << 20) - 1, 4 << 20, *dice.sample(range(size), scale.runs(sample=6, full=2000))]:
+        flip_byte(file, at)
+        (problem,) = only(sc.verify(tmp_path)).problems
+        assert problem.file == "model.pt", at
+        flip_byte(file, at)
+    assert only(sc.verify(tmp_path)).verdict == "PARTIAL"
+    assert any(seen) == cached
+
+
+def test_what_cannot_be_brought_is_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = random.Random(2).randbytes(3 << 20)
+    (tmp_path / "a").write_bytes(content)
+    tried: list[int] = []
+
+    def bring(self: MappedFile, start: int, nbytes: int) -> None:
+        tried.append(start)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(MappedFile, "bring", bring)
+    whole, longer = sums(LocalStorage(tmp_path), [Stretch("a", 0, 3 << 20), Stretch("a", 5, 3 << 20)])
+    assert whole == zlib.crc32(content)
+    assert isinstance(longer, EOFError)
+    assert tried == [0]
 
 
 def test_memory_is_bounded_by_pieces_and_not_by_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,8 @@ def convert(
     if as_json:
         print_json(report)
     else:
-        what = f"{report.tensors} tensors, {size_text(report.nbytes)}, {', '.join(report.parts)}"
-        typer.echo(f"{report.kind}: {what}; written as {to}, step {report.step}")
+        what = f"{report.tensors} tensor{'s' * (report.tensors != 1)}, {size_text(report.nbytes)}"
+        typer.echo(f"{report.kind}: {what}, {', '.join(report.parts)}; written as {to}, step {report.step}")
     for note in report.notes:
         say(note)
 

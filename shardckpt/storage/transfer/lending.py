@@ -29,6 +29,10 @@ class Lent(Protocol):
         """Stays the same as long as nobody writes to the object."""
         ...
 
+    def is_here(self, start: int, nbytes: int) -> bool:
+        """Whether these bytes can be brought without being waited for, as far as the system tells: now, no promise."""
+        ...
+
     def bring(self, start: int, nbytes: int) -> None:
         """Returns when these bytes can be looked at. Lets other threads run meanwhile."""
         ...

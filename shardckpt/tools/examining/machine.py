@@ -68,7 +68,7 @@ def _memory(root: Path) -> Finding:
         if limit:
             room["the limit of its control group"] = max(0, limit - used)
     whose = min(room, key=lambda name: room[name])
-    what = f"{bytes_text(room[whose])} can be used now, by {whose}"
+    what = f"{bytes_text(room[whose])} can be used now, as {whose} allows"
     advice = "a save keeps one copy of a rank's state in memory; SavePolicy(staging='none') needs none"
     return Finding("memory", "good", what, advice, room[whose], "B")
 

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
+from shardckpt.engine.loading.selecting.names import Patterns
 from shardckpt.tools.looking.diff import BUDGET, Difference, compare, unheard
 from shardckpt.tools.moving.step import StepSource
 from shardckpt.tools.moving.writing.told import Told
@@ -56,7 +57,9 @@ def diff(
         return StepSource.open(where, rank=rank, budget_nbytes=budget // 4, storage_options=storage_options)
 
     with closing(opened(first)) as one, closing(opened(second)) as other:
-        own = tuple(dict.fromkeys((*one.differ, *other.differ)))
+        patterns = Patterns(only)
+        both = dict.fromkeys((*one.differ, *other.differ))
+        own = tuple(name for name in both if not only or patterns.matching(name))
         heard = unheard if told is None else partial(told, other.manifest.step)
         difference = compare(one, other, only=only, budget=budget // 2, told=heard)
         return StepsDiff(one.url, other.url, difference, own, rank)
