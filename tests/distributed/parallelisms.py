@@ -157,6 +157,10 @@ class Job:
             return sc.TensorSplit(self.module, {"*.experts.*": "own"}), self.optimizer
         return self.module, self.optimizer
 
+    def policy(self) -> sc.LoadPolicy | None:
+        """Groups that are plain values do not go by name: of pipeline stages they would be those of one stage."""
+        return sc.LoadPolicy(exclude=["optimizer.param_groups.*.params"]) if self.way == "FSDP1" else None
+
     def loaded(self, state: Mapping[str, Any]) -> None:
         """After a load into this state."""
         if self.way == "FSDP1":
