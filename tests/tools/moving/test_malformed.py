@@ -125,6 +125,7 @@ def refusal(folder: Path) -> str:
     return ""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", IMPORTERS, ids=lambda make: make.__name__)
 def test_a_spoilt_file_is_one_error_that_names_it(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path)
