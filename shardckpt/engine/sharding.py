@@ -73,6 +73,7 @@ def describe(name: str, tensor: torch.Tensor) -> Sharding | None:
     if not isinstance(tensor, DTensor):
         return None
     placements = tuple(_placement(name, placement) for placement in tensor.placements)
+    _check_order(name, getattr(tensor._spec, "shard_order", None) or (), placements)
     sharding = _over_root(tensor.device_mesh, placements)
     # Of an empty shard nothing is stored, so that there is nothing that copies could be compared with.
     return sharding if tensor._local_tensor.numel() else replace(sharding, assumed=False)
@@ -94,6 +95,16 @@ def check_tensor(name: str, tensor: torch.Tensor) -> str:
     if problem:
         raise InvalidStateError(f"{name} cannot be stored: it {problem}")
     return dtype
+
+
+def _check_order(name: str, order: Sequence[Any], placements: Sequence[str]) -> None:
+    """2026-11, torch 2.13: a spec may say that mesh dimensions cut a tensor in another order than from left to right,
+    which its placements do not tell. (Those of FSDP2 after TP do, by their split factors.)"""
+    other = next((dims for _, dims in order if list(dims) != sorted(dims)), None)
+    if other is not None and not any(placement.startswith("SS") for placement in placements):
+        raise InvalidStateError(
+            f"{name} was cut by the mesh's dimensions {other} in this order, which is not theirs; redistribute it first"
+        )
 
 
 def replica_count(mesh_shape: tuple[int, ...], placements: tuple[str, ...]) -> int:

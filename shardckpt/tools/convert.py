@@ -69,7 +69,8 @@ def convert(
 
     Args:
         source: a file (`*.safetensors`, `*.pt`, `*.bin`, `*.ckpt`), a folder of Hugging Face, Trainer, Lightning,
-            fairseq2 or DCP, or a run or step of ours; a path, URL or `Storage`.
+            fairseq2, torch_checkpointing or DCP, or a run or step of ours; a path, URL or `Storage`. Files of several
+            ranks are joined as their DTensors say; what each rank had of its own comes as `rng_0`, `rng_1`, ...
         target: the run, folder or file; a path, URL or `Storage`.
         to: "shardckpt", "safetensors", "pt" or "dcp".
         step: the number that it gets; if not given, the one that the source tells, or else 0.

@@ -157,6 +157,10 @@ class Job:
             return sc.TensorSplit(self.module, {"*.experts.*": "own"}), self.optimizer
         return self.module, self.optimizer
 
+    def policy(self) -> sc.LoadPolicy | None:
+        """Groups that are plain values do not go by name: of pipeline stages they would be those of one stage."""
+        return sc.LoadPolicy(exclude=["optimizer.param_groups.*.params"]) if self.way == "FSDP1" else None
+
     def loaded(self, state: Mapping[str, Any]) -> None:
         """After a load into this state."""
         if self.way == "FSDP1":
@@ -167,9 +171,9 @@ class Job:
     def held(self) -> dict[str, Any]:
         """Everything that this rank has: whole tensors, but for parts that were cut by hand. Called by all ranks."""
         if self.way == "FSDP1":
-            model, optimizer = get_state_dict(self.module, self.optimizer)
+            model, optimizer = self._halves()
             found = {name: full(value) for name, value in model.items()}
-            moments = {name: optimizer["state"][name] for name in optimizer["state"]}
+            moments = dict(optimizer["state"])
             rates = {name: group["lr"] for group in optimizer["param_groups"] for name in group["params"]}
         else:
             found = {name: full(value) for name, value in self.net.state_dict().items()}

@@ -73,7 +73,7 @@ def load(job: Job, run: Path, reference: Path) -> list[str]:
     state = job.state()
     with checkpoints(run, job.mesh) as manager:
         try:
-            assert manager.resume(state) is not None
+            assert manager.resume(state, policy=job.policy()) is not None
         except sc.CheckpointError as error:
             return [str(error)]
     job.loaded(state)

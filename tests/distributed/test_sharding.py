@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
 from torch.distributed.tensor.placement_types import Placement
 
 from shardckpt import InvalidStateError
@@ -77,3 +78,17 @@ def describe_a_sum(rank: int, world_size: int, folder: Path) -> None:
 
 def test_a_sum_that_is_still_to_be_done_is_refused(ranks):
     ranks.run(2, describe_a_sum)
+
+
+def describe_another_order(rank: int, world_size: int, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tensor = DTensor.from_local(torch.ones(2), mesh, [Shard(0), Shard(0)], run_check=False)
+    assert describe("w", tensor) is not None
+    vars(tensor._spec)["shard_order"] = (ShardOrderEntry(tensor_dim=0, mesh_dims=(1, 0)),)
+    with pytest.raises(InvalidStateError, match=r"w was cut by the mesh's dimensions \(1, 0\) in this order"):
+        describe("w", tensor)
+
+
+def test_shards_in_an_order_that_placements_do_not_tell_are_refused(ranks):
+    """They would be stored as other rows than they are."""
+    ranks.run(4, describe_another_order)

@@ -43,11 +43,15 @@ def text_of(placement: Placement) -> str:
 
 
 def files(
-    shape: tuple[int, ...] = (2, 2), placements: tuple[Placement, ...] = (Shard(0), Shard(1)), **options: Any
+    shape: tuple[int, ...] = (2, 2),
+    placements: tuple[Placement, ...] = (Shard(0), Shard(1)),
+    *,
+    whole: torch.Tensor = WHOLE,
+    **options: Any,
 ) -> Iterator[bytes]:
     """What each rank saved, with a tensor and a value that all have."""
     for rank in range(int(torch.tensor(shape).prod())):
-        state = {"w": part(WHOLE, shape, placements, rank), "t": torch.ones(3), "lr": 0.5}
+        state = {"w": part(whole, shape, placements, rank), "t": torch.ones(3), "log": [0.5 * n for n in range(60)]}
         torch.save(state, buffer := io.BytesIO(), **options)
         yield buffer.getvalue()
 

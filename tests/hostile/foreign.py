@@ -10,12 +10,14 @@ from random import Random
 from typing import Any
 
 import torch
+from torch.distributed.tensor import Replicate, Shard
 
 from shardckpt.errors import CheckpointError
 from shardckpt.storage.memory import MemoryStorage
 from shardckpt.tools.moving.folders import open_source
 from shardckpt.tools.moving.seam import Window
 from tests.hostile.attacks import PICKLES, zip_with
+from tests.hostile.dtensors import files
 from tests.hostile.formats import Format
 from tests.hostile.mutation import json_text, mutate_bytes, mutate_json, mutate_ops, ops_of
 
@@ -77,6 +79,12 @@ def _tree_of(archive: bytes) -> bytes:
 
 
 _OPS = ops_of(_tree_of(_SAVED))
+_RANKS = [*files((2,), (Shard(0),))]
+"""What two ranks saved, each a part of a tensor."""
+_ALIKE = next(files((2,), (Replicate(),), whole=torch.ones(3, 7)))
+"""What each of two saved, the whole."""
+_RECORDS = {"0": 84, "1": 8, "2": 12}
+"""The storages of the first of them: the part, the ranks of its mesh, what all have."""
 
 
 def change_archive(rng: Random, pool: Sequence[tuple[bytes, ...]]) -> bytes:
@@ -91,6 +99,20 @@ def change_archive(rng: Random, pool: Sequence[tuple[bytes, ...]]) -> bytes:
 
 def read_archive(data: bytes) -> None:
     _read({"f.pt": data})
+
+
+def change_rank_file(rng: Random, pool: Sequence[tuple[bytes, ...]]) -> bytes:
+    """The tree of one rank's file."""
+    if rng.random() < 0.1:
+        return mutate_bytes(rng, _RANKS[0])
+    ops = mutate_ops(rng, rng.choice(pool), pool)
+    storages = [(f"archive/data/{key}", bytes(size)) for key, size in _RECORDS.items()]
+    return zip_with([("archive/data.pkl", b"".join(ops)), ("archive/byteorder", b"little"), *storages])
+
+
+def read_rank_files(data: bytes) -> None:
+    """Beside that of the other, or as that of each."""
+    _read({"model_0.pt": data, "model_1.pt": data if b"Replicate" in data else _RANKS[1]})
 
 
 def _read(files: dict[str, bytes]) -> None:
@@ -117,8 +139,18 @@ def _ops_of(data: bytes) -> tuple[bytes, ...]:
 
 _ERRORS = (CheckpointError,)
 _LINES = (*_MODULES, "safetensors_source", "archive_source")
+_OF_RANKS = (*_LINES, "dtensors", "joined", "ranks")
 FOREIGN = (
     Format("safetensors", [_HEADER], change_safetensors, read_safetensors, _ERRORS, _LINES, _header_of),
     Format("weight map", [_INDEX], change_weight_map, read_weight_map, _ERRORS, _LINES, json.loads),
+    Format(
+        "files of ranks",
+        [ops_of(_tree_of(each)) for each in (_RANKS[0], _ALIKE)],
+        change_rank_file,
+        read_rank_files,
+        _ERRORS,
+        _OF_RANKS,
+        _ops_of,
+    ),
     Format("torch.save", [*map(ops_of, PICKLES), _OPS], change_archive, read_archive, _ERRORS, _LINES, _ops_of),
 )

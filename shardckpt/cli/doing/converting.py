@@ -28,7 +28,8 @@ def convert(
     """Convert a checkpoint of another program, or of ours, into another form.
 
     Read are: safetensors and pytorch_model.bin (one file or with an index), torch.save files, checkpoint folders of
-    Trainer, Lightning, fairseq2 and DCP, and steps of ours. Nothing in them is run. With --add, what a job needs to go
+    Trainer, Lightning, fairseq2, torch_checkpointing and DCP, of any number of ranks whose files say how they join, and
+    steps of ours. Nothing in them is run. With --add, what a job needs to go
     on and the checkpoint lacks is put beside it, in the new step: from another one, or random streams that begin anew
     with a seed. What is there is never replaced.
 

@@ -30,6 +30,13 @@ class Callee:
 
 
 @dataclass(frozen=True, slots=True)
+class Maker:
+    """An allowed class of which the file makes objects by their parts (NEWOBJ), as of a named tuple; it is no value."""
+
+    apply: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
 class StorageKind:
     """A storage class; without a dtype the untyped one, whose elements are bytes."""
 
@@ -123,7 +130,7 @@ def added_by_user() -> dict[str, Any]:
 
 def is_value(thing: Any) -> bool:
     """Whether it may be in a tree: not something that is only there to be called or referred to."""
-    return type(thing) not in (Callee, StorageKind, Storage, RecordKind)
+    return type(thing) not in (Callee, Maker, StorageKind, Storage, RecordKind)
 
 
 def as_key(key: Any) -> Any:

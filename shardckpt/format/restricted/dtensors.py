@@ -12,7 +12,7 @@ from typing import Any
 
 from shardckpt.format.index import MAX_DIMS, as_size
 from shardckpt.format.placement import Box, local_shape, shard_boxes
-from shardckpt.format.restricted.allowed import Callee, Record, RecordKind
+from shardckpt.format.restricted.allowed import Callee, Maker, Record, RecordKind
 
 _PLACEMENTS = "torch.distributed.tensor.placement_types."
 
@@ -68,8 +68,8 @@ def dtensor_globals() -> dict[str, Any]:
         **{name: RecordKind(kind) for name, kind in kinds.items()},
         "torch.distributed.tensor.DTensor": DTENSOR,
         "torch._utils._rebuild_wrapper_subclass": REBUILD,
-        "torch.distributed.tensor._dtensor_spec.TensorMeta": Callee(_ignored),
-        "torch.distributed.tensor._dtensor_spec.ShardOrderEntry": Callee(_sharded_by),
+        "torch.distributed.tensor._dtensor_spec.TensorMeta": Maker(_ignored),
+        "torch.distributed.tensor._dtensor_spec.ShardOrderEntry": Maker(_sharded_by),
     }
 
 
@@ -94,10 +94,14 @@ def _mesh_sizes(layout: Any) -> tuple[int, ...]:
     axes = _state(layout, "layout").get("axes")
     if type(axes) is not tuple or len(axes) > MAX_DIMS:
         raise ValueError("a mesh without dimensions")
-    shapes = [_state(axis, "axis").get("shape") for axis in axes]
-    if not all(type(shape) is tuple and len(shape) <= MAX_DIMS for shape in shapes):
-        raise ValueError("a mesh without sizes")
-    return tuple([math.prod([as_size(size) for size in shape]) for shape in shapes])
+    found: list[int] = []
+    for axis in axes:
+        shape = _state(axis, "axis").get("shape")
+        if type(shape) is not tuple or len(shape) > MAX_DIMS:
+            raise ValueError("a mesh without sizes")
+        sizes: list[int] = [as_size(size) for size in shape]
+        found.append(math.prod(sizes))
+    return tuple(found)
 
 
 def _placement(record: Any) -> str:

@@ -20,6 +20,7 @@ from shardckpt.format.restricted.allowed import (
     Built,
     Callee,
     Dialect,
+    Maker,
     Record,
     RecordKind,
     Storage,
@@ -192,7 +193,7 @@ class _Machine:
         if type(kind) is RecordKind and type(arguments) is tuple and not arguments:
             self._stack.append(Record(kind.name))
             return
-        if type(kind) is Callee and type(arguments) is tuple:
+        if type(kind) is Maker and type(arguments) is tuple:
             self._stack.append(kind.apply(*arguments))
             return
         self._check_added(kind)

@@ -18,6 +18,7 @@ from tests.distributed.jobs import Layout
 from tests.tools.moving import rank_files
 from tests.tools.moving.rank_files import LAYOUTS
 from tests.tools.moving.reading import same, state_of, tensors_of
+from tests.tools.moving.test_foreign_folders import MODEL, OPTIMIZER
 
 OTHER = Layout(2)
 
@@ -107,6 +108,29 @@ def test_a_checkpoint_that_torch_checkpointing_itself_wrote(ranks: Any, tmp_path
     assert alike(model_of(tmp_path / "step"), reference(tmp_path))
     sc.convert(tmp_path / "step", tmp_path / "run", step=2)
     assert ranks.run(OTHER.ranks, rank_files.resume, tmp_path, OTHER) == [[]] * OTHER.ranks
+
+
+TARGETS = {
+    "a checkpoint of torch_checkpointing": ("model_0.pt", {"step_0.pt": 3}),
+    "a step of fairseq2": ("step_3/model/pp_00/tp_00/sdp_00.pt", {"step_3/trainer/rank_00.pt": {"_step_nr": 3}}),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_model_into_their_folders(tmp_path: Path, kind: str) -> None:
+    """Their files hold a model as `torch.save` writes it, on one rank whole."""
+    torch.save({"model": MODEL, "optimizer": OPTIMIZER}, tmp_path / "old.pt")
+    sc.convert(tmp_path / "old.pt", tmp_path / "run", step=3)
+    name, others = TARGETS[kind]
+    save(tmp_path / "out", others)
+    (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+    sc.convert(tmp_path / "run", tmp_path / "out" / name, to="pt", parts=["model"])
+    found = find(tmp_path / "out")
+    assert (found.kind, found.step) == (kind, 3)
+    assert same(state_of(found.source)["model"], MODEL)
+    found.source.close()
+    judge = torch.load(tmp_path / "out" / name, weights_only=True)
+    assert all(torch.equal(judge[name], value) for name, value in MODEL.items())
 
 
 def save(place: Path, contents: dict[str, Any]) -> None:

@@ -57,7 +57,8 @@ def of_rank_files(folder: Folder, *, only_model: bool) -> dict[str, Any]:
     for kind, files in groups.items():
         if files and (kind == "model" or not only_model):
             with explained(named(folder.storage, folder.file(files[min(files)]))):
-                found |= named_parts(_parts_of(_shares(folder, files), None, folder))
+                shares = _not_ours(_shares(folder, files), folder)
+                found |= named_parts(_parts_of(shares, None, folder))
     return found
 
 
@@ -96,17 +97,17 @@ def _shares(folder: Folder, files: Mapping[int, str]) -> list[Share]:
         )
     several = len(files) > 1
     keys = [folder.file(files[number]) for number in sorted(files)]
-    return [Share.of(_archive(folder, key, of_one_rank=several), key) for key in keys]
+    return [Share.of(ArchiveSource(folder.storage, key, of_one_rank=several), key) for key in keys]
 
 
-def _archive(folder: Folder, key: str, *, of_one_rank: bool) -> ArchiveSource:
-    source = ArchiveSource(folder.storage, key, of_one_rank=of_one_rank)
-    if source.is_own:
+def _not_ours(shares: Sequence[Share], folder: Folder) -> Sequence[Share]:
+    """Our own files have these names, too; only a record says whether they count."""
+    if any(share.source.is_own for share in shares):
         raise CheckpointLoadError(
-            f"{folder.key or 'the step'} at {folder.storage.url} was never committed, or has lost its record: "
-            "`shardckpt repair` says what can be done; or name the one file that you want"
+            f"{_where(folder)} was never committed, or has lost its record: `shardckpt repair` says what can be done; "
+            "or name the one file that you want"
         )
-    return source
+    return shares
 
 
 def _cut_in_rows(shares: Sequence[Share], *, plain: bool) -> Iterator[Share]:
@@ -128,7 +129,9 @@ def _cut_in_rows(shares: Sequence[Share], *, plain: bool) -> Iterator[Share]:
 
 def _copies_in_rows(shares: Sequence[Share]) -> Iterator[str]:
     """A buffer that all have is not told from a shard. Where it was one, its shape will not fit."""
-    known = [name for name in shares[0].extents if len(shares) > 1 and name not in shares[0].source.shards]
+    if len(shares) < 2:
+        return
+    known = [name for name in shares[0].extents if name not in shares[0].source.shards]
     held = [set(share.source.tensors) for share in shares]
     alike = [
         name
