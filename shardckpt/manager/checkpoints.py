@@ -244,7 +244,7 @@ class CheckpointManager(
         if self._at.rank == 0:
             report = pending.report
             # The next save is written by this thread.
-            terms = {"created": info.created, "nbytes": info.nbytes, "placed": pending.placed}
+            terms: dict[str, Any] = {"created": info.created, "nbytes": info.nbytes, "placed": pending.placed}
             work = partial(self._history.committed, info.step, **terms)
             deleted = within(self._talk.timeout, work, what="pruning")
             _log.info(

@@ -60,8 +60,9 @@ def _print_runs(found: list[RunSummary], metric: str | None, *, lower_better: bo
         table.add_column(name, justify="left" if name in ("run", "name", "host", "code") else "right", overflow="fold")
     for run in found:
         saved = run.best(metric, lower_better=lower_better) if metric is not None else None
-        best = ("-", "-") if saved is None or metric is None else (str(saved.step), f"{saved.metrics[metric]:g}")
-        best = best[: len(of_best)]
+        best: tuple[str, ...] = ("-",) * len(of_best)
+        if saved is not None and metric is not None:
+            best = (str(saved.step), f"{saved.metrics[metric]:g}")
         steps = (str(len(run.steps)), str(run.steps[-1]) if run.steps else "-")
         if run.info is None:
             table.add_row(run.folder, "(its run.json is damaged)", "-", *steps, *best, "-", "-", "-", "-")
