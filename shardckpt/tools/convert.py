@@ -81,7 +81,7 @@ def convert(
             says in its metadata what was added.
         means: memory, storage options, who hears of progress.
     """
-    make, means, own = sink_of(to), means or Means(), to == "shardckpt"
+    make, means = sink_of(to), means or Means()
     means.check_alone("convert")
     options = means.storage_options
     found = find(source, parts=parts, step=from_step, storage_options=options)
@@ -92,10 +92,9 @@ def convert(
             from shardckpt.tools.moving.writing.completed import completed
 
             whole, told = completed(found.source, add, storage_options=options)
-        nbytes = sum(facts.nbytes for facts in whole.tensors.values())
-        total = nbytes_read(whole, to)
+        nbytes, total = sum(facts.nbytes for facts in whole.tensors.values()), nbytes_read(whole, to)
         metadata = {"metadata": {ADDED: told}} if told else {}
-        numbered: dict[str, Any] = {"step": number, **metadata} if own else {}
+        numbered: dict[str, Any] = {"step": number, **metadata} if to == "shardckpt" else {}
         sink: TensorSink = make(target, storage_options=options, **numbered)
         heard = ToldSource(whole, lambda count: means.told(number, count, total))
         sink.write(heard, budget_nbytes=means.budget_nbytes)

@@ -60,10 +60,9 @@ def _print_runs(found: list[RunSummary], metric: str | None, *, lower_better: bo
         table.add_column(name, justify="left" if name in ("run", "name", "host", "code") else "right", overflow="fold")
     for run in found:
         saved = run.best(metric, lower_better=lower_better) if metric is not None else None
-        best: tuple[str, ...] = (
-            ("-", "-") if saved is None or metric is None else (str(saved.step), f"{saved.metrics[metric]:g}")
-        )
-        best = best[: len(of_best)]
+        best: tuple[str, ...] = ("-",) * len(of_best)
+        if saved is not None and metric is not None:
+            best = (str(saved.step), f"{saved.metrics[metric]:g}")
         steps = (str(len(run.steps)), str(run.steps[-1]) if run.steps else "-")
         if run.info is None:
             table.add_row(run.folder, "(its run.json is damaged)", "-", *steps, *best, "-", "-", "-", "-")
@@ -105,7 +104,6 @@ def prune(
         from shardckpt.run.retention import KeepBest
         from shardckpt.run.shared.sweeping import tidy_blobs
         from shardckpt.storage.open import open_storage
-        from shardckpt.tools.place import check_is_there
 
         policy = _policy(keep_last, keep_best, keep_every, metric=metric, lower_better=lower_better)
         storage = open_storage(url)
@@ -120,9 +118,6 @@ def prune(
                 tidy_blobs(storage)  # also of what was deleted long ago, and of saves that died
         finally:
             storage.close()
-        if not told:
-            check_is_there(url)
-            say(f"there are no committed steps in {storage.url}")
     gone = {one.step: one.nbytes for one in deleted}
     left = [fate.step for fate in told if not fate.kept and fate.step not in gone]
     if as_json:
@@ -132,7 +127,7 @@ def prune(
             word = "keep" if fate.kept else "deleted" if fate.step in gone else "delete"
             typer.echo(f"{word:8}step {fate.step}: {fate.reason}")
         if gone:
-            typer.echo(f"{len(gone)} step{'s' * (len(gone) != 1)} deleted, {size_text(sum(gone.values()))}")
+            typer.echo(f"{len(gone)} steps deleted, {size_text(sum(gone.values()))}")
     if left:
         say("these steps were left, for their records are damaged" if apply else "nothing was changed; --apply does it")
         raise typer.Exit(PROBLEMS)
