@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -25,6 +26,7 @@ from shardckpt.engine.loading.fetching.fetch import Fetched, Need
 from shardckpt.engine.loading.fetching.straight import Straight
 from shardckpt.engine.loading.integrity import Region, runs_of
 from shardckpt.engine.loading.sources import Sources
+from shardckpt.engine.saving.image import Image
 from shardckpt.errors import CheckpointLoadError
 from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredBox, StoredRecord
@@ -161,6 +163,31 @@ def test_what_was_summed_up_as_it_came_is_not_gone_over_again(tmp_path: Path, mo
             fetch.add(need("a.pt", record), record)
         assert fetch.read(()) == (found, [])
         fetch.release()
+
+
+def test_memory_that_is_touched_once_is_of_small_pages(tmp_path: Path) -> None:
+    """Other than that of saves, which is kept."""
+    (record,) = write(tmp_path / "step_1", "a.pt", [torch.zeros(1 << 20)])
+    fetch, kept = Arena(LocalStorage(tmp_path), HERE), Image()
+    fetch.add(need("a.pt", record), record)
+    fetch.read(())
+    kept.reserve(4 * MIB)
+    assert "hg" not in flags_at(fetch._image)
+    assert "hg" in flags_at(kept) or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    fetch.release()
+    kept.release()
+
+
+def flags_at(image: Image) -> list[str]:
+    """What the kernel knows of this memory."""
+    address, flags = image.tensor(0, torch.uint8, (1,)).data_ptr(), list[str]()
+    for line in reversed(Path("/proc/self/smaps").read_text().splitlines()):
+        if line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+        extent = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if extent and int(extent[1], 16) <= address < int(extent[2], 16):
+            return flags
+    raise AssertionError("it is not mapped")
 
 
 def read_straight(fetch: Straight, wanted: list[Any], rng: random.Random) -> None:

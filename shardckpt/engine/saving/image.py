@@ -29,9 +29,10 @@ class Image:
     2026-11). Huge pages are asked for where the system has them.
     """
 
-    def __init__(self, *, shared: bool = False) -> None:
-        """`shared`: the process that writes maps it as well."""
+    def __init__(self, *, shared: bool = False, huge: bool = True) -> None:
+        """`shared`: the process that writes maps it as well. `huge`: whether to ask for huge pages."""
         self._shared = shared
+        self._advice = ("MADV_HUGEPAGE", "MADV_DONTFORK") if huge else ("MADV_DONTFORK",)
         self._map: mmap.mmap | None = None
         self._bytes: torch.Tensor | None = None
         self._unlock: weakref.finalize[[Callable[[], None], list[Mark]], Image] | None = None
@@ -54,7 +55,7 @@ class Image:
             self._map = SharedMap(rounded)
         else:
             self._map = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a forked loader worker must not make us copy on write
+        for advice in self._advice:  # a forked loader worker must not make us copy on write
             if hasattr(mmap, advice):
                 self._map.madvise(getattr(mmap, advice))
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)

@@ -42,14 +42,19 @@ class _Copy:
 
 
 class Arena:
-    """All regions laid out in one buffer, which they are read into once."""
+    """All regions laid out in one buffer, which they are read into once.
+
+    In small pages: what is touched only once gains little by huge ones, and may lose much. 2026-11-27, 300 MB in a
+    virtual machine with other work, seconds of the processor: touched (seven turns), small pages 0.11, huge ones 0.01
+    to 0.39; filled from S3 by 16 threads (three turns), 0.20 to 0.22 and 0.30 to 0.66.
+    """
 
     def __init__(self, storage: Storage, key_of: KeyOf, meter: Meter = UNWATCHED) -> None:
         self._storage = storage
         self._key_of = key_of
         self._meter = meter
         self._fetched: list[Fetched] = []
-        self._image = Image()
+        self._image = Image(huge=False)
         self._nbytes = 0
         self._waste = WASTE
         self._here: frozenset[str] = frozenset()
