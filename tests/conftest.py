@@ -17,7 +17,7 @@ from shardckpt.testing.servers import azurite, gcs
 from tests.integrations.forks import Forks
 from tests.leaks import held, leaks
 
-pytest_plugins = ("tests.scorecard", "tests.spreading")
+pytest_plugins = ("tests.spreading", "tests.scorecard")
 
 _POOLS: pytest.StashKey[list[ProcessPool]] = pytest.StashKey()
 """The pool of this pytest process, once it is made; its descriptors come and go with its processes."""
