@@ -24,9 +24,10 @@ def test_a_table_of_one_process_against_the_best_of_the_others() -> None:
     timings.busy = {**{name: [0.4] for name in timings.seconds}, "save, shardckpt, direct": [0.1]}
     table = told(timings, 10**9)
     assert "| save, shardckpt | 1.00 (1.00-1.00) | 1000 | 0.40 |" in table
-    assert "| save: save, dcp | 3.00 (3.00-3.00) | 3 |" in table
-    assert "| save: put, b | 0.50 (0.50-0.50) | 0.85 |" in table
-    assert "| load: get, a | 0.25 (0.25-0.25) | 0.85 |" in table
+    assert "| save: save, dcp | 3.00 (3.00-3.00) | 3.75 (3.75-3.75) | 3 |" in table
+    assert "| save: put, b | 0.50 (0.50-0.50) | 0.62 (0.62-0.62) | 0.85 |" in table
+    assert "| load: get, a | 0.25 (0.25-0.25) | 0.50 (0.50-0.50) | 0.85 |" in table
+    assert "| save, dcp: put, b | 6.00 (6.00-6.00) | 6.00 (6.00-6.00) | |" in table
     assert "| save | 1.25 (1.25-1.25) | 4.00 (4.00-4.00) |" in table
     assert "| load | 2.00 (2.00-2.00) | 1.00 (1.00-1.00) |" in table
 

@@ -155,12 +155,14 @@ def test_the_others_raise_in_time_and_name_it(
     ranks: ProcessPool, tmp_path: Path, scorecard: Scorecard, name: str, fault: str
 ) -> None:
     victim = VERBS[name].victim
-    waker = threading.Thread(target=wake_when_all_have_raised, args=(tmp_path,), name="waker")
+    over = threading.Event()
+    waker = threading.Thread(target=wake_when_all_have_raised, args=(tmp_path, over), name="waker")
     if fault == "stopped":
         waker.start()
     try:
         outcomes = ranks.run_settled(RANKS, suffer, tmp_path, name, fault, timeout=CALL_S)
     finally:
+        over.set()
         if fault == "stopped":
             waker.join()
     limit_s = NOTICED_S + (0.0 if fault == "killed" else SHORT.total_seconds())

@@ -104,6 +104,7 @@ def prune(
         from shardckpt.run.retention import KeepBest
         from shardckpt.run.shared.sweeping import tidy_blobs
         from shardckpt.storage.open import open_storage
+        from shardckpt.tools.place import check_is_there
 
         policy = _policy(keep_last, keep_best, keep_every, metric=metric, lower_better=lower_better)
         storage = open_storage(url)
@@ -118,6 +119,9 @@ def prune(
                 tidy_blobs(storage)  # also of what was deleted long ago, and of saves that died
         finally:
             storage.close()
+        if not told:
+            check_is_there(url)
+            say(f"there are no committed steps in {storage.url}")
     gone = {one.step: one.nbytes for one in deleted}
     left = [fate.step for fate in told if not fate.kept and fate.step not in gone]
     if as_json:
@@ -127,7 +131,7 @@ def prune(
             word = "keep" if fate.kept else "deleted" if fate.step in gone else "delete"
             typer.echo(f"{word:8}step {fate.step}: {fate.reason}")
         if gone:
-            typer.echo(f"{len(gone)} steps deleted, {size_text(sum(gone.values()))}")
+            typer.echo(f"{len(gone)} step{'s' * (len(gone) != 1)} deleted, {size_text(sum(gone.values()))}")
     if left:
         say("these steps were left, for their records are damaged" if apply else "nothing was changed; --apply does it")
         raise typer.Exit(PROBLEMS)
