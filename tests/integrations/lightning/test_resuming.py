@@ -27,7 +27,7 @@ RANKS: dict[Layout, int] = {"one": 1, "ddp": 2, "fsdp2": 2, "tp": 2}
 WHEN: dict[str, dict[str, Any]] = {
     "in an epoch": {"every_n_train_steps": 3},
     "after an epoch": {"every_n_epochs": 1},
-    "in steps": {"every_n_train_steps": 3, "trainer": {"max_steps": 12, "max_epochs": -1}},
+    "in steps": {"every_n_train_steps": 3, "trainer": {"max_steps": 20, "max_epochs": -1}},
 }
 SAMPLE = [("one", "file", "in an epoch"), ("ddp", "file", "after an epoch"), ("fsdp2", "s3", "in an epoch")]
 EVERY = list(product(RANKS, ("file", "s3"), WHEN))

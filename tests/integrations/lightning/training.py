@@ -86,11 +86,10 @@ def trainer_of(plan: Plan, callback: Any, world_size: int, folder: Path) -> pl.T
         accelerator="cpu",
         devices=world_size,
         strategy=strategy,
-        max_epochs=plan.epochs,
         callbacks=[callback, EarlyStopping("val", patience=100)],
         plugins=[*plugins, *([checkpoint_io()] if plan.plugin else [])] or None,
         default_root_dir=folder,
-        **{**quiet, **plan.trainer},
+        **{"max_epochs": plan.epochs, **quiet, **plan.trainer},
     )
 
 
