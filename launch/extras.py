@@ -5,7 +5,8 @@
 
 One environment is made with torch, and copied (by hard links) for each. A line for each: how long its installation
 took, the frameworks that are there, how long `import shardckpt` takes beside torch. The exit status is 1 if something
-is not as it should be. `--check EXTRA`, in such an environment, is what is asked of it.
+is not as it should be. torchtitan imports triton, which torch for CPUs comes without; it is installed besides.
+`--check EXTRA`, in such an environment, is what is asked of it.
 """
 
 import importlib.util
@@ -58,7 +59,7 @@ def is_good(extra: str, base: Path) -> bool:
     try:
         run("cp", "-al", base, place)
         if extra:
-            run(*pip(place), f".[{extra}]")
+            run(*pip(place), f".[{extra}]", *(("triton",) if extra == "torchtitan" else ()))
         took = time.monotonic() - began
         found = run(place / "bin" / "python", __file__, "--check", extra, at=place)
     except subprocess.CalledProcessError as error:
