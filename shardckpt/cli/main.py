@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -28,7 +29,9 @@ def main() -> None:
         print(f"shardckpt: {error}", file=sys.stderr)
         sys.exit(UNUSABLE)
     finally:
-        _leave_at_once()  # what was to be done is done
+        if _leave_at_once():  # what was to be done is done
+            # The last thing before Python gives the signal back to the system, which would end the process by it.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave_at_once() -> bool:

@@ -182,3 +182,22 @@ def test_in_the_middle_of_the_demo(tmp_path: Path) -> None:
         said = process.communicate(timeout=100)[1]
     assert (process.returncode, said) == (130, "\nshardckpt demo: interrupted; all ranks were ended\n")
     assert not any(rank.is_running() for rank in ranks)
+
+
+ENDING = """
+import os, signal, sys
+from shardckpt.cli.main import main
+class Late:
+    def __del__(self):  # when Python takes its modules apart, and all handlers are gone
+        os.kill(os.getpid(), signal.SIGINT)
+sys.modules["late"] = Late()
+sys.argv[0] = "shardckpt"
+main()
+"""
+
+
+def test_when_all_is_done_it_ends_as_if_nothing_had_been_pressed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    command = [sys.executable, "-c", ENDING, "ls", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
