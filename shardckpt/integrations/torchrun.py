@@ -26,8 +26,9 @@ _log = logging.getLogger(__name__)
 _OURS = (RootNotSharedError, CheckpointMismatchError, InvalidStateError, InvalidOperationError)
 _NAMES = {
     *(kind.__name__ for kind in (*_OURS, ModelOnlyError, ImportError, ModuleNotFoundError, FrameworkMissingError)),
-    # Of a root: a bucket or a folder that is not there, no right to it, or a file in its place.
-    *(kind.__name__ for kind in (FileNotFoundError, PermissionError, NotADirectoryError)),
+    # Of a root: a bucket or a folder that is not there, or a file in its place. Not `PermissionError`, as which expired
+    # credentials come: a program that is started anew may find new ones.
+    *(kind.__name__ for kind in (FileNotFoundError, NotADirectoryError)),
 }
 """What each of the ranks that failed must have met."""
 _AGENTS = (b"torchrun", b"torch.distributed", b"torch/distributed", b"accelerate")
@@ -59,8 +60,8 @@ def is_permanent(error: BaseException) -> bool:
     """Whether it would come again, started anew with the same arguments, on the same machines, by as many ranks.
 
     So it is if the root is not shared, the state does not fit or cannot be stored, methods are called out of turn, a
-    package is missing, or where all ranks that failed found that there is no such bucket or folder, or that they have
-    no right to it. Errors of connections, deadlines, damaged files, absent ranks, and what is not ours are not.
+    package is missing, or where all ranks that failed found that there is no such bucket or folder. Errors of
+    connections, rights, deadlines, damaged files, absent ranks, and what is not ours are not.
     """
     if isinstance(error, GangError):
         kinds = {failure.kind for failure in error.failures.values()}

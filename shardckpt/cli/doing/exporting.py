@@ -15,6 +15,7 @@ from shardckpt.cli.output import explaining, print_json, progress, say, size_tex
 
 if TYPE_CHECKING:
     from shardckpt.gang.gangs import Gangs
+    from shardckpt.tools.export import ExportReport
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -54,6 +55,11 @@ def export(
         is_first = gangs is None or gangs.root.rank == 0
     if not is_first:
         return
+    say_written(report, as_json=as_json)
+
+
+def say_written(report: ExportReport, *, as_json: bool) -> None:
+    """What was exported, on stdout, and what somebody should know of it, on stderr."""
     if as_json:
         print_json(report)
     else:

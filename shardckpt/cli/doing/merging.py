@@ -6,8 +6,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from shardckpt.cli.doing.exporting import say_written
 from shardckpt.cli.looking.listing import AsJson
-from shardckpt.cli.output import explaining, print_json, progress, say, size_text
+from shardckpt.cli.output import explaining, progress
 
 
 def merge_lora(
@@ -40,11 +41,4 @@ def merge_lora(
 
         choices: dict[str, Any] = {"step": step, "config": config, "adapter": adapter, "dtype": dtype}
         report = write(url, to, form=cast(Form, form), means=Means(told=bar), **choices)
-    if as_json:
-        print_json(report)
-    else:
-        beside = f", with {', '.join(report.copied)}" if report.copied else ""
-        what = f"{report.tensors} tensor{'s' * (report.tensors != 1)}, {size_text(report.nbytes)}"
-        typer.echo(f"step {report.step}: {what}, written as {report.form}{beside}")
-    for note in report.notes:
-        say(note)
+    say_written(report, as_json=as_json)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
 
 from shardckpt.engine.loading.integrity import sum_among_zeros, zero_crc
 from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.checksum import crc32
-from shardckpt.tools.moving.seam import TensorFacts, TensorSource, Window
+from shardckpt.tools.moving.seam import SourceAround, TensorFacts, TensorSource, Window
 from shardckpt.tools.moving.writing.stream import Segment, streamed
 
 _AT_ONCE = 32 << 20
@@ -34,28 +33,17 @@ def unsummed(source: TensorSource, names: Iterable[str]) -> dict[str, TensorFact
     return {name: facts[name] for name in names if known_crc(source, name) is None}
 
 
-class SummedSource:
+class SummedSource(SourceAround):
     """As `source`; what is read of some of its tensors is summed up, each part at its place among zeros.
 
     The sums of parts of a tensor that several ranks read, xored, are that of the tensor (see `loading.integrity`).
     """
 
     def __init__(self, source: TensorSource, names: Collection[str]) -> None:
-        self._source, self._names = source, frozenset(names)
+        super().__init__(source)
+        self._names = frozenset(names)
         self._lock = threading.Lock()
         self.sums: dict[str, int] = {}
-
-    @property
-    def tensors(self) -> Mapping[str, TensorFacts]:
-        return self._source.tensors
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        return self._source.ties
-
-    @property
-    def tree(self) -> Any:
-        return self._source.tree
 
     def read(self, windows: Sequence[Window]) -> None:
         self._source.read(windows)
@@ -65,9 +53,6 @@ class SummedSource:
                 total = sum_among_zeros(nbytes, [(window.start, len(window.into), crc32(window.into))])
                 with self._lock:
                     self.sums[window.name] = self.sums.get(window.name, 0) ^ total
-
-    def close(self) -> None:
-        self._source.close()
 
     def check(self, before: Mapping[str, int]) -> None:
         """`CheckpointDamagedError` if these parts had other sums when they were read before."""

@@ -76,6 +76,28 @@ class TensorSource(Protocol):
         ...
 
 
+class SourceAround:
+    """Shows what another source has; those derived from it do something when it is read."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+
+    @property
+    def tensors(self) -> Mapping[str, TensorFacts]:
+        return self._source.tensors
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        return self._source.ties
+
+    @property
+    def tree(self) -> Any:
+        return self._source.tree
+
+    def close(self) -> None:
+        self._source.close()
+
+
 class TensorSink(Protocol):
     """A form in which checkpoints are written."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from shardckpt.gang.gangs import Gangs
 from shardckpt.tools.exporting.summing import known_crc
-from shardckpt.tools.moving.seam import TensorFacts, TensorSource, Window
+from shardckpt.tools.moving.seam import SourceAround, TensorSource, Window
 
 Told: TypeAlias = Callable[[int, int, int], None]
 """Hears, on any thread, of the step's number, the bytes that have just been read, and those that will be."""
@@ -39,23 +39,12 @@ class Means:
             raise ValueError(f"{verb} is done by one process: call it on one rank, without gangs")
 
 
-class ToldSource:
+class ToldSource(SourceAround):
     """As `source`; each read is told."""
 
     def __init__(self, source: TensorSource, told: Callable[[int], None]) -> None:
-        self._source, self._told = source, told
-
-    @property
-    def tensors(self) -> Mapping[str, TensorFacts]:
-        return self._source.tensors
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        return self._source.ties
-
-    @property
-    def tree(self) -> Any:
-        return self._source.tree
+        super().__init__(source)
+        self._told = told
 
     def crc(self, name: str) -> int | None:
         return known_crc(self._source, name)
@@ -63,6 +52,3 @@ class ToldSource:
     def read(self, windows: Sequence[Window]) -> None:
         self._source.read(windows)
         self._told(sum(len(window.into) for window in windows))
-
-    def close(self) -> None:
-        self._source.close()
