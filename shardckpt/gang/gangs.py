@@ -234,13 +234,27 @@ def _no_store() -> Store:
 
 
 def _another_client(store: Any) -> Any:
-    """A client for one thread to the same place. Two threads on one TCPStore client wait for each other."""
+    """A client for one thread to the same place. Two threads on one TCPStore client wait for each other.
+
+    2026-11-27: not so for a store in a file. There the end of a client locks the file, and holds the interpreter while
+    it waits: when a rank was stopped that had the file locked, the whole process of another stood still that only
+    dropped a client. Its threads share the client of the job, which waits for nothing but that lock anyway.
+    """
+    if isinstance(_lowest(store), sys.modules["torch.distributed"].FileStore):
+        return store
     if hasattr(store, "clone"):
         return store.clone()
     if hasattr(store, "underlying_store"):  # before torch 2.8; the prefix is not needed, ours is unique
         return _another_client(store.underlying_store)
     if hasattr(store, "host"):
         return type(store)(store.host, store.port, is_master=False, wait_for_workers=False, timeout=store.timeout)
+    return store
+
+
+def _lowest(store: Any) -> Any:
+    """What lies below all prefixes."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
     return store
 
 

@@ -1,19 +1,26 @@
-"""Rank 0 is stopped (SIGSTOP, a machine that hangs) while it waits: what it then finds is no agreement."""
+"""Rank 0 is stopped (SIGSTOP, a machine that hangs) while it waits: what it then finds is no agreement.
+
+And a rank is stopped while it has the store locked, which is a file: nobody else's process stands still with it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import time
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shardckpt.errors import GangError
+from shardckpt.gang.gangs import Gangs
 from shardckpt.gang.local import LocalGang
 from shardckpt.gang.together import together, together_gather
 from shardckpt.gang.wire import vain
-from shardckpt.testing.gang_acts import LONG
+from shardckpt.testing.gang_acts import LONG, await_marks, go_on, mark
+from shardckpt.testing.pool import ProcessPool
 
 
 class Stopped(LocalGang):
@@ -59,3 +66,22 @@ def test_what_comes_while_the_others_still_listen_counts(clock: list[float]) -> 
     gang = Stopped(clock, LONG.total_seconds() + 1.0)
     assert together_gather(gang, lambda: "here", phase="write", timeout=LONG) == ["here", "there"]
     assert gang.told == [None]
+
+
+def leave_while_the_file_is_locked(rank: int, size: int, folder: Path) -> None:
+    gangs = Gangs.from_env()
+    go_on(gangs.root)
+    if rank == 0:
+        await_marks(folder, "locked", 1)
+        gangs.close()
+        mark(folder, "left", rank)
+        return
+    with (folder / "store").open("rb") as store:
+        fcntl.flock(store, fcntl.LOCK_EX)
+        mark(folder, "locked", rank)
+        await_marks(folder, "left", 1)
+    gangs.close()
+
+
+def test_who_leaves_does_not_wait_for_the_file_that_another_has_locked(ranks: ProcessPool) -> None:
+    ranks.run(2, leave_while_the_file_is_locked)
