@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
@@ -18,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shardckpt.testing.rankprocess import Call, Raised, Returned, serve
+import torch.distributed as dist
+
+from shardckpt.testing.rankprocess import HERE, Call, Raised, Returned, serve
 
 _GRACE_S = 3.0
 """How long after its deadline a process may take to dump its threads and end by itself, before it is killed."""
@@ -159,9 +161,9 @@ class ProcessPool:
         backend: str | None = "gloo",
     ) -> list[Outcome]:
         """Like `run`, for tests of failures: how it ended on each rank; no rank's error is raised."""
-        with tempfile.TemporaryDirectory(prefix="call_", dir=self._folder.name) as folder:
+        with tempfile.TemporaryDirectory(prefix="call_", dir=self._folder.name) as folder, _store() as port:
             messages = [
-                pickle.dumps(Call(fn, args, rank, world_size, Path(folder), backend, timeout))
+                pickle.dumps(Call(fn, args, rank, world_size, Path(folder), backend, port, timeout))
                 for rank in range(world_size)
             ]
             workers = self._enough(world_size)
@@ -210,6 +212,16 @@ class ProcessPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _store() -> Iterator[int]:
+    """The port of a store for the ranks of one call; served here, by a thread that is not Python's."""
+    # Not libuv's server, which leaves a pipe open in this process for ever.
+    server = dist.TCPStore(  # type: ignore[attr-defined]
+        HERE, 0, is_master=True, wait_for_workers=False, use_libuv=False
+    )
+    yield int(server.port)
 
 
 def _collect(workers: list[_Worker], *, deadline: float) -> list[Returned | Raised | None]:

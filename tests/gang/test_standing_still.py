@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from shardckpt.errors import GangError
 from shardckpt.gang.gangs import Gangs
@@ -69,19 +70,21 @@ def test_what_comes_while_the_others_still_listen_counts(clock: list[float]) -> 
 
 
 def leave_while_the_file_is_locked(rank: int, size: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
     gangs = Gangs.from_env()
     go_on(gangs.root)
     if rank == 0:
         await_marks(folder, "locked", 1)
         gangs.close()
         mark(folder, "left", rank)
-        return
-    with (folder / "store").open("rb") as store:
-        fcntl.flock(store, fcntl.LOCK_EX)
-        mark(folder, "locked", rank)
-        await_marks(folder, "left", 1)
-    gangs.close()
+    else:
+        with (folder / "store").open("rb") as store:
+            fcntl.flock(store, fcntl.LOCK_EX)
+            mark(folder, "locked", rank)
+            await_marks(folder, "left", 1)
+        gangs.close()
+    dist.destroy_process_group()
 
 
 def test_who_leaves_does_not_wait_for_the_file_that_another_has_locked(ranks: ProcessPool) -> None:
-    ranks.run(2, leave_while_the_file_is_locked)
+    ranks.run(2, leave_while_the_file_is_locked, backend=None)

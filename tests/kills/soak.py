@@ -58,6 +58,10 @@ class Nodes(Protocol):
         """Start what has ended, or is due to come back."""
         ...
 
+    def pids(self) -> set[int]:
+        """The processes that are theirs now: the number of one that has ended may be anybody's."""
+        ...
+
     def lose(self, pid: int, *, back_after_s: float) -> None:
         """Kill the node of that rank."""
         ...
@@ -97,6 +101,14 @@ class Torchrun:
                 with (self._place / f"node_{node}.log").open("a") as log:
                     self._agents[node] = start_agent(self._program, mark=self._mark, output=log)
 
+    def pids(self) -> set[int]:
+        found = set[int]()
+        for agent in self._agents:
+            with suppress(psutil.NoSuchProcess):
+                if agent is not None and agent.poll() is None:
+                    found |= {child.pid for child in psutil.Process(agent.pid).children(recursive=True)}
+        return found
+
     def lose(self, pid: int, *, back_after_s: float) -> None:
         above = psutil.Process(pid).ppid()
         node = next((node for node, it in enumerate(self._agents) if it is not None and it.pid == above), None)
@@ -135,7 +147,7 @@ class Pool:
 
     def tend(self) -> None:
         if self._size < NODES and time.monotonic() >= self._back_at and self._life is not None:
-            for pid in self._pids():  # as torchrun does when a node joins
+            for pid in self.pids():  # as torchrun does when a node joins
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._size = NODES
@@ -147,8 +159,9 @@ class Pool:
         outcomes = self._pool.run_settled(self._size, enduring.in_pool, self._work, timeout=600.0)
         self._good = all(outcome.error is None for outcome in outcomes)
 
-    def _pids(self) -> list[int]:
-        return [worker.process.pid for worker in self._pool._workers.values() if worker.process.pid is not None]
+    def pids(self) -> set[int]:
+        workers = list(self._pool._workers.values())
+        return {worker.process.pid for worker in workers if worker.process.pid is not None}
 
     def lose(self, pid: int, *, back_after_s: float) -> None:
         os.kill(pid, signal.SIGKILL)
@@ -159,7 +172,7 @@ class Pool:
 
     def close(self) -> None:
         while self._life is not None and self._life.is_alive():
-            for pid in self._pids():
+            for pid in self.pids():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self._life.join(0.2)
@@ -224,7 +237,8 @@ class Soak:
 
     def _living(self) -> list[Line]:
         """What they have said last."""
-        return [line for pid, line in self.judge.last.items() if line.word != "ended" and _lives(pid)]
+        own = self.nodes.pids()
+        return [line for pid, line in self.judge.last.items() if pid in own and line.word != "ended" and _lives(pid)]
 
     def _training(self) -> list[Line]:
         return [line for line in self._living() if line.step >= self.judge.furthest - 1]

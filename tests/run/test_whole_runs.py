@@ -173,7 +173,8 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.seeds)
     @rule(data=st.data(), name=st.sampled_from(NAMES))
     def copy(self, data: Any, name: str) -> None:
-        folder = f"step_{data.draw(st.sampled_from(sorted(self.seeds)))}"
+        # Where it is in force: aside, if a save that was to replace it broke off where folders cannot be exchanged.
+        folder = Catalog(self.place).record(data.draw(st.sampled_from(sorted(self.seeds))))[0]
         for key in walk(self.place, folder):
             self.lay(name + key.removeprefix(folder), self.place.read(key))
 

@@ -23,6 +23,9 @@ from shardckpt.storage.posix.write import skipped
 
 _POPULATE_READ = 22  # linux/mman.h; Python does not name it
 _WINDOW_NBYTES = 1 << 20
+_LOOKS = 3
+"""Parts of a stretch at whose ends it is looked whether the page cache has them. Of every page it took 12 ms/GB, where
+all else of a check took 55 (2026-11-27, processor time)."""
 
 
 class MappedFile:
@@ -63,12 +66,13 @@ class MappedFile:
     def is_here(self, start: int, nbytes: int) -> bool:
         if not nbytes or start + nbytes > self._nbytes:
             return False
-        first = start - start % mmap.PAGESIZE
-        pages = -(-(start + nbytes - first) // mmap.PAGESIZE)
-        found = ctypes.create_string_buffer(pages)
         # mincore(2). Of files that are others' and not to be written to, Linux says that all is there.
-        code = _libc().mincore(self._address + first, start + nbytes - first, found)
-        return code == 0 and found.raw.count(1) == pages
+        found, last = ctypes.create_string_buffer(1), start + nbytes - 1
+        for at in sorted({start + (last - start) * part // _LOOKS for part in range(_LOOKS + 1)}):
+            page = self._address + at - at % mmap.PAGESIZE
+            if _libc().mincore(page, mmap.PAGESIZE, found) or not found.raw[0] & 1:
+                return False
+        return True
 
     def bring(self, start: int, nbytes: int) -> None:
         if start + nbytes > self._nbytes:

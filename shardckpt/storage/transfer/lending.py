@@ -30,7 +30,7 @@ class Lent(Protocol):
         ...
 
     def is_here(self, start: int, nbytes: int) -> bool:
-        """Whether these bytes can be brought without being waited for, as far as the system tells: now, no promise."""
+        """Whether these bytes can be brought without being waited for, as far as some samples tell: now, no promise."""
         ...
 
     def bring(self, start: int, nbytes: int) -> None:
