@@ -183,7 +183,7 @@ def mutate_ops(rng: Random, ops: tuple[bytes, ...], pool: Sequence[tuple[bytes, 
         elif kind == 4:
             changed.insert(at, bytes([rng.choice(_OPCODES)]))
         elif kind == 5:
-            start = rng.randrange(len(other))
+            start = rng.randrange(len(other) + 1)
             changed[at:at] = other[start : start + rng.choice((1, 2, 5, 30))]
         else:
             changed[at:at] = [b"q\x01" if rng.random() < 0.5 else b"h\x01", rng.choice(_TAILS)][: rng.choice((1, 2))]

@@ -168,11 +168,16 @@ class Killer:
         if line.life > self._life:
             self._life = line.life
             self._choose(line.word)
-        if (line.rank, line.word) != self._plan or len(self.victims) > line.life or line.life >= self.lives:
+        rank, phase = self._plan
+        if line.rank != rank or len(self.victims) > line.life or line.life >= self.lives:
+            return
+        if line.word == "waits":  # a life that had fewer steps left than there were to be
+            self._left = 1
+        elif line.word != phase:
             return
         self._left -= 1
         if self._left == 0:
-            time.sleep(self.chance.uniform(0.0, self.usual_s[line.word]))
+            time.sleep(self.chance.uniform(0.0, self.usual_s.get(line.word, 0.0)))
             agent = psutil.Process(line.pid).ppid()
             for pid in [agent, line.pid] if self.whole_node else [line.pid]:
                 os.kill(pid, signal.SIGKILL)
@@ -188,5 +193,5 @@ class Killer:
 
     def phases(self) -> list[str]:
         """What the victims were doing, as far as they could say."""
-        begun = {"resumed": "load", "loss": "train", "told": "save"}
+        begun = {"resumed": "load", "loss": "train", "told": "save", "waits": "train"}
         return [begun.get(self._last[pid].word, self._last[pid].word) for pid in self.victims]

@@ -104,6 +104,7 @@ def train(training: Training, gangs: sc.Gangs, say: Say) -> None:
         say("resumed", first)
         for step in range(first + 1, training.last_step + 1):
             if step == training.last_step and restarts() < training.kills:
+                say("waits", step)
                 threading.Event().wait()
             say("train", step)
             say("loss", step, train_step(model, optimizer, gangs, step).hex())
