@@ -22,7 +22,7 @@ CONTENT = random.Random(3).randbytes(100_000)
 @pytest.fixture(params=["brought by the kernel", "brought by reading, as before Linux 5.14"])
 def lent(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MappedFile]:
     if "reading" in request.param:
-        monkeypatch.setattr(posix_map, "_POPULATE_READ", 9999)
+        monkeypatch.setattr(posix_map, "POPULATE_READ", 9999)
     (tmp_path / "file").write_bytes(CONTENT)
     found = LocalStorage(tmp_path).lend("file")
     yield found

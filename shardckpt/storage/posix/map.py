@@ -14,14 +14,12 @@ import errno
 import mmap
 import os
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 from shardckpt.storage.posix.explain import explain, explained
 from shardckpt.storage.posix.folders import let_go
+from shardckpt.storage.posix.syscalls import POPULATE_READ, advise, in_memory
 from shardckpt.storage.posix.write import skipped
 
-_POPULATE_READ = 22  # linux/mman.h; Python does not name it
 _WINDOW_NBYTES = 1 << 20
 _LOOKS = 3
 """Parts of a stretch at whose ends it is looked whether the page cache has them. Of every page it took 12 ms/GB, where
@@ -66,13 +64,9 @@ class MappedFile:
     def is_here(self, start: int, nbytes: int) -> bool:
         if not nbytes or start + nbytes > self._nbytes:
             return False
-        # mincore(2). Of files that are others' and not to be written to, Linux says that all is there.
-        found, last = ctypes.create_string_buffer(1), start + nbytes - 1
-        for at in sorted({start + (last - start) * part // _LOOKS for part in range(_LOOKS + 1)}):
-            page = self._address + at - at % mmap.PAGESIZE
-            if _libc().mincore(page, mmap.PAGESIZE, found) or not found.raw[0] & 1:
-                return False
-        return True
+        last = start + nbytes - 1
+        looks = sorted({start + (last - start) * part // _LOOKS for part in range(_LOOKS + 1)})
+        return all(in_memory(self._address + at) for at in looks)
 
     def bring(self, start: int, nbytes: int) -> None:
         if start + nbytes > self._nbytes:
@@ -80,7 +74,7 @@ class MappedFile:
         if not nbytes:
             return
         if self._populates:
-            code = self._advise(start, nbytes, _POPULATE_READ)
+            code = advise(self._address + start, nbytes, POPULATE_READ)
             if code == 0:
                 return
             self._populates = code != errno.EINVAL  # an older kernel, or another system
@@ -105,7 +99,7 @@ class MappedFile:
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:  # pages that are shared with neighbours stay
-            self._advise(first, last - first, mmap.MADV_DONTNEED)
+            advise(self._address + first, last - first, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Unmapped with the last view of it: closing it under a view would be an error."""
@@ -128,13 +122,6 @@ class MappedFile:
                 raise explain(error, self._what) from error
             self._is_ready = False
             return 0
-
-    def _advise(self, start: int, nbytes: int, advice: int) -> int:
-        """0 or an errno. Not `mmap.madvise`, which does not let other threads run meanwhile."""
-        first = start - start % mmap.PAGESIZE
-        if _libc().madvise(self._address + first, start + nbytes - first, advice) == 0:
-            return 0
-        return ctypes.get_errno() or errno.EIO
 
     def _read_through(self, start: int, nbytes: int) -> None:
         """The same by plain reads: they fill the page cache too, and fail with an error."""
@@ -165,11 +152,3 @@ def _address_of(memory: mmap.mmap) -> int:
     api.PyObject_GetBuffer(ctypes.py_object(memory), ctypes.byref(buffer), 0)  # PyBUF_SIMPLE; raises if it cannot
     api.PyBuffer_Release(ctypes.byref(buffer))
     return int(buffer.address or 0)
-
-
-@lru_cache(maxsize=1)
-def _libc() -> Any:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
-    return libc

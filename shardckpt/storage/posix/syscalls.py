@@ -1,14 +1,17 @@
-"""Linux system calls that Python does not offer: renameat2 and fallocate. Each says when the place cannot do it."""
+"""Linux system calls that Python does not offer, or not without its lock. Each says when the place cannot do it."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+POPULATE_READ, POPULATE_WRITE = 22, 23
+"""linux/mman.h, Linux 5.14."""
 NOREPLACE = 1
 EXCHANGE = 2
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -74,3 +77,21 @@ def allocate(file: int, nbytes: int, *, offset: int = 0) -> None:
             return
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+
+
+def advise(address: int, nbytes: int, advice: int) -> int:
+    """madvise(2) of the pages in which these bytes lie: 0 or an errno.
+
+    Not `mmap.madvise`, which does not let other threads run meanwhile.
+    """
+    call = _libc().madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    first = address - address % mmap.PAGESIZE
+    return 0 if call(first, address + nbytes - first, advice) == 0 else ctypes.get_errno() or errno.EIO
+
+
+def in_memory(address: int) -> bool:
+    """mincore(2): whether the page of this byte is there. Linux says so of all files that are not to be written to."""
+    call, found = _libc().mincore, ctypes.create_string_buffer(1)
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    return call(address - address % mmap.PAGESIZE, mmap.PAGESIZE, found) == 0 and bool(found.raw[0] & 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 from collections.abc import Callable
@@ -19,6 +20,8 @@ class Libc:
             return fallocate(*arguments)
 
         self.renameat2, self.fallocate64 = renameat2, fallocate64
+        real = ctypes.CDLL(None, use_errno=True)  # what changes no file
+        self.madvise, self.mincore = real.madvise, real.mincore
 
 
 class RawStream(io.RawIOBase):

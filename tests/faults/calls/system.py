@@ -124,6 +124,7 @@ class _Libc:
     def __init__(self, system: System) -> None:
         real = ctypes.CDLL(None, use_errno=True)
         real.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        self.mincore = real.mincore
         for name in ("renameat2", "fallocate64", "madvise"):
             setattr(self, name, _Foreign(getattr(real, name), name, system))
 
@@ -141,7 +142,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> System:
         monkeypatch.setattr(module, "os", _Module(os, made, names))
     libc = _Libc(made)
     monkeypatch.setattr(syscalls, "_libc", lambda: libc)
-    monkeypatch.setattr(map, "_libc", lambda: libc)
     monkeypatch.setattr(map, "mmap", _Module(mmap, made, ("mmap",)))
     monkeypatch.setattr(local, "open", lambda file, mode, buffering: Stream(file, mode), raising=False)
     return made

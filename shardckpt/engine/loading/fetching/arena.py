@@ -12,6 +12,7 @@ import torch
 from shardckpt.engine.loading.fetching.fetch import WASTE, Fetched, KeyOf, Need, judge
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter, read_metered
 from shardckpt.engine.loading.fetching.pieces import THREADS, Unit, copies, copy_all, cut, is_cut, units
+from shardckpt.engine.loading.fetching.touching import touched
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.saving.image import Image
 from shardckpt.format.archive import LINE
@@ -82,7 +83,8 @@ class Arena:
         wanted = [(at, read) for at, read in self._reads() if read.key not in self._here]
         reads = [*(read for _, read in wanted), *others]
         self._meter.begin("reading", (len(read.into) for read in reads))
-        sums = read_metered(self._storage, reads, self._meter)
+        with touched(self._image.view):
+            sums = read_metered(self._storage, reads, self._meter)
         known = {at: crc for (at, read), crc in zip(wanted, sums, strict=False) if len(read.into)}
         looked = [(item, list(self._looks(item, known))) for item in self._fetched]
         left = (look for _, looks in looked for look in looks if look.crc is None)

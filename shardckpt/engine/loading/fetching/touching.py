@@ -1,0 +1,42 @@
+"""Fresh memory is made there while the bytes that go into it are still on their way."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from shardckpt.storage.posix.syscalls import POPULATE_WRITE, advise
+
+_STRIDE = 4 << 20
+"""Bytes at a time: whoever comes first waits no longer than for that."""
+
+
+@contextmanager
+def touched(memory: memoryview) -> Iterator[None]:
+    """The pages of fresh memory are touched from its beginning on, by a thread of its own, until the block ends.
+
+    Whoever writes to a page first waits while the system finds one and clears it; of s3fs that is the one thread that
+    reads from the network, and it has Python's lock. Where the system knows of no such request nothing happens.
+    2026-11-27, 0.3 GB from a server on the same 2 cores, much other work, medians of 5 loads by turns, seconds (of the
+    processor): s3fs 1.88 (0.50) instead of 2.36 (0.60), the direct client 1.18 (0.33) instead of 1.40 (0.36).
+    """
+    ended = threading.Event()
+    thread = threading.Thread(target=_touch, args=(memory, ended), name="shardckpt-touch", daemon=True)
+    # Python 3.12 makes no new thread while it shuts down, and a process may be allowed no more of them.
+    with suppress(RuntimeError):
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _touch(memory: memoryview, ended: threading.Event) -> None:
+    start, size = ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory)
+    for at in range(0, size, _STRIDE):
+        if ended.is_set() or advise(start + at, min(_STRIDE, size - at), POPULATE_WRITE):
+            return

@@ -1,0 +1,61 @@
+"""Memory that is touched while others fill it: it is there, it is what they wrote, and the thread ends in time."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import time
+
+import pytest
+
+from shardckpt.engine.loading.fetching.touching import touched
+from shardckpt.storage.posix.syscalls import in_memory
+
+MiB = 1 << 20
+LIMIT_S = 20.0
+
+
+@pytest.fixture
+def fresh() -> memoryview:
+    return memoryview(mmap.mmap(-1, 64 * MiB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def is_there(memory: memoryview, at: int) -> bool:
+    return in_memory(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + at)
+
+
+def test_it_is_there_though_nobody_has_written_to_it(fresh: memoryview) -> None:
+    assert not is_there(fresh, 0)
+    assert not is_there(fresh, len(fresh) - 1)
+    end = time.monotonic() + LIMIT_S
+    with touched(fresh):
+        while not is_there(fresh, len(fresh) - 1):
+            assert time.monotonic() < end, "nobody touches it"
+            time.sleep(0.001)
+    assert all(is_there(fresh, at) for at in range(0, len(fresh), MiB))
+
+
+def test_what_was_written_meanwhile_stays(fresh: memoryview) -> None:
+    pattern = bytes(range(1, 256)) * 4096
+    with touched(fresh):
+        for at in range(0, len(fresh) - len(pattern), 2 * MiB):
+            fresh[at : at + len(pattern)] = pattern
+    assert all(fresh[at : at + len(pattern)] == pattern for at in range(0, len(fresh) - len(pattern), 2 * MiB))
+
+
+def test_its_thread_ends_with_the_block_however_that_ends(fresh: memoryview) -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), touched(fresh):
+        raise ZeroDivisionError
+    assert threading.active_count() == before
+
+
+def test_without_a_thread_it_is_only_slower(fresh: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with touched(fresh):
+        fresh[:3] = b"abc"
+    assert bytes(fresh[:4]) == b"abc\0"
