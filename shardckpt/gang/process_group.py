@@ -28,6 +28,7 @@ from shardckpt.gang.wire.vain import Deadline
 
 _MEETING = 1
 """The stamp of what is said at meetings, where no conversation has begun; operations have larger ones."""
+_CONNECTING = 0.6  # of the time left when all have met; in the rest they tell each other for whom they waited in vain
 _LAST_WORD_S = 1.0
 """How long a rank whose link was closed looks for what rank 0 may have left in the store. It leaves it before it hangs
 up, but for one case: where a rank does not take what it is told in time, gloo closes all links by itself."""
@@ -199,21 +200,20 @@ class ProcessGroupGang:
                 return verdict
 
     def _open_star(self, conversation: str, deadline: Deadline) -> None:
-        """Make a new group; all ranks have just met through the store, and agree through it on how this went."""
+        """Make a new group; all ranks have just met through the store, and agree through it on how it went."""
         timeout = timedelta(seconds=max(deadline.left_s(0), 1.0))
         prefix = self._meeting.mailbox.key(conversation, "gloo")
         self._meeting.mailbox.own(f"{prefix}/0/{self._rank}")  # where gloo puts this rank's address
         others, roll = neighbours(self._rank, self._size), self._meeting.roll
         roll.call(self._meeting.mailbox, others, timeout_s=deadline.left_s(self._rank))
-        ended = partial(roll.ended, others)
-        options: dict[str, Any] = {"timeout": timeout, "interface": self._interface, "ended": ended}
+        options: dict[str, Any] = {"timeout": _CONNECTING * timeout, "ended": (ended := partial(roll.ended, others))}
 
         def make(store: Store) -> Star:
             below: Any = PrefixStore(prefix, store)  # type: ignore[arg-type]
-            return Star.open(below, rank=self._rank, size=self._size, **options)
+            return Star.open(below, rank=self._rank, size=self._size, interface=self._interface, **options)
 
         def connect() -> None:
-            self._star = self._meeting.mailbox.run(make, timeout_s=timeout.total_seconds(), ended=ended)
+            self._star = self._meeting.mailbox.run(make, timeout_s=_CONNECTING * timeout.total_seconds(), ended=ended)
 
         try:
             together(self._meeting, connect, phase="connecting", timeout=timeout)

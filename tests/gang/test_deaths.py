@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shardckpt.gang import Gang, ProcessGroupGang, StoreGang, together
+from shardckpt.errors import GangError
+from shardckpt.gang import Gang, Gangs, ProcessGroupGang, StoreGang, process_group, together
+from shardckpt.gang.wire.gloo import LinkError
+from shardckpt.gang.wire.star import Star
 from shardckpt.testing.gang_acts import ENOUGH_S, LONG, SHORT, await_marks, go_on, mark, refusal
 from shardckpt.testing.pool import Outcome, ProcessPool, RankLostError
 from tests.gang.conftest import client, connect
@@ -207,3 +212,32 @@ def test_failures_leave_neither_keys_nor_threads_behind(play: Callable[..., list
         keys, threads = zip(*outcome.value, strict=True)
         assert max(keys[1:]) <= keys[1] + 8, "ranks delete their old keys at slightly different times"
         assert max(threads[1:]) <= threads[1]
+
+
+def come_too_late(rank: int, size: int, folder: Path) -> tuple[str, float]:
+    """Rank 1 meets the others, and then stands still for longer than they wait for it."""
+    gangs = Gangs.from_env()
+    if rank == 1:
+
+        def late(*args: Any, **options: Any) -> Star:
+            await_marks(folder, "over", size - 1)
+            raise LinkError("too late")
+
+        process_group.Star.open = late  # type: ignore[method-assign, assignment]
+    began = time.monotonic()
+    try:
+        with pytest.raises(GangError) as caught:
+            gangs.root.enter("scope", timeout=timedelta(seconds=2.0))
+        took_s = time.monotonic() - began
+    finally:
+        mark(folder, "over", rank)
+        gangs.close()
+    return str(caught.value), took_s
+
+
+def test_who_stands_still_while_links_are_made_is_named_by_all_others(ranks: ProcessPool) -> None:
+    outcomes = ranks.run_settled(3, come_too_late)
+    for outcome in (outcomes[0], outcomes[2]):
+        text, took_s = outcome.value
+        assert "no connection with rank 1" in text, text
+        assert took_s < 5.0

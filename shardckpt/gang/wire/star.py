@@ -101,8 +101,7 @@ class Star:
         """Rank 0: the others' messages. Ends when all are there, when a link closes, or at the timeout."""
         with self._operation():
             frames = {rank: bytearray(_FRAME_NBYTES) for rank in self._others()}
-            works: list[Work] = []
-            dead = []
+            works, dead = list[Work](), list[int]()
             for rank, frame in frames.items():
                 try:
                     works.append(self._group.recv([_over(frame)], rank, _UP))
@@ -191,7 +190,8 @@ class Star:
             self.listen(_GREETING, timeout_s=timeout_s)
             return
         heard = self.collect(_GREETING, timeout_s=timeout_s)
-        silent = [rank for rank in self._others() if rank not in heard.messages]
+        # One that does not come takes all of the time: the others are not heard, and not to blame.
+        silent = [*heard.dead] or [rank for rank in self._others() if rank not in heard.messages]
         silent += self.tell(b"", _GREETING, to=heard.messages, timeout_s=timeout_s)
         if silent:
             raise LinkError(f"no connection with {ranks_text(silent)}")
