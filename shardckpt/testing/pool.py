@@ -124,6 +124,8 @@ class ProcessPool:
         forkserver.set_forkserver_preload(list(_PRELOAD))
         forkserver.ensure_running()
         resource_tracker.ensure_running()
+        with _store():  # the first one of a process opens a pipe that stays
+            pass
         self._folder = tempfile.TemporaryDirectory(prefix="shardckpt-ranks-")
         self._workers: dict[int, _Worker] = {}
         """By rank: a process never becomes another one. torch keeps meshes, with the place that their process has in
@@ -217,10 +219,8 @@ class ProcessPool:
 @contextmanager
 def _store() -> Iterator[int]:
     """The port of a store for the ranks of one call; served here, by a thread that is not Python's."""
-    # Not libuv's server, which leaves a pipe open in this process for ever.
-    server = dist.TCPStore(  # type: ignore[attr-defined]
-        HERE, 0, is_master=True, wait_for_workers=False, use_libuv=False
-    )
+    # Libuv's, as torchrun has it: the other one waits for the rest of what a rank that was stopped has half sent.
+    server = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     yield int(server.port)
 
 
