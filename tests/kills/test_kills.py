@@ -87,7 +87,7 @@ def judge(outcomes: list[Outcome], struck: dict[int, float], *, hurried: bool = 
     """Nobody hangs, nobody sees a torn or a lost step; those who fail name one that was struck. How long they took.
 
     `hurried`: the others may be told nothing before their own deadline, which is a second, and then name rank 0, which
-    waited for the one that was struck (2026-11-27: in one of 20 to 100 lives, about the moment in which links are made).
+    waited for the one that was struck (2026-11-27: one of 20 to 100 lives, about the moment in which links are made).
     """
     took = []
     for outcome in outcomes:
