@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
@@ -18,9 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
-from shardckpt.testing.rankprocess import HERE, Call, Raised, Returned, serve
+from shardckpt.testing.rankprocess import Call, Raised, Returned, serve
 
 _GRACE_S = 3.0
 """How long after its deadline a process may take to dump its threads and end by itself, before it is killed."""
@@ -124,8 +122,6 @@ class ProcessPool:
         forkserver.set_forkserver_preload(list(_PRELOAD))
         forkserver.ensure_running()
         resource_tracker.ensure_running()
-        with _store():  # the first one of a process opens a pipe that stays
-            pass
         self._folder = tempfile.TemporaryDirectory(prefix="shardckpt-ranks-")
         self._workers: dict[int, _Worker] = {}
         """By rank: a process never becomes another one. torch keeps meshes, with the place that their process has in
@@ -163,9 +159,9 @@ class ProcessPool:
         backend: str | None = "gloo",
     ) -> list[Outcome]:
         """Like `run`, for tests of failures: how it ended on each rank; no rank's error is raised."""
-        with tempfile.TemporaryDirectory(prefix="call_", dir=self._folder.name) as folder, _store() as port:
+        with tempfile.TemporaryDirectory(prefix="call_", dir=self._folder.name) as folder:
             messages = [
-                pickle.dumps(Call(fn, args, rank, world_size, Path(folder), backend, port, timeout))
+                pickle.dumps(Call(fn, args, rank, world_size, Path(folder), backend, timeout))
                 for rank in range(world_size)
             ]
             workers = self._enough(world_size)
@@ -214,14 +210,6 @@ class ProcessPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@contextmanager
-def _store() -> Iterator[int]:
-    """The port of a store for the ranks of one call; served here, by a thread that is not Python's."""
-    # Libuv's, as torchrun has it: the other one waits for the rest of what a rank that was stopped has half sent.
-    server = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    yield int(server.port)
 
 
 def _collect(workers: list[_Worker], *, deadline: float) -> list[Returned | Raised | None]:

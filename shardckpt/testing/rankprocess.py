@@ -20,8 +20,6 @@ import torch.distributed as dist
 
 from shardckpt.testing.meshes import Meshes
 
-HERE = "127.0.0.1"
-
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -32,11 +30,8 @@ class Call:
     rank: int
     world_size: int
     folder: Path
-    """Of this call alone, the same on all ranks."""
+    """Of this call alone, the same on all ranks; holds the file store of the process group."""
     backend: str | None
-    port: int
-    """Of the process group's store, which is the pool's: it answers whatever happens to a rank. (2026-11-27: it was a
-    file, which one that was stopped could hold locked against the others.)"""
     timeout_s: float
 
 
@@ -105,9 +100,7 @@ def _do(call: Call, meshes: Meshes) -> Returned | Raised:
         if call.backend is not None:
             # Shorter than the deadline of the whole call: a collective that waits in vain raises and says where.
             timeout = timedelta(seconds=0.75 * call.timeout_s)
-            store = dist.TCPStore(  # type: ignore[attr-defined]
-                HERE, call.port, is_master=False, wait_for_workers=False, timeout=timeout
-            )
+            store = dist.FileStore(str(call.folder / "store"), call.world_size)  # type: ignore[attr-defined]
             dist.init_process_group(
                 call.backend, store=store, rank=call.rank, world_size=call.world_size, timeout=timeout
             )
