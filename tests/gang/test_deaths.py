@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shardckpt.errors import GangError
-from shardckpt.gang import Gang, Gangs, ProcessGroupGang, StoreGang, process_group, together
+from shardckpt.gang import Gang, ProcessGroupGang, StoreGang, process_group, together
 from shardckpt.gang.wire.gloo import LinkError
 from shardckpt.gang.wire.star import Star
 from shardckpt.testing.gang_acts import ENOUGH_S, LONG, SHORT, await_marks, go_on, mark, refusal
@@ -214,9 +214,9 @@ def test_failures_leave_neither_keys_nor_threads_behind(play: Callable[..., list
         assert max(threads[1:]) <= threads[1]
 
 
-def come_too_late(rank: int, size: int, folder: Path) -> tuple[str, float]:
+def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> tuple[str, float]:
     """Rank 1 meets the others, and then stands still for longer than they wait for it."""
-    gangs = Gangs.from_env()
+    gang = ProcessGroupGang(lambda: connect(port), rank=rank, size=size, nonce=nonce)
     if rank == 1:
 
         def late(*args: Any, **options: Any) -> Star:
@@ -227,16 +227,16 @@ def come_too_late(rank: int, size: int, folder: Path) -> tuple[str, float]:
     began = time.monotonic()
     try:
         with pytest.raises(GangError) as caught:
-            gangs.root.enter("scope", timeout=timedelta(seconds=2.0))
+            gang.enter("scope", timeout=timedelta(seconds=2.0))
         took_s = time.monotonic() - began
     finally:
         mark(folder, "over", rank)
-        gangs.close()
+        gang.close()
     return str(caught.value), took_s
 
 
-def test_who_stands_still_while_links_are_made_is_named_by_all_others(ranks: ProcessPool) -> None:
-    outcomes = ranks.run_settled(3, come_too_late)
+def test_who_stands_still_while_links_are_made_is_named_by_all_others(ranks: ProcessPool, port: int) -> None:
+    outcomes = ranks.run_settled(3, come_too_late, port, uuid.uuid4().hex, backend=None)
     for outcome in (outcomes[0], outcomes[2]):
         text, took_s = outcome.value
         assert "no connection with rank 1" in text, text
