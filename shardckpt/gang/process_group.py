@@ -19,7 +19,7 @@ from shardckpt.gang.local import LocalGang
 from shardckpt.gang.relay import Relay, open_by
 from shardckpt.gang.store import StoreGang, last_seen
 from shardckpt.gang.together import together
-from shardckpt.gang.wire.gloo import LinkError
+from shardckpt.gang.wire.gloo import LinkError, Linking, once_more
 from shardckpt.gang.wire.mailbox import Line, SilentError, Store
 from shardckpt.gang.wire.messages import Arrival, History, Verdict, decode, encode, judge, ranks_text
 from shardckpt.gang.wire.roll import UNKNOWN, Roll, neighbours
@@ -28,7 +28,7 @@ from shardckpt.gang.wire.vain import Deadline
 
 _MEETING = 1
 """The stamp of what is said at meetings, where no conversation has begun; operations have larger ones."""
-_CONNECTING = 0.6  # of the time left when all have met; in the rest they tell each other for whom they waited in vain
+_CONNECTING = 0.3, 0.6  # of the time left, for two attempts; in the rest ranks tell each other whom they waited for
 _LAST_WORD_S = 1.0
 """How long a rank whose link was closed looks for what rank 0 may have left in the store. It leaves it before it hangs
 up, but for one case: where a rank does not take what it is told in time, gloo closes all links by itself."""
@@ -92,7 +92,7 @@ class ProcessGroupGang:
             self._drop_star()
             verdict = self._meeting.meet(arrival, deadline)
             if verdict.ok:
-                self._open_star(verdict.conversation, deadline)
+                once_more(partial(self._open_star, verdict.conversation, deadline))
         if not verdict.ok:
             raise verdict.error()
         self._conversation = verdict.conversation
@@ -123,11 +123,10 @@ class ProcessGroupGang:
 
     def broadcast(self, value: Json, *, timeout: timedelta) -> Json:
         deadline, stamp = Deadline(timeout), self._next_stamp()
+        message = self._listen(stamp, deadline) if self._rank else encode(value).encode()
         if self._rank == 0:
-            self._tell(encode(value).encode(), stamp, deadline)
-            own: Json = decode(encode(value))
-            return own
-        heard: Json = decode(self._listen(stamp, deadline))
+            self._tell(message, stamp, deadline)
+        heard: Json = decode(message)
         return heard
 
     def subgang(self, ranks: Sequence[int], name: str) -> Gang | None:
@@ -157,9 +156,8 @@ class ProcessGroupGang:
         if self._star is None:
             return None
         try:
-            if self._rank == 0:
-                return self._call(self._star, arrival, deadline)
-            return self._answer(self._star, arrival, deadline)
+            meet = self._answer if self._rank else self._call
+            return meet(self._star, arrival, deadline)
         except LinkError:
             return None
 
@@ -199,21 +197,23 @@ class ProcessGroupGang:
             if verdict.is_over_for(self._rank):
                 return verdict
 
-    def _open_star(self, conversation: str, deadline: Deadline) -> None:
+    def _open_star(self, conversation: str, deadline: Deadline, attempt: int) -> None:
         """Make a new group; all ranks have just met through the store, and agree through it on how it went."""
-        timeout = timedelta(seconds=max(deadline.left_s(0), 1.0))
-        prefix = self._meeting.mailbox.key(conversation, "gloo")
-        self._meeting.mailbox.own(f"{prefix}/0/{self._rank}")  # where gloo puts this rank's address
+        timeout, mailbox = timedelta(seconds=max(deadline.left_s(0), 1.0)), self._meeting.mailbox
+        prefix, within = mailbox.key(conversation, "gloo", attempt), _CONNECTING[attempt] * timeout
+        mailbox.own(f"{prefix}/0/{self._rank}")  # where gloo puts this rank's address
         others, roll = neighbours(self._rank, self._size), self._meeting.roll
-        roll.call(self._meeting.mailbox, others, timeout_s=deadline.left_s(self._rank))
-        options: dict[str, Any] = {"timeout": _CONNECTING * timeout, "ended": (ended := partial(roll.ended, others))}
+        roll.call(mailbox, others, timeout_s=deadline.left_s(self._rank))
+        ended = partial(roll.ended, others)
+        options: dict[str, Any] = {"timeout": within, "ended": ended, "interface": self._interface}
+        linking = Linking(self._make_store, f"{prefix}/failed", rank=self._rank, name=self._name, ended=ended)
 
         def make(store: Store) -> Star:
             below: Any = PrefixStore(prefix, store)  # type: ignore[arg-type]
-            return Star.open(below, rank=self._rank, size=self._size, interface=self._interface, **options)
+            return Star.open(below, rank=self._rank, size=self._size, **options)
 
         def connect() -> None:
-            self._star = self._meeting.mailbox.run(make, timeout_s=_CONNECTING * timeout.total_seconds(), ended=ended)
+            self._star = linking.run(mailbox, make, timeout_s=within.total_seconds())
 
         try:
             together(self._meeting, connect, phase="connecting", timeout=timeout)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shardckpt.errors import GangError
-from shardckpt.gang import Gang, ProcessGroupGang, StoreGang, process_group, together
+from shardckpt.gang import Gang, ProcessGroupGang, StoreGang, process_group, together, together_gather
 from shardckpt.gang.wire.gloo import LinkError
 from shardckpt.gang.wire.star import Star
 from shardckpt.testing.gang_acts import ENOUGH_S, LONG, SHORT, await_marks, go_on, mark, refusal
@@ -241,3 +241,40 @@ def test_who_stands_still_while_links_are_made_is_named_by_all_others(ranks: Pro
         text, took_s = outcome.value
         assert "no connection with rank 1" in text, text
         assert took_s < 5.0
+
+
+def fail_to_link(rank: int, size: int, folder: Path, port: int, nonce: str, times: int) -> tuple[str, float]:
+    """The first attempts of rank 1 to link up fail at once, which gloo tells nobody."""
+    gang = ProcessGroupGang(lambda: connect(port), rank=rank, size=size, nonce=nonce)
+    real, left = Star.open, [times]
+
+    def refused(*args: Any, **options: Any) -> Star:
+        left[0] -= 1
+        if rank == 1 and left[0] >= 0:
+            raise LinkError("no ports left")
+        return real(*args, **options)
+
+    process_group.Star.open = refused  # type: ignore[method-assign, assignment]
+    began, text = time.monotonic(), ""
+    try:
+        gang.enter("scope", timeout=LONG)
+        text = str(together_gather(gang, lambda: rank, phase="write", timeout=LONG))
+    except GangError as error:
+        text = str(error)
+    finally:
+        process_group.Star.open = real  # type: ignore[method-assign]
+        gang.close()
+    return text, time.monotonic() - began
+
+
+def test_who_cannot_link_up_tells_the_others_who_would_wait_for_it(ranks: ProcessPool, port: int) -> None:
+    for outcome in ranks.run_settled(3, fail_to_link, port, uuid.uuid4().hex, 2, backend=None):
+        text, took_s = outcome.value
+        assert "rank 1: LinkError: no ports left" in text, text
+        assert took_s < ENOUGH_S
+
+
+def test_links_that_failed_are_made_once_more(ranks: ProcessPool, port: int) -> None:
+    outcomes = ranks.run_settled(3, fail_to_link, port, uuid.uuid4().hex, 1, backend=None)
+    assert [outcome.value[0] for outcome in outcomes] == ["[0, 1, 2]", "None", "None"]
+    assert all(outcome.value[1] < ENOUGH_S for outcome in outcomes)
