@@ -217,12 +217,13 @@ def test_failures_leave_neither_keys_nor_threads_behind(play: Callable[..., list
 def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> tuple[str, float]:
     """Rank 1 meets the others, and then stands still for longer than they wait for it."""
     gang = ProcessGroupGang(lambda: connect(port), rank=rank, size=size, nonce=nonce)
+    real = Star.open
+
+    def late(*args: Any, **options: Any) -> Star:
+        await_marks(folder, "over", size - 1)
+        raise LinkError("too late")
+
     if rank == 1:
-
-        def late(*args: Any, **options: Any) -> Star:
-            await_marks(folder, "over", size - 1)
-            raise LinkError("too late")
-
         process_group.Star.open = late  # type: ignore[method-assign, assignment]
     began = time.monotonic()
     try:
@@ -231,6 +232,7 @@ def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> 
         took_s = time.monotonic() - began
     finally:
         mark(folder, "over", rank)
+        process_group.Star.open = real  # type: ignore[method-assign]  # the process serves other tests
         gang.close()
     return str(caught.value), took_s
 

@@ -56,9 +56,8 @@ class Linking:
     """This rank's part of making a group, which ends early on all ranks where it has failed on one.
 
     Gloo does not tell the others: rank 0, which waits inside it for the address or the connection of one that has
-    failed, would do so until its deadline (2026-11-27: seen twice in some ten runs of the tests). So whoever fails
-    leaves word in the store of the job, and those who wait look for it now and then, through a client of their own.
-    Used by the gang's thread.
+    failed, would do so until its deadline. So whoever fails leaves word in the store of the job, and those who wait
+    look for it now and then, through a client of their own. Used by the gang's thread.
     """
 
     def __init__(self, make_store: Callable[[], Store], key: str, *, rank: int, name: str, ended: Ended) -> None:

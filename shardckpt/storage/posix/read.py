@@ -10,7 +10,7 @@ from itertools import groupby, islice
 from shardckpt.storage.base import Read
 from shardckpt.storage.posix.explain import explained
 from shardckpt.storage.posix.folders import let_go
-from shardckpt.storage.posix.uncached import read_past_cache
+from shardckpt.storage.posix.uncached import read_large
 from shardckpt.storage.posix.write import MOST_BUFFERS, skipped
 from shardckpt.storage.transfer.ranges import Run, merge
 from shardckpt.storage.transfer.several import for_each
@@ -42,7 +42,7 @@ def read_runs(reads: Sequence[Read], *, opened: Callable[[str], int], url: str, 
 
 def _fill(file: int, run: Run, url: str) -> None:
     offset, buffers = run.offset, list(run.into)
-    if len(buffers) == 1 and (done := read_past_cache(file, buffers[0], offset)):
+    if len(buffers) == 1 and (done := read_large(file, buffers[0], offset)):
         offset, buffers = offset + done, skipped(buffers, done)
     while buffers:
         with explained(f"cannot read {run.key!r} in {url}"):
