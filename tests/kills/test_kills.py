@@ -44,9 +44,9 @@ class Run:
     kills: int = 0
     hasty: bool = False
 
-    def next_life(self, timeout_s: float = PATIENCE_S) -> Life:
+    def next_life(self, timeout_s: float = PATIENCE_S, *, haunted: bool = False) -> Life:
         self.lives += 1
-        return Life(self.lives, self.place / "run", self.place / "notes", timeout_s, self.hasty).prepare()
+        return Life(self.lives, self.place / "run", self.place / "notes", timeout_s, self.hasty, haunted).prepare()
 
 
 def strike(
@@ -175,7 +175,7 @@ def test_a_promise_that_is_made_too_early_is_found(ranks: ProcessPool, tmp_path:
 
 def a_life_whose_rank_wakes_up_in_the_next(run: Run, ranks: ProcessPool, others: ProcessPool) -> None:
     """One is stopped; the others give up; a new job does the same steps, and meanwhile or afterwards it goes on."""
-    first, second = run.next_life(timeout_s=1.0), run.next_life()
+    first, second = run.next_life(timeout_s=1.0), run.next_life(haunted=True)
     victim = run.random.randrange(RANKS)
     wait = strike(first, [victim], signal.SIGSTOP, run.random.uniform(0, run.usual_s))
     outcomes: list[Outcome] = []
