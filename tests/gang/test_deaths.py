@@ -259,7 +259,7 @@ def fail_to_link(rank: int, size: int, folder: Path, port: int, nonce: str, time
     process_group.Star.open = refused  # type: ignore[method-assign, assignment]
     began, text = time.monotonic(), ""
     try:
-        gang.enter("scope", timeout=LONG)
+        gang.enter("scope", timeout=timedelta(minutes=2))  # of which the first attempt gets 36 s
         text = str(together_gather(gang, lambda: rank, phase="write", timeout=LONG))
     except GangError as error:
         text = str(error)
@@ -273,10 +273,10 @@ def test_who_cannot_link_up_tells_the_others_who_would_wait_for_it(ranks: Proces
     for outcome in ranks.run_settled(3, fail_to_link, port, uuid.uuid4().hex, 2, backend=None):
         text, took_s = outcome.value
         assert "rank 1: LinkError: no ports left" in text, text
-        assert took_s < ENOUGH_S
+        assert took_s < 2 * ENOUGH_S
 
 
 def test_links_that_failed_are_made_once_more(ranks: ProcessPool, port: int) -> None:
     outcomes = ranks.run_settled(3, fail_to_link, port, uuid.uuid4().hex, 1, backend=None)
     assert [outcome.value[0] for outcome in outcomes] == ["[0, 1, 2]", "None", "None"]
-    assert all(outcome.value[1] < ENOUGH_S for outcome in outcomes)
+    assert all(outcome.value[1] < 2 * ENOUGH_S for outcome in outcomes)
