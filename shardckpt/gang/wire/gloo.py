@@ -68,11 +68,14 @@ class Linking:
 
     def run(self, mailbox: Mailbox, make: Callable[[Store], _T], *, timeout_s: float) -> _T:
         """`make(store)`, by the thread of the mailbox. `LinkError` also where it is known to be in vain."""
+        began = time.monotonic()
         try:
             return mailbox.run(make, timeout_s=timeout_s, ended=self._in_vain)
         except _HeardError:
             raise
         except LinkError as error:
+            if time.monotonic() - began > 0.9 * timeout_s:
+                raise  # it has waited for another, as they have
             with suppress(SilentError, RuntimeError):  # they wait until their deadline then
                 mailbox.put(self._key, [self._rank, str(error)[:_MESSAGE_CHARS]], timeout_s=_SAY_S)
             raise
