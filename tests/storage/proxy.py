@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -241,10 +241,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _wait_for_hanging_up(self) -> None:
-        """Until the client has had enough."""
-        while not self.server.proxy.over.is_set():
-            if select.select([self.connection], [], [], 0.05)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-                break
+        """Until the client has had enough. What it still sends is taken: else its end would not be seen behind that."""
+        with suppress(ConnectionError):
+            while not self.server.proxy.over.is_set():
+                if select.select([self.connection], [], [], 0.05)[0] and not self.connection.recv(1 << 16):
+                    break
         self.close_connection = True
 
     def _hang_up(self) -> None:
