@@ -19,7 +19,7 @@ from shardckpt.run.catalog import Catalog, Entry, read_record
 from shardckpt.run.deletion import is_doomed, remove_folder
 from shardckpt.run.requests import each
 from shardckpt.run.shared.sweeping import tidy_blobs
-from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage
+from shardckpt.storage.base import RenamingStorage, SharedPuts, Storage, UploadId
 from shardckpt.storage.objects.probe import is_probe
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ _TURNS = 16
 
 _Content = tuple[tuple[str, int], ...]
 """Names and sizes of the files of a folder."""
+_Upload = tuple[str, UploadId]
+"""The key, and the id."""
 
 
 class DeadAttempts:
@@ -82,26 +84,27 @@ class DeadAttempts:
             tidy_blobs(self._catalog.storage)
         return swept
 
-    def _tidy_probes(self, names: Sequence[str], uploads: Mapping[str, str], now: float) -> None:
+    def _tidy_probes(self, names: Sequence[str], uploads: Sequence[_Upload], now: float) -> None:
         """Delete the probes that have been there for long enough: who made them is dead, or could not delete them."""
         storage, known = self._catalog.storage, self._probes
-        self._probes = {name: known.get(name, now) for name in (*names, *uploads) if is_probe(name)}
+        self._probes = {name: known.get(name, now) for name in (*names, *dict(uploads)) if is_probe(name)}
         for name, since in self._probes.items():
             if name in known and now - since >= self._grace_s:
-                if name in uploads and isinstance(storage, SharedPuts):
-                    storage.abort_upload(name, uploads[name])
+                for key, upload in uploads:
+                    if key == name and isinstance(storage, SharedPuts):
+                        storage.abort_upload(key, upload)
                 try:
                     storage.delete([name])
                 except OSError as error:
                     _log.warning("the probe %s/%s could not be removed: %s", storage.url, name, error)
 
-    def _attempts(self, names: Sequence[str], uploads: Mapping[str, str]) -> Iterable[_Attempt]:
+    def _attempts(self, names: Sequence[str], uploads: Sequence[_Upload]) -> Iterable[_Attempt]:
         """All that may be leftovers, as far as names tell: those of the entries of the root, and of the uploads."""
         storage = self._catalog.storage
         if isinstance(storage, RenamingStorage):
             asides = [parse_aside(name) for name in names if name.endswith("/")]
             return [_Attempt(a.step, a.attempt, a.folder) for a in asides if a is not None and a.kind == "tmp"]
-        found = {_Attempt.of(key.split("/")): None for key in uploads}
+        found = {_Attempt.of(key.split("/")): None for key, _ in uploads}
         self._looks += 1
         steps = [name for name in names if name.endswith("/") and parse_step(name) is not None]
         due = [name for name in steps if self._looks - self._tidy.get(name, -_TURNS) >= _TURNS]
@@ -123,7 +126,7 @@ class DeadAttempts:
                 found.append((name, 0 if name.endswith("/") else storage.size(f"{folder}/{name}")))
             except FileNotFoundError:
                 continue
-        return (*found, *((upload, 0) for upload in _uploads(storage, folder).values()))
+        return (*found, *((upload, 0) for _, upload in _uploads(storage, folder)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +146,9 @@ class _Attempt:
         return _Attempt(step, parts[1], f"{parts[0]}/{parts[1]}")
 
 
-def _uploads(storage: Storage, folder: str = "") -> dict[str, str]:
-    """Key to id of the uploads that were not finished."""
-    return dict(storage.list_uploads(folder)) if isinstance(storage, SharedPuts) else {}
+def _uploads(storage: Storage, folder: str = "") -> list[_Upload]:
+    """The uploads that were not finished. A key has several where the answer to its beginning was lost."""
+    return list(storage.list_uploads(folder)) if isinstance(storage, SharedPuts) else []
 
 
 def sweep(catalog: Catalog, *, own_attempts: Mapping[str, int]) -> list[str]:
