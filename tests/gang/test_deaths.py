@@ -228,7 +228,7 @@ def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> 
     began = time.monotonic()
     try:
         with pytest.raises(GangError) as caught:
-            gang.enter("scope", timeout=timedelta(seconds=2.0))
+            gang.enter("scope", timeout=timedelta(seconds=6.0))  # 1.8 s for the first links
         took_s = time.monotonic() - began
     finally:
         mark(folder, "over", rank)
@@ -242,7 +242,7 @@ def test_who_stands_still_while_links_are_made_is_named_by_all_others(ranks: Pro
     for outcome in (outcomes[0], outcomes[2]):
         text, took_s = outcome.value
         assert "no connection with rank 1" in text, text
-        assert took_s < 5.0
+        assert took_s < 12.0
 
 
 def fail_to_link(rank: int, size: int, folder: Path, port: int, nonce: str, times: int) -> tuple[str, float]:
