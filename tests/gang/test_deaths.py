@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import uuid
@@ -214,7 +215,7 @@ def test_failures_leave_neither_keys_nor_threads_behind(play: Callable[..., list
         assert max(threads[1:]) <= threads[1]
 
 
-def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> tuple[str, float]:
+def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> tuple[Any, str, float]:
     """Rank 1 meets the others, and then stands still for longer than they wait for it."""
     gang = ProcessGroupGang(lambda: connect(port), rank=rank, size=size, nonce=nonce)
     real = Star.open
@@ -228,20 +229,22 @@ def come_too_late(rank: int, size: int, folder: Path, port: int, nonce: str) -> 
     began = time.monotonic()
     try:
         with pytest.raises(GangError) as caught:
-            gang.enter("scope", timeout=timedelta(seconds=6.0))  # 1.8 s for the first links
+            gang.enter("scope", timeout=timedelta(seconds=6.0))
         took_s = time.monotonic() - began
     finally:
         mark(folder, "over", rank)
         process_group.Star.open = real  # type: ignore[method-assign]  # the process serves other tests
         gang.close()
-    return str(caught.value), took_s
+    return caught.value.absent, str(caught.value), took_s
 
 
 def test_who_stands_still_while_links_are_made_is_named_by_all_others(ranks: ProcessPool, port: int) -> None:
     outcomes = ranks.run_settled(3, come_too_late, port, uuid.uuid4().hex, backend=None)
     for outcome in (outcomes[0], outcomes[2]):
-        text, took_s = outcome.value
-        assert "no connection with rank 1" in text, text
+        absent, text, took_s = outcome.value
+        assert absent == (1,)
+        # On a busy machine rank 2 may miss the first links, which get 1.8 s; it gives its vote all the same.
+        assert re.search(r"no connection with ranks? 1\b", text), text
         assert took_s < 12.0
 
 
