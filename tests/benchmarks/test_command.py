@@ -173,6 +173,7 @@ def test_a_loop_is_a_whole_number_of_saves(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.s3
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.larger
 def test_any_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
     engines = [name for name in IN_PROCESS if ENGINES[name].anywhere and name.startswith(("shard", "torch", "safe"))]

@@ -24,6 +24,7 @@ def turns_and_comparison(rank: int, world_size: int, shared: Path, folder: Path)
     return seen
 
 
+@pytest.mark.larger
 def test_each_turn_measures_and_the_checkpoints_are_compared(forks: Forks, tmp_path: Path) -> None:
     (seen,) = forks.run(1, turns_and_comparison, tmp_path, preload=jobs.PRELOAD)
     table = huggingface.render(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +38,9 @@ def nobody() -> Iterator[None]:
 
 
 def calls(work: Callable[[], object]) -> int:
-    """Calls of our functions."""
+    """Calls of our functions, but of those by which garbage of other tests would be cleared away meanwhile."""
+    gc.collect()
+    gc.disable()
     count = 0
 
     def profile(frame: FrameType, event: str, _: object) -> None:
@@ -50,6 +53,7 @@ def calls(work: Callable[[], object]) -> int:
         work()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 

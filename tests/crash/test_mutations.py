@@ -23,6 +23,7 @@ ROW = "durability mutations"
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.sampled(3)
 def test_a_fault_is_noticed(tmp_path: Path, name: str, scale: Scale, scorecard: Scorecard) -> None:
     fault = MUTATIONS[name]
     act = ACTS[fault.act]

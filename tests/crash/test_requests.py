@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
+@pytest.mark.sampled(2)
 def test_after_any_request(name: str, ranks: int, scale: Scale, scorecard: Scorecard) -> None:
     place, width = record(name, ranks), ACTS[name].width
     lefts = left(place.events, count=scale.runs(sample=60, full=2000), seed=1, before=BEFORE)

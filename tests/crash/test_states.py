@@ -27,6 +27,7 @@ LONGEST = 6000
 
 @pytest.mark.parametrize("model", [ORDERED, MINIMAL], ids=lambda model: model.name)
 @pytest.mark.parametrize(("name", "ranks"), CASES)
+@pytest.mark.sampled(2)
 def test_after_a_power_cut(
     tmp_path: Path, name: str, ranks: int, model: Model, scale: Scale, scorecard: Scorecard
 ) -> None:

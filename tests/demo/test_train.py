@@ -84,6 +84,7 @@ def test_alone_it_goes_on_where_it_stopped(ranks, tmp_path):
     assert len(committed(tmp_path)) <= 4  # the last three and the best one
 
 
+@pytest.mark.larger
 def test_two_ranks_start_and_one_goes_on(ranks, tmp_path):
     first = train(TWO_RANKS, tmp_path, 40)
     assert [line.split()[1] for line in first] == ["20", "40"]

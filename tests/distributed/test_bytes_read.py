@@ -80,6 +80,7 @@ def load_all(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [4, 2, 1])
+@pytest.mark.sampled(2)
 def test_bytes_read_are_the_bytes_needed(ranks, tmp_path, world_size):
     """From the first layout to all, and from the next two to the first of each number of ranks."""
     saved = [layout for layout in LAYOUTS if layout[1].ranks == 4][:3]

@@ -99,6 +99,7 @@ def check_only(storage: S3Storage, steps: list[int]) -> None:
     assert len([key for key in walk(storage) if not key.endswith(("manifest.json", "/"))]) == len(steps)
 
 
+@pytest.mark.larger
 def test_a_volume_server_is_lost_in_the_middle_of_a_save(parts: Cluster) -> None:
     one, other = map(place, parts.gateways)
     assert save(1, [one, other])

@@ -102,6 +102,7 @@ LARGE = [(5, 700_001), (3, 2, 300_007), (1_300_001,), (130_000, 9), (257, 4, 110
 
 
 @pytest.mark.parametrize("from_the_right", [False, True])
+@pytest.mark.sampled(2)
 def test_tensors_of_many_windows(ranks, from_the_right):
     """Larger than a window, cut along each dimension, rows longer and much shorter than a window, off all bounds."""
     grid = Grid((2, 2))

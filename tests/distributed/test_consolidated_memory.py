@@ -85,6 +85,7 @@ def check(file: Path, rank: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "fsdp2 x tp", "fsdp1"])
+@pytest.mark.sampled(2)
 def test_no_rank_needs_more_than_the_bound(ranks, kind):
     peaks = ranks.run(2, measure, kind, False)
     print(kind, [f"{peak / MiB:.0f} MiB" for peak in peaks])

@@ -56,6 +56,7 @@ def save_unlike(rank: int, world_size: int, folder: Path, root: Path, layout: La
 
 
 @pytest.mark.parametrize("layout", COPIES, ids=str)
+@pytest.mark.sampled(2)
 def test_copies_that_differ_are_never_lost(ranks, tmp_path, layout):
     """Only one of them would have been stored: the save fails on all ranks, says which, and the next one succeeds."""
     outcomes = ranks.run(4, save_unlike, tmp_path, layout)

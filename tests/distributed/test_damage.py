@@ -145,6 +145,7 @@ def resume(
 
 
 @pytest.mark.parametrize("world_size", [4, 2])
+@pytest.mark.sampled(2)
 def test_all_ranks_go_back_to_the_newest_step_that_is_good_on_all(ranks, tmp_path, world_size):
     """Of step 4 one tensor of rank 3's file is damaged, step 3 lacks a file, step 2 a byte at the end of one."""
     ranks.run(4, train_and_save_often, tmp_path)

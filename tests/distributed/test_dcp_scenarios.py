@@ -25,5 +25,6 @@ def play(rank: int, world: int, folder: Path, name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.sampled(2)
 def test_scenario(ranks: ProcessPool, tmp_path: Path, name: str) -> None:
     ranks.run(EVERY[name][0], play, name, tmp_path)

@@ -111,6 +111,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", ["hsdp", "fsdp2 x tp"])
+@pytest.mark.sampled(2)
 def test_all_ranks_export_while_they_train(ranks: Any, tmp_path: Path, kind: str) -> None:
     read = ranks.run(RANKS, export_while_training, Place(str(tmp_path)), tmp_path, kind, FORMS, timeout=100)
     reference = torch.load(tmp_path / "reference.pt", weights_only=True)

@@ -59,6 +59,7 @@ def load(rank: int, world_size: int, folder: Path, root: Path, layouts: list[Lay
     ],
     ids=["ddp", "hsdp", "fsdp2 x tp"],
 )
+@pytest.mark.sampled(2)
 def test_a_frozen_base_on_a_mesh(ranks, tmp_path, layout, names):
     stored = ranks.run(layout.ranks, train_and_save, tmp_path, layout)[0]
     assert sorted(stored) == names

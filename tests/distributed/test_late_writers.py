@@ -105,6 +105,7 @@ def save_late_or_again(
 
 
 @pytest.mark.parametrize("stop", [Stop(1, "rank_1.pt"), Stop(0, MANIFEST), Stop(0, MANIFEST, replaces=True)], ids=str)
+@pytest.mark.sampled(2)
 def test_a_process_that_wakes_up_when_the_step_was_saved_again(
     server: S3Server, ranks: ProcessPool, tmp_path: Path, stop: Stop
 ) -> None:

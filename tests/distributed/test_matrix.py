@@ -110,7 +110,7 @@ def runs(ranks: ProcessPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.xdist_group("matrix")
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("way", TARGETS)
 def test_every_parallelism_on_every_other(
     ranks: ProcessPool, runs: Runs, scale: Scale, scorecard: Scorecard, way: str

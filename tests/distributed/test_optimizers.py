@@ -104,6 +104,7 @@ def load(rank: int, world_size: int, folder: Path, root: Path, layout: Layout, k
 
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("steps", [0, 2], ids=["before the first step", "after two"])
+@pytest.mark.sampled(2)
 def test_what_an_optimizer_holds_comes_back_and_no_more(ranks, tmp_path, kind, steps):
     """A parameter that had no state has none after the load, either; and a group is that group."""
     ranks.run(4, save, tmp_path, HYBRID, kind, steps)

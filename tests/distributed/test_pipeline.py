@@ -68,6 +68,7 @@ def load(rank: int, world_size: int, folder: Path, root: Path, shape: Stages) ->
 
 
 @pytest.mark.parametrize("before", [(2, 1), (4, 1), (2, 2)], ids=str)
+@pytest.mark.sampled(2)
 def test_stages_load_on_any_number_of_stages(ranks, tmp_path, before):
     whole: dict[str, Any] = {}
     for found in ranks.run(before[0] * before[1], train_and_save, tmp_path, before):

@@ -132,6 +132,7 @@ def load_model(rank: int, world: int, folder: Path, kind: str, root: Path, expec
 
 
 @pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("tp", 2), ("ddp", 2), ("2d", 4)])
+@pytest.mark.sampled(2)
 def test_saved_on_one_mesh_loads_on_others_bit_for_bit(
     ranks: ProcessPool, tmp_path: Path, kind: str, world: int
 ) -> None:

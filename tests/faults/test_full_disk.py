@@ -192,6 +192,7 @@ def play(disk: Disk, case: Case, left: int) -> bool:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled(2)
 def test_the_disk_is_full(disk: Disk, name: str, scale: Scale, scorecard: Scorecard) -> None:
     case, tried = CASES[name], dict[int, bool]()
 

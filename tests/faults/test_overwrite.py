@@ -101,6 +101,7 @@ def look(place: Storage, *, step: int = 5) -> int:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.sampled(2)
 def test_the_old_or_the_new_one_at_every_operation(tmp_path: Path, place: str, fault: str) -> None:
     found: list[tuple[int, bool]] = []
     for nth in itertools.count(1):

@@ -154,6 +154,7 @@ KILLS = [
 
 @pytest.mark.crash
 @pytest.mark.parametrize(("phase", "victim"), KILLS)
+@pytest.mark.sampled(2)
 def test_a_rank_is_killed(ranks: ProcessPool, tmp_path: Path, phase: str, victim: int) -> None:
     outcomes = ranks.run_settled(RANKS, save_and_die, tmp_path, phase, victim, timeout=CALL_S)
     in_force = phase == AFTER_RENAME

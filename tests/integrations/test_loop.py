@@ -95,6 +95,7 @@ def run(forks: Forks, tmp_path: Path) -> Callable[..., Any]:
     ],
     ids=["alone-file", "alone-s3", "fsdp-file", "ddp-s3", "inductor", "inductor-ddp"],
 )
+@pytest.mark.sampled(2)
 def test_killed_and_run_again_it_has_the_losses_of_one_that_was_not(
     run: Callable[..., Any], tmp_path: Path, ranks: int, where: str, more: Any, s3: S3Server, place: Any
 ) -> None:

@@ -151,6 +151,7 @@ def look(rank: int, size: int, folder: Path, root: Path) -> dict[int, bool]:
 @pytest.mark.crash
 @pytest.mark.parametrize("fault", ["killed", "stopped", "stalled"])
 @pytest.mark.parametrize("name", VERBS)
+@pytest.mark.sampled(3)
 def test_the_others_raise_in_time_and_name_it(
     ranks: ProcessPool, tmp_path: Path, scorecard: Scorecard, name: str, fault: str
 ) -> None:

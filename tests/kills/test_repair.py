@@ -122,6 +122,7 @@ def judge(run: Path, before: list[bytes], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(2)
 def test_a_repair_is_killed(ranks: ProcessPool, tmp_path: Path, kind: str, scale: Scale, scorecard: Scorecard) -> None:
     saved = tmp_path / "saved"
     save(saved, 1, 2)

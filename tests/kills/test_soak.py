@@ -22,6 +22,7 @@ from tests.storage.s3server import need_seaweedfs
 @pytest.mark.crash
 @pytest.mark.s3
 @pytest.mark.timeout(3600)
+@pytest.mark.larger
 def test_nothing_is_wrong_whatever_is_killed(
     ranks: ProcessPool, tmp_path: Path, scale: Scale, scorecard: Scorecard
 ) -> None:

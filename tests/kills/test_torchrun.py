@@ -163,6 +163,7 @@ def a_job_that_loses_a_node(place: Path, expected: Expected, chance: random.Rand
     return killer
 
 
+@pytest.mark.larger
 def test_a_node_is_gone_and_the_other_goes_on_alone(
     expected: Expected, tmp_path: Path, scale: Scale, scorecard: Scorecard
 ) -> None:

@@ -115,6 +115,7 @@ def full() -> OSError:
 @pytest.mark.parametrize("step", [1, 2], ids=["a committed step again", "a new step"])
 @pytest.mark.parametrize("kind", [MemoryStorage, MemoryObjects])
 @pytest.mark.parametrize(("what", "rank"), ROWS)
+@pytest.mark.sampled(2)
 def test_a_fault_on_one_rank(what: str, rank: int, kind: type, step: int) -> None:
     if kind is MemoryObjects and what in ("begin", "rename"):
         pytest.skip("an object store has no such operation")

@@ -79,6 +79,7 @@ def state_dicts_there_and_back(rank: int, world_size: int, folder: Path, layout:
 
 @pytest.mark.parametrize("names", [True, False], ids=["by name", "by number"])
 @pytest.mark.parametrize("layout", [FSDP, Layout(2, data="copies"), Layout(2, 2)], ids=str)
+@pytest.mark.sampled(2)
 def test_state_dicts_there_and_back(ranks, layout, names):
     assert ranks.run(layout.ranks, state_dicts_there_and_back, layout, names) == [[]] * layout.ranks
 

@@ -80,6 +80,7 @@ def damage(storage: Storage, step: int) -> None:
 
 @pytest.mark.s3
 @pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.sampled(2)
 def test_train_prune_damage_resume(
     where: str, tmp_path: Any, s3: S3Server, place: Callable[[S3Server], str], caplog: pytest.LogCaptureFixture
 ) -> None:

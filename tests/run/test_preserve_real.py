@@ -180,6 +180,7 @@ def load_model(rank: int, world_size: int, folder: Path, root: Path, layouts: li
 
 
 @pytest.mark.parametrize(("layout", "consolidate"), [(Layout(2, 2), True), (Layout(4, 1, "hsdp"), False)], ids=str)
+@pytest.mark.sampled(2)
 def test_a_sharded_model_loads_anywhere(ranks: ProcessPool, tmp_path: Path, layout: Layout, consolidate: bool) -> None:
     left = ranks.run(4, save_and_preserve, tmp_path, layout, consolidate)[0]
     if consolidate:

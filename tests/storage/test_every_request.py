@@ -244,6 +244,7 @@ def tell(rows: list[Outcome], scorecard: Scorecard) -> None:
 
 
 @pytest.mark.parametrize("name", VERBS)
+@pytest.mark.sampled(2)
 def test_every_request(bench: Bench, name: str, scale: Scale, scorecard: Scorecard) -> None:
     tell(bench.sweep(name, WAYS) if scale.factor is None else bench.sample(name), scorecard)
 

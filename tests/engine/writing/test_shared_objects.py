@@ -167,6 +167,7 @@ def test_tries_are_counted_and_errors_told_as_if_they_were_of_this_process(
 
 @pytest.mark.crash
 @pytest.mark.parametrize("how", ["killed", "cancelled"])
+@pytest.mark.sampled(2)
 def test_in_the_middle_of_the_parts(
     seen: Proxy, server: S3Server, url: str, no_parts_from_here: None, how: str
 ) -> None:

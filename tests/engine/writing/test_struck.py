@@ -76,7 +76,7 @@ def absent_step(phase: str, kind: str) -> int | None:
     return 3 if kind in ("hangs", "stops") else None
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("phase", "kind", "ranks", "victim"), [*ALONE, *OF_TWO])
 def test_the_job_goes_on_and_the_next_save_commits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phase: str, kind: str, ranks: int, victim: int

@@ -184,6 +184,7 @@ def template(system: System, tmp_path: Path) -> Path:
 @pytest.mark.crash
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", VERBS)
+@pytest.mark.sampled(2)
 def test_every_call_in_turn(system: System, template: Path, name: str, scale: Scale, scorecard: Scorecard) -> None:
     rows = sweep(system, template, VERBS[name], full=scale.factor is None)
     scorecard.add("I/O error at the n-th call, for every n", runs=rows)

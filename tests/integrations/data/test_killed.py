@@ -83,6 +83,7 @@ def losses(folder: Path, ranks: int) -> list[dict[int, float]]:
 
 @pytest.mark.s3
 @pytest.mark.parametrize(("ranks", "where"), [(1, "s3"), (2, "file")])
+@pytest.mark.sampled(2)
 def test_killed_and_run_again_it_has_the_losses_of_one_that_was_not(
     forks: Forks, tmp_path: Path, ranks: int, where: str, s3: S3Server, place: Any
 ) -> None:

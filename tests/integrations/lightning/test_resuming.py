@@ -71,6 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.s3
+@pytest.mark.sampled(2)
 def test_killed_and_resumed(forks: Forks, tmp_path: Path, root_of: Any, layout: Layout, where: str, when: str) -> None:
     root, environ = root_of(where)
     whole = run(forks, plan_of(str(tmp_path / "whole"), layout, when))

@@ -42,6 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.s3
+@pytest.mark.sampled(2)
 def test_killed_and_resumed(
     forks: Forks, tmp_path: Path, s3: S3Server, place: Callable[[S3Server], str], layout: Layout, where: str
 ) -> None:
