@@ -17,7 +17,7 @@ from benchmarks.places import Place
 from benchmarks.plots import can_plot, plot
 from benchmarks.progress import Bar
 from benchmarks.report import cases, render
-from benchmarks.rounds import MEASURES, Noise, Results, Rounds, Settings
+from benchmarks.rounds import AFTER_SAVE, MEASURES, Noise, Results, Rounds, Settings
 from benchmarks.states import Shape
 
 
@@ -73,6 +73,7 @@ def _settings(given: argparse.Namespace) -> Settings:
         for name, gb in product(given.state, given.gb)
         for shape in [Shape(name, round(gb * 1e9), layers=given.layers, count=given.count, tokens=given.tokens)]
     }
+    asked = {*given.measures, *(["save"] if {*AFTER_SAVE} & {*given.measures} else [])}
     return Settings(
         shapes=tuple(shapes.values()),
         ranks=tuple(dict.fromkeys(given.ranks)),
@@ -80,7 +81,7 @@ def _settings(given: argparse.Namespace) -> Settings:
         rounds=given.rounds,
         saves=given.saves,
         steps=given.steps,
-        measures=tuple(measure for measure in MEASURES if measure in given.measures),
+        measures=tuple(measure for measure in MEASURES if measure in asked),
         targets=tuple(dict.fromkeys(given.reshard)),
     )
 

@@ -28,7 +28,7 @@ FORMAT = 3
 _Turn: TypeAlias = tuple[int, str, str, int, Shape]
 MEASURES: tuple[str, ...] = ("limits", "save", "load", "cold", "reshard", "cached", "stall", "loop", "own")
 """In this order: "load", "cold" and "reshard" read what "save" has left."""
-_AFTER_SAVE = ("load", "cold", "reshard")
+AFTER_SAVE = ("load", "cold", "reshard")
 _ON_DISKS = ("cold", "cached", "loop")
 """Measures of folders only."""
 
@@ -144,7 +144,7 @@ class Rounds:
         for number, (turn, measures) in enumerate(turns):
             left = {measure for measure in measures if (*turn[:4], measure) not in done}
             if left:
-                needed = left | ({"save"} if any(measure.startswith(_AFTER_SAVE) for measure in left) else set())
+                needed = left | ({"save"} if any(measure.startswith(AFTER_SAVE) for measure in left) else set())
                 self._take_turn(turn, [measure for measure in measures if measure in needed], left, progress, number)
         progress.at(len(turns), "")
         return self.results
@@ -182,7 +182,7 @@ class Rounds:
         try:
             for measure in measures:
                 name = f"round {number + 1} | {ranks} rank{'s' * (ranks > 1)} | {state} | {engine} | {measure}"
-                if measure.startswith(_AFTER_SAVE) and not has_saved:
+                if measure.startswith(AFTER_SAVE) and not has_saved:
                     continue
                 progress.at(at, name)
                 wait_until_quiet(self._noise.patience_s)
@@ -203,7 +203,7 @@ class Rounds:
     def _do(self, turn: _Turn, measure: str, place: Place) -> dict[str, Any]:
         """One job, in a folder of its own unless it needs what "save" has left."""
         _, engine, _, ranks, shape = turn
-        kept = measure == "save" or measure.startswith(_AFTER_SAVE)
+        kept = measure == "save" or measure.startswith(AFTER_SAVE)
         within = place / ("kept" if kept else measure)
         within.make()
         kind, _, target = measure.partition(" to ")

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _parser, _settings, main
 from benchmarks.engines import ENGINES, Entry
 from benchmarks.engines.rankfiles import TorchSave
 from benchmarks.gauges import unsynced
@@ -300,3 +300,9 @@ def test_files_that_are_measured_hold_no_zeros(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "step_1" / "rank_0", weights_only=True)["one.large"]
     assert loaded.numel() == 1 << 18
     assert torch.count_nonzero(loaded) == loaded.numel()
+
+
+def test_what_loads_needs_a_save_first() -> None:
+    asked = _parser().parse_args([*TINY, "--measures", "cold"])
+    assert _settings(asked).measures == ("save", "cold")
+    assert _settings(_parser().parse_args([*TINY, "--measures", "stall"])).measures == ("stall",)
