@@ -101,8 +101,8 @@ class Ways:
         if self._trials:
             self._way, self._left = self._trials.pop(0), _TRIED
         else:
-            usable = [way for way in range(len(WAYS)) if way not in self._refused]
-            self._way, self._left = max(usable or [1], key=self._rates.__getitem__), _KEPT
+            usable = [way for way in range(len(WAYS)) if way not in self._refused]  # never those through the cache
+            self._way, self._left = max(usable, key=self._rates.__getitem__), _KEPT
         self._nbytes, self._busy_s, self._since = 0, 0.0, now
 
 

@@ -28,8 +28,8 @@ _LOCAL = _Pace(6, 4 << 20)
 """Of what is not in the page cache, 6 x 4 MiB gave 0.92 GB/s, 4 x 8, 3 x 8 and 4 x 16 gave 0.80, 0.71 and 0.60, where a
 bare read past the cache gave 0.98 (2026-11-27, medians of 7 by turns; see `storage.posix.uncached`). With almost no
 other work on the machine it was the other way round: past the cache 1.40 (6 x 4), 1.36 (4 x 16), 1.69 (8 x 8), through
-it 2.12 (3 x 4), 2.00 (2 x 4), bare 2.32. That is one file system on one machine: the way is chosen as
-it goes (`storage.posix.uncached`), the number of threads is not."""
+it 2.12 (3 x 4), 2.00 (2 x 4), bare 2.32. That is one file system on one machine: the way,
+and through the cache whether two threads or all read at once, is chosen as it goes; the number of all is not."""
 _REMOTE = _Pace(16, 8 << 20)
 """As many as `Transfers.concurrency`, enough to hide the round trips; as much as a storage reads by one request."""
 
