@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -19,57 +18,23 @@ from hypothesis import strategies as st
 
 import shardckpt as sc
 from shardckpt.engine.coordinates import Coordinates
-from shardckpt.engine.loading.fetching import arena, borrow, pieces, straight
+from shardckpt.engine.loading.fetching import borrow, pieces, straight
 from shardckpt.engine.loading.fetching.arena import Arena
 from shardckpt.engine.loading.fetching.borrow import Borrowed, fetch_from
-from shardckpt.engine.loading.fetching.fetch import Fetched, Need
+from shardckpt.engine.loading.fetching.fetch import Fetched
 from shardckpt.engine.loading.fetching.straight import Straight
 from shardckpt.engine.loading.integrity import Region, runs_of
 from shardckpt.engine.loading.sources import Sources
-from shardckpt.engine.saving.image import Image
 from shardckpt.errors import CheckpointLoadError
-from shardckpt.format.checksum import crc32
-from shardckpt.format.index import StoredBox, StoredRecord
+from shardckpt.format.index import StoredRecord
 from shardckpt.format.manifest import decode_manifest
-from shardckpt.format.placement import Box
-from shardckpt.format.record.files import keys_in
 from shardckpt.storage import LocalStorage, MemoryObjects, Read
 from shardckpt.storage.posix.map import MappedFile
-from shardckpt.testing.faults import flip_byte
 from shardckpt.testing.gangs import run_ranks
+from tests.engine.loading.archives import HERE, PATIENT, Summing, need, write
 from tests.engine.states import assert_same, snapshot, train, training
 
-HERE = keys_in("step_1", ())
-PATIENT = timedelta(seconds=30)
 MIB = 1 << 20
-
-
-def write(folder: Path, name: str, tensors: list[torch.Tensor], *, gap: int = 100) -> list[StoredRecord]:
-    """A file of these tensors, each on a cache line, with other bytes between them."""
-    content, records = bytearray(b"head"), []
-    for tensor in tensors:
-        content += b"-" * (gap + -(len(content) + gap) % 64)
-        raw = bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else b""
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        records.append(StoredRecord(dtype, tuple(tensor.shape), len(content), len(raw), crc32(raw)))
-        content += raw
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(content + b"tail")
-    return records
-
-
-class Summing(LocalStorage):
-    """As S3 does it."""
-
-    def read_summed(self, reads: Sequence[Read]) -> list[int]:
-        self.read_into(reads)
-        return [crc32(read.into) for read in reads]
-
-
-def need(file: str, record: StoredRecord, region: Region | None = None) -> Need:
-    shape = record.shape
-    zeros = (0,) * len(shape)
-    return Need(file, StoredBox("w", 0, shape, Box(zeros, shape, zeros)), region or Region(zeros, shape), zeros, 0)
 
 
 def borrowed(root: Path, files: dict[str, list[StoredRecord]]) -> tuple[Borrowed, list[Fetched]]:
@@ -148,46 +113,6 @@ def test_any_region_to_any_place(tmp_path_factory: pytest.TempPathFactory, wante
         patch.setattr(straight, "_PIECE", rng.choice([64, 1 << 20]))
         patch.setattr(straight, "_SHORT", rng.choice([0, 50]))
         read_straight(Straight(storage, HERE), [*zip(tensors, records, wanted, strict=True)], rng)
-
-
-def test_what_was_summed_up_as_it_came_is_not_gone_over_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is believed: neither a sound file is refused nor a damaged one taken."""
-    tensors = [torch.arange(3000.0), torch.zeros(0), torch.ones(7)]
-    records = write(tmp_path / "step_1", "a.pt", tensors)
-    monkeypatch.setattr(arena, "crc32", lambda _: pytest.fail("summed up twice"))
-    for flipped, found in ((None, []), (records[0].at + 11_000, ["a.pt"])):
-        if flipped is not None:
-            flip_byte(tmp_path / "step_1" / "a.pt", flipped)
-        fetch = Arena(Summing(tmp_path), HERE)
-        for record in records[::2]:
-            fetch.add(need("a.pt", record), record)
-        assert fetch.read(()) == (found, [])
-        fetch.release()
-
-
-def test_memory_that_is_touched_once_is_of_small_pages(tmp_path: Path) -> None:
-    """Other than that of saves, which is kept."""
-    (record,) = write(tmp_path / "step_1", "a.pt", [torch.zeros(1 << 20)])
-    fetch, kept = Arena(LocalStorage(tmp_path), HERE), Image()
-    fetch.add(need("a.pt", record), record)
-    fetch.read(())
-    kept.reserve(4 * MIB)
-    assert "hg" not in flags_at(fetch._image)
-    assert "hg" in flags_at(kept) or not Path("/sys/kernel/mm/transparent_hugepage").exists()
-    fetch.release()
-    kept.release()
-
-
-def flags_at(image: Image) -> list[str]:
-    """What the kernel knows of this memory."""
-    address, flags = image.tensor(0, torch.uint8, (1,)).data_ptr(), list[str]()
-    for line in reversed(Path("/proc/self/smaps").read_text().splitlines()):
-        if line.startswith("VmFlags:"):
-            flags = line.split()[1:]
-        extent = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if extent and int(extent[1], 16) <= address < int(extent[2], 16):
-            return flags
-    raise AssertionError("it is not mapped")
 
 
 def read_straight(fetch: Straight, wanted: list[Any], rng: random.Random) -> None:

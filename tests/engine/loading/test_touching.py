@@ -1,4 +1,4 @@
-"""Memory that is touched while others fill it: it is there, it is what they wrote, and the thread ends in time."""
+"""Memory that is touched while others fill it: it is there, and what they wrote; and memory that is given back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from shardckpt.engine.loading.fetching.touching import touched
+from shardckpt.engine.loading.fetching.touching import given_back, touched
 from shardckpt.storage.posix.syscalls import in_memory
 
 MiB = 1 << 20
@@ -65,3 +65,21 @@ def test_without_a_thread_it_is_only_slower(fresh: memoryview, monkeypatch: pyte
     with touched(fresh):
         fresh[:3] = b"abc"
     assert bytes(fresh[:4]) == b"abc\0"
+
+
+def test_what_was_used_is_given_back_and_nothing_beside_it(fresh: memoryview) -> None:
+    """Of two neighbours with padding between them, in the wrong order; the bytes around them share their pages."""
+    fresh[:] = b"x" * len(fresh)
+    first, middle, end = 3 * MiB + 100, 7 * MiB + 1, 9 * MiB + 100
+    given_back(fresh, [(middle + 63, end), (first, middle)])
+    kept = [*range(0, first, 4096), first - 1, *range(end, len(fresh), 4096)]
+    assert all(fresh[at] == ord("x") for at in kept)
+    assert not any(is_there(fresh, at) for at in range(first + 4096, end - 4096, 4096))
+
+
+def test_stretches_apart_are_given_back_apart_and_short_ones_not_at_all(fresh: memoryview) -> None:
+    fresh[:] = b"x" * len(fresh)
+    given_back(fresh, [(0, 2 * MiB), (4 * MiB, 6 * MiB), (8 * MiB, 8 * MiB + 4096)])
+    there = [is_there(fresh, at * MiB) for at in range(9)]
+    assert there == [False, False, True, True, False, False, True, True, True]
+    assert bytes(fresh[2 * MiB : 4 * MiB]) == b"x" * (2 * MiB)

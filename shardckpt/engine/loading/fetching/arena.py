@@ -12,7 +12,7 @@ import torch
 from shardckpt.engine.loading.fetching.fetch import WASTE, Fetched, KeyOf, Need, judge
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter, read_metered
 from shardckpt.engine.loading.fetching.pieces import THREADS, Unit, copies, copy_all, cut, is_cut, units
-from shardckpt.engine.loading.fetching.touching import touched
+from shardckpt.engine.loading.fetching.touching import given_back, touched
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.saving.image import Image
 from shardckpt.format.archive import LINE
@@ -34,6 +34,9 @@ class _Look:
 
 @dataclass(slots=True)
 class _Copy:
+    """Elements of the buffer from byte `at` on, and the part of the state that they belong to."""
+
+    at: int
     source: torch.Tensor
     place: torch.Tensor
 
@@ -92,11 +95,19 @@ class Arena:
         return judge((item, ((look.offset, look.nbytes, look.crc or 0) for look in looks)) for item, looks in looked)
 
     def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:
-        """Everything is in memory: nothing takes long. Threads share it, for torchrun allows torch only one a rank."""
+        """Everything is in memory: nothing takes long. Threads share it, for torchrun allows torch only one a rank.
+
+        They give back what has been copied. 2026-11-28, 1 GB, medians of 7 loads from S3: 0.14 s, where copying and
+        then giving everything back by one thread took 0.08 and 0.09 s.
+        """
         inference = torch.is_inference_mode_enabled()  # of this thread, and told to none that it starts
         with torch.no_grad():
-            every = (copy for item, place in places for copy in _copies(self._tensor(item), place))
-            for_each(units(every), partial(_copy, inference), threads=THREADS)
+            every = (copy for item, place in places for copy in _copies(item.offset, self._tensor(item), place))
+            for_each(units(every), partial(self._copy, inference), threads=THREADS)
+
+    def _copy(self, inference: bool, unit: Unit[_Copy]) -> None:
+        copy_all(((copy.source, copy.place) for copy in unit.parts), inference=inference)
+        given_back(self._image.view, ((copy.at, copy.at + copy.nbytes) for copy in unit.parts))
 
     def release(self) -> None:
         self._image.release()
@@ -143,11 +154,7 @@ class Arena:
         return flat.as_strided(shape, strides)
 
 
-def _copies(source: torch.Tensor, place: torch.Tensor) -> Iterator[_Copy]:
+def _copies(at: int, source: torch.Tensor, place: torch.Tensor) -> Iterator[_Copy]:
     if not is_cut(source, place):
-        return iter((_Copy(source, place),))
-    return (_Copy(*pair) for _, *pair in copies(source, place))
-
-
-def _copy(inference: bool, unit: Unit[_Copy]) -> None:
-    copy_all(((copy.source, copy.place) for copy in unit.parts), inference=inference)
+        return iter((_Copy(at, source, place),))
+    return (_Copy(at + first, *pair) for first, *pair in copies(source, place))

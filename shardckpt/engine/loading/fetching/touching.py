@@ -1,16 +1,20 @@
-"""Fresh memory is made there while the bytes that go into it are still on their way."""
+"""Fresh memory is made while the bytes that go into it are still on their way, and given back once they are used."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from shardckpt.format.archive import LINE
 from shardckpt.storage.posix.syscalls import POPULATE_WRITE, advise
 
 _STRIDE = 4 << 20
 """Bytes at a time: whoever comes first waits no longer than for that."""
+_LEAST = 1 << 20
+"""Bytes that are worth a call of the system of their own; fewer are given back with the rest."""
 
 
 @contextmanager
@@ -36,6 +40,29 @@ def touched(memory: memoryview) -> Iterator[None]:
         ended.set()
         if thread.ident is not None:
             thread.join()
+
+
+def given_back(memory: memoryview, used: Iterable[tuple[int, int]]) -> None:
+    """Give back the pages of these stretches of private memory, each (first byte, behind the last) and in any order.
+
+    Their bytes are zero from then on; pages that are shared with other bytes stay. Any thread may call.
+    """
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for first, end in _joined(sorted(used)):
+        first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end - first >= _LEAST:
+            advise(start + first, end - first, mmap.MADV_DONTNEED)
+
+
+def _joined(stretches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbours as one; between them there is at most the padding of a line."""
+    first, end = 0, 0
+    for start, behind in stretches:
+        if start - end >= LINE:
+            yield first, end
+            first = start
+        end = max(end, behind)
+    yield first, end
 
 
 def _touch(memory: memoryview, ended: threading.Event) -> None:
