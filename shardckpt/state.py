@@ -8,7 +8,7 @@ and optimizer state are those of `torch.distributed.checkpoint.state_dict` (no "
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -75,10 +75,14 @@ class Part:
     tree: Any
     rules: Mapping[str, Rule] | None = None
     """Of a module in a `TensorSplit`, or an optimizer of one: how tensors join to whole ones, by full name."""
+    _key: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def key(self) -> str:
-        return join_path(self.path)
+        """The flat name; a load asks a part of a single tensor nine times for it."""
+        if not self._key:
+            self._key = join_path(self.path)
+        return self._key
 
 
 def join_path(path: Path) -> str:

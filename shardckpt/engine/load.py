@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -175,18 +174,18 @@ class Loader:
         self._contents.open(files := {need[1] for need in needs} | set(frames), trees)
         fetch = fetch_straight_from if self._in_place else fetch_from
         self._fetch = fetch(self._storage, self._contents.key_of, files, self.meter)
+        straight = self._fetch if isinstance(self._fetch, Straight) else None
         for position, file, chunk_box, region, target in needs:
             wanted = self._fit.tensors[position]
             saved_name = self._fit.selection.saved_name(wanted.name)
             stored = find_stored(self._contents.boxes(file), saved_name, chunk_box, file)
             if saved_name != wanted.name:
-                stored = replace(stored, name=wanted.name)  # as which it is summed up
+                stored = stored._replace(name=wanted.name)  # as which it is summed up
             record = self._contents.record(file, stored)
             region = region_in(stored, chunk_box, region)
             check_region(record, region, self._sources.tensor(wanted.name, wanted.rule), file=file, name=wanted.name)
             need = Need(file, stored, region, target, position)
-            place = place_of(self._target(wanted), need)
-            if isinstance(self._fetch, Straight) and self._fetch.take(need, record, place):
+            if straight is not None and straight.take(need, record, place_of(self._target(wanted), need)):
                 continue
             self._fetched.setdefault(position, []).append(self._fetch.add(need, record))
         self._frames = frames

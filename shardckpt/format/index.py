@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardckpt.format.checksum import all_from_hex
 from shardckpt.format.placement import Box, Piece
@@ -38,8 +38,7 @@ ITEMSIZE = {
 """Bytes of an element, by the name of the torch dtype: all that can be stored."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRecord:
+class StoredRecord(NamedTuple):
     """One record of tensor data: a contiguous, row-major array of `shape` at bytes [at, at + nbytes)."""
 
     dtype: str
@@ -49,8 +48,7 @@ class StoredRecord:
     crc: int
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBox:
+class StoredBox(NamedTuple):
     """A box of the tensor `name` (of global `shape`) that lies in record number `record`."""
 
     name: str

@@ -22,7 +22,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 Interval = tuple[int, int]
@@ -32,8 +31,7 @@ MAX_BOXES = 1 << 16
 """Of one shard. Real shards have a few; a record that claims more is not worth the memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A rectangle of the whole tensor (`offsets`, `lengths`), and where it begins in the local shard (`local`).
 
     All in elements, one number for each dimension.

@@ -47,13 +47,15 @@ class Finder:
 
     def record(self, step: int) -> tuple[str, Manifest]:
         """The folder and the record of a step. Rank 0 reads, all are told. In a conversation."""
+        own: list[Manifest] = []
 
         def read() -> list[str]:
             folder, manifest = self.catalog.record(step)
-            return [folder, encode_manifest(manifest).decode()]
+            own.append(manifest)
+            return [folder, encode_manifest(manifest).decode() if self.at.world_size > 1 else ""]
 
         folder, record = self.talk.from_rank_0(read, "read the record", step=step)
-        return str(folder), decode_manifest(str(record).encode())
+        return str(folder), own[0] if own else decode_manifest(str(record).encode())
 
     def in_turn(self, steps: Callable[[], Iterator[int]]) -> Iterator[int]:
         """The steps that rank 0 finds, one after the other, each only when it is asked for; all ranks get the same."""

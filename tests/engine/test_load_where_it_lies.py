@@ -26,6 +26,7 @@ from shardckpt.engine.loading.fetching.straight import Straight
 from shardckpt.engine.loading.integrity import Region, runs_of
 from shardckpt.engine.loading.sources import Sources
 from shardckpt.errors import CheckpointLoadError
+from shardckpt.format.checksum import crc32
 from shardckpt.format.index import StoredRecord
 from shardckpt.format.manifest import decode_manifest
 from shardckpt.storage import LocalStorage, MemoryObjects, Read
@@ -66,6 +67,24 @@ def test_a_file_system_that_maps_nothing_is_read(tmp_path: Path) -> None:
     with sc.CheckpointManager(NothingToMap(tmp_path)) as checkpoints:
         checkpoints.load(1, other)
     assert_same(snapshot(state), snapshot(other))
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 6, 8])
+def test_elements_need_not_lie_at_multiples_of_their_size(tmp_path: Path, at: int) -> None:
+    """Those of shardckpt do; of a file by others nobody knows. Here the last of them ends the file."""
+    tensor = torch.randn(6, 5)
+    content = bytes(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "a.pt").write_bytes(b"x" * at + content)
+    record = StoredRecord("float32", (6, 5), at, len(content), crc32(content))
+    fetch, part = borrowed(tmp_path, {"a.pt": [record]})[0], Region((2, 1), (3, 2))
+    items = [fetch.add(need("a.pt", record), record), fetch.add(need("a.pt", record, part), record)]
+    places = [torch.zeros(6, 5), torch.zeros(3, 2)]
+    assert fetch.read(())[0] == []
+    fetch.fill(list(zip(items, places, strict=True)), timeout=PATIENT)
+    fetch.release()
+    assert torch.equal(places[0], tensor)
+    assert torch.equal(places[1], tensor[2:5, 1:3])
 
 
 @st.composite

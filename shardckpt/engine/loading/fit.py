@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +14,7 @@ from shardckpt.format.tree import map_leaves
 from shardckpt.state import Merge, NewWorld, Path, join_path
 
 
-@dataclass(frozen=True, slots=True)
-class WantedTensor:
+class WantedTensor(NamedTuple):
     """A tensor of the state that is to be filled: `local` is this rank's part of it, made of `boxes` of the whole.
 
     `local` is None where the state has no tensor to fill: a whole one is made, of the checkpoint's dtype and shape.

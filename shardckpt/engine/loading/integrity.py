@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardckpt.errors import CheckpointDamagedError
 from shardckpt.format.checksum import crc32, crc32_combine
@@ -20,16 +20,14 @@ from shardckpt.format.index import ITEMSIZE, StoredRecord
 from shardckpt.format.placement import Piece, is_tiling
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A box inside a record (`start`, `lengths`, in elements of it): what one rank read of it."""
 
     start: tuple[int, ...]
     lengths: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
+class Runs(NamedTuple):
     """A region as runs of bytes of the record: `count` of them are equally long; offsets ascend."""
 
     offsets: tuple[int, ...]

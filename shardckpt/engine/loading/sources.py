@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.loading.finding.shards import Shards
@@ -27,8 +27,7 @@ class BelongsToRankError(ValueError):
     """A value that differs between the ranks that saved it, asked for by a job of another shape."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(NamedTuple):
     entry: TensorEntry
     layout: LayoutEntry
     table: Table
@@ -210,15 +209,15 @@ class Sources:
         raise KeyError(key)
 
     def _find(self, name: str, rule: Whose) -> _Found | None:
-        tables = [table for table in self._tables if name in table.tensors]
+        every = self._tables
+        tables = every if len(every) == 1 else [table for table in every if name in table.tensors]
         if name in self._differ and len(tables) > 1 and rule != "fail":  # of other dtypes or shapes
             home = self._manifest.layouts[tables[0].tensors[name].layout].home
             rank = None if self._same_position(home) else self._by_rule([name], rule, name)
             tables.sort(key=lambda table: rank not in table.ranks)
-        for table in tables:
-            entry = table.tensors[name]
-            return _Found(entry, self._manifest.layouts[entry.layout], table)
-        return None
+        table = next(iter(tables), None)
+        entry = None if table is None else table.tensors.get(name)
+        return _Found(entry, self._manifest.layouts[entry.layout], table) if table and entry else None
 
     def _having(self, keys: Iterable[str]) -> tuple[int, ...]:
         """The numbers of the tables that have any of these keys."""

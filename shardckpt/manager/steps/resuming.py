@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from shardckpt.engine.coordinates import Coordinates
 from shardckpt.engine.events.stream import EventStream
+from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.loading.selecting.policy import LoadPolicy
 from shardckpt.engine.pending import CheckpointInfo
 from shardckpt.engine.save import Saver
@@ -174,9 +175,11 @@ class ResumingFace(ABC):
     ) -> CheckpointInfo:
         self._saver.drain()
         self._talk.enter(f"load/{step}", step=step)
-        folder, manifest = finder.record(step)
+        with uncollected():
+            folder, manifest = finder.record(step)
+            parts = self._take_apart(state, manifest, policy, unasked=unasked)
         with finder.loading(folder, manifest) as loader:
-            loader.load(self._take_apart(state, manifest, policy, unasked=unasked), policy)
+            loader.load(parts, policy)
         return replace(finder.info(folder, manifest), left=dict(loader.left))
 
     def _take_apart(

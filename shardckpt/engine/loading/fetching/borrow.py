@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Protocol, TypeVar
 
@@ -161,7 +162,8 @@ class Borrowed:
                 by_key.setdefault(self._key_of(item.need.file), []).append((item, place))
         for key, those in sorted(by_key.items()):
             with self._borrowed(key) as lent, torch.inference_mode(inference):
-                copies = (copy for item, place in those for copy in _copies(lent, item, place))
+                elements = _Elements(lent)
+                copies = (copy for item, place in those for copy in _copies(elements, item, place))
                 for_each(units(copies), partial(_copy, lent, self._gate, self._meter, inference), threads=THREADS)
 
     @contextmanager
@@ -227,9 +229,9 @@ def present(lent: Lent, unit: Unit[_P]) -> Iterator[memoryview]:
         lent.forget(start, end - start)
 
 
-def _copies(lent: Lent, item: Fetched, place: torch.Tensor) -> Iterator[_Copy]:
+def _copies(elements: _Elements, item: Fetched, place: torch.Tensor) -> Iterator[_Copy]:
     """The region as one copy; a large one whose elements lie in one row here and there, as several."""
-    source, start = _source(lent, item), item.record.at + item.runs.offsets[0]
+    source, start = elements.of(item), item.record.at + item.runs.offsets[0]
     if len(item.runs.offsets) > 1 or not is_cut(source, place):
         spans = [(item.record.at + at, item.record.at + at + item.runs.nbytes) for at in item.runs.offsets]
         yield _Copy(spans, item.nbytes, source, place)
@@ -239,11 +241,35 @@ def _copies(lent: Lent, item: Fetched, place: torch.Tensor) -> Iterator[_Copy]:
         yield _Copy(((at, at + piece.nbytes),), piece.nbytes, piece, target)
 
 
-def _source(lent: Lent, item: Fetched) -> torch.Tensor:
-    """The region's elements where they lie, in the shape of its box."""
-    record, region = item.record, item.need.region
-    memory = (ctypes.c_ubyte * record.nbytes).from_address(lent.address + record.at)
-    whole = torch.frombuffer(memory, dtype=getattr(torch, record.dtype)).view(record.shape)
-    if item.is_whole:
-        return whole
-    return whole[tuple(slice(at, at + n) for at, n in zip(region.start, region.lengths, strict=True))]
+class _Elements:
+    """What lies in a file, as tensors. Many are views of a few, one for each dtype."""
+
+    def __init__(self, lent: Lent) -> None:
+        self._address, self._nbytes = lent.address, len(lent.view)
+        self._all: dict[str, torch.Tensor] = {}
+
+    def of(self, item: Fetched) -> torch.Tensor:
+        """The region's elements where they lie, in the shape of its box."""
+        record, region = item.record, item.need.region
+        if record.dtype not in self._all:
+            dtype = getattr(torch, record.dtype)
+            self._all[record.dtype] = self._read_as(dtype, self._address, self._nbytes // dtype.itemsize)
+        every = self._all[record.dtype]
+        first, odd = divmod(record.at, every.itemsize)
+        if odd:
+            every, first = self._read_as(every.dtype, self._address + record.at, record.nbytes // every.itemsize), 0
+        whole = every.as_strided(record.shape, _strides(record.shape), first)
+        if item.is_whole:
+            return whole
+        return whole[tuple(slice(at, at + n) for at, n in zip(region.start, region.lengths, strict=True))]
+
+    @staticmethod
+    def _read_as(dtype: torch.dtype, address: int, count: int) -> torch.Tensor:
+        memory = (ctypes.c_ubyte * (count * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+@lru_cache(maxsize=256)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of elements in a row, row-major."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

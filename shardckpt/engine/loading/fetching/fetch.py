@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
@@ -40,8 +40,7 @@ Summed: TypeAlias = tuple[int, int, int]
 """A piece of a record: its offset in the record, its bytes, their CRC."""
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """A box inside a record of a file, and where it goes in the local tensor (`target`, in elements)."""
 
     file: str
@@ -106,7 +105,9 @@ def judge(items: Iterable[tuple[Fetched, Iterable[Summed]]]) -> tuple[list[str],
         if record.crc == NO_SUM:
             continue
         if item.is_whole:
-            if combine((crc, nbytes) for _, nbytes, crc in summed)[0] != record.crc:
+            pieces = list(summed)
+            crc = pieces[0][2] if len(pieces) == 1 else combine((crc, nbytes) for _, nbytes, crc in pieces)[0]
+            if crc != record.crc:
                 damaged.add(need.file)
             continue
         total = sum_among_zeros(record.nbytes, summed)
@@ -153,8 +154,9 @@ def find_stored(by_name: Mapping[str, list[StoredBox]], name: str, box: Box, fil
 
 def check_region(record: StoredRecord, region: Region, entry: TensorEntry | None, *, file: str, name: str) -> None:
     """`ValueError` if a file's own index has another dtype than the commit record, or the region is not in there."""
-    inside = len(region.start) == len(record.shape) and all(
-        start + length <= size for start, length, size in zip(region.start, region.lengths, record.shape, strict=True)
+    inside = len(region.start) == len(record.shape) and (
+        (region.lengths == record.shape and not any(region.start))  # most are, and this is the shorter way
+        or all(start + n <= size for start, n, size in zip(region.start, region.lengths, record.shape, strict=True))
     )
     if entry is None or record.dtype != entry.dtype or not inside:
         raise ValueError(f"{file} and the record do not say the same of {name}")

@@ -63,8 +63,7 @@ class _Fitter:
         self._saved = sources.under(part.key)
 
     def run(self, view: View) -> None:
-        leaves: _Leaves = {}
-        map_leaves(self._part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), self._part.path)
+        leaves = _leaves_of(self._part)
         if self._part.kind in ("stateful", "optimizer") or self._merge is not None:
             problems, is_taken = take_whole(self._part, [*leaves, *self._saved], view)
             self._fit.problems += problems
@@ -238,6 +237,14 @@ class _Fitter:
         else:
             local = getattr(tensor, "_local_tensor", tensor).detach()
             self._fit.tensors.append(WantedTensor(name, entry.dtype, shape, boxes, local, self._rule))
+
+
+def _leaves_of(part: Part) -> _Leaves:
+    if isinstance(part.tree, torch.Tensor):
+        return {part.key: (part.path, part.tree)}
+    leaves: _Leaves = {}
+    map_leaves(part.tree, lambda path, leaf: leaves.update({join_path(path): (path, leaf)}), part.path)
+    return leaves
 
 
 def _whole(shape: tuple[int, ...]) -> tuple[Box, ...]:

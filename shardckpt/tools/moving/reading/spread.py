@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardckpt.engine.consolidated.blocks import Block, Shape, common, is_one_run, position, stretch
 from shardckpt.engine.loading.integrity import Region, Runs, runs_of
@@ -38,7 +38,7 @@ class Piece:
     @classmethod
     def of(cls, file: str, number: int, record: StoredRecord, box: Box) -> Piece:
         size = ITEMSIZE[record.dtype]
-        as_bytes = replace(record, dtype="uint8", shape=(*record.shape, size))
+        as_bytes = record._replace(dtype="uint8", shape=(*record.shape, size))
         return cls(file, number, as_bytes, Block((*box.offsets, 0), (*box.lengths, size)), (*box.local, 0))
 
 
