@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -40,6 +41,10 @@ from shardckpt.testing.servers.seaweed import ObjectServer
 GOALS = {"dcp": 3.0, "bare": 0.85}
 OURS = {"shardckpt": {}, "shardckpt, direct": {"client": "direct"}}
 """By name, `storage_options`; as shipped first."""
+
+
+Client: TypeAlias = Callable[[str], object]
+"""Puts or gets the object of that key."""
 
 
 @dataclass
@@ -71,13 +76,15 @@ class Timings:
 class Bench:
     """The turns; each saves to a place of its own and leaves it, for deleting would disturb the next."""
 
-    def __init__(self, server: ObjectServer, state: State) -> None:
+    def __init__(self, server: ObjectServer, state: State, only: Sequence[str] = ()) -> None:
+        """`only`: how the names begin of the bare clients that count; all if there are none."""
         self.timings = Timings()
         self._state = state
         self._root = Place(f"{server.url}/{secrets.token_hex(4)}")
         self._bare = Bare(server, state.nbytes)
         self._key = f"standing-{secrets.token_hex(4)}"
         self._bare.puts()["put, s3fs, 8 MiB x 8"](self._key)
+        self._puts, self._gets = chosen(self._bare.puts(), only), chosen(self._bare.gets(), only)
         # The environment says how to reach the server.
         self._managers = {
             name: sc.CheckpointManager(f"{self._root.url}/{number}", storage_options=options)
@@ -91,8 +98,8 @@ class Bench:
         """Everything once, in another order than before."""
         turns: list[Callable[[int], None]] = [partial(self._ours, name) for name in self._managers]
         turns += [self._theirs]
-        turns += [partial(self._put, name, put) for name, put in self._bare.puts().items()]
-        turns += [partial(self._get, name, get) for name, get in self._bare.gets().items()]
+        turns += [partial(self._put, name, put) for name, put in self._puts.items()]
+        turns += [partial(self._get, name, get) for name, get in self._gets.items()]
         first = number * 3 % len(turns)
         for turn in turns[first:] + turns[:first]:
             wait_until_quiet(patience_s)
@@ -137,6 +144,14 @@ class Bench:
         self.timings.time(name, partial(get, self._key))
 
 
+def chosen(clients: Mapping[str, Client], only: Sequence[str]) -> dict[str, Client]:
+    """Those whose names begin so; `SystemExit` if there is none, for nothing could be held against it."""
+    found = {name: client for name, client in clients.items() if not only or name.startswith(tuple(only))}
+    if not found:
+        raise SystemExit(f"--bare: begin with one of: {'; '.join(clients)}")
+    return found
+
+
 def told(timings: Timings, nbytes: int) -> str:
     """Markdown."""
     lines = ["| | s, median (range) | MB/s | processor s |", "| --- | ---: | ---: | ---: |"]
@@ -178,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4, help="of the job with several processes (default: 4; 1: none)")
     parser.add_argument("--patience", type=float, default=0.0, metavar="S", help="wait so long for a quiet machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the seconds of every turn here")
+    parser.add_argument("--bare", nargs="+", default=(), metavar="NAME", help="only bare clients whose names begin so")
     parser.add_argument("--tls", action="store_true", help="by https, with a certificate of its own")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -186,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with seaweed.running(bucket="benchmark", tls=options.tls) as server:
         os.environ.update(server.environment)  # for FsspecWriter, whose URL alone says where, and for the ranks
         state = make(Shape("A", nbytes), rank=0, mesh=None)
-        bench = Bench(server, state)
+        bench = Bench(server, state, options.bare)
         for number in range(options.rounds):
             bench.round(number, options.patience)
         bench.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from benchmarks.objects import Timings, told
+from benchmarks.objects import Timings, chosen, told
 from benchmarks.several import PAIRS, OneWriter, render, state_of
 from shardckpt.storage import MemoryObjects, SharedPuts
 
@@ -44,3 +45,11 @@ def test_the_state_is_alike_on_all_ranks_and_new_in_each_round() -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
     assert sum(tensor.nbytes for tensor in one.values()) == 4096
+
+
+def test_bare_clients_are_chosen_by_how_their_names_begin() -> None:
+    clients = dict.fromkeys(("put, s3fs, 8", "put, obstore, 8", "get, obstore, 8"), print)
+    assert list(chosen(clients, ())) == list(clients)
+    assert list(chosen(clients, ["put, obstore", "get"])) == ["put, obstore, 8", "get, obstore, 8"]
+    with pytest.raises(SystemExit, match="put, s3fs, 8; put, obstore, 8"):
+        chosen(clients, ["obstore"])

@@ -74,9 +74,7 @@ class _Seen:
 def _look_at(parts: Sequence[Part]) -> _Seen:
     seen = _Seen()
     for part in parts:
-        seen.keys.append(part.path)
-        seen.keys.append(part.kind)
-        seen.keys.append(part.rules)
+        seen.keys += (part.path, part.kind, part.rules)
         _look(seen, part.tree, part.path)
     return seen
 
@@ -87,7 +85,8 @@ def _look(seen: _Seen, node: Any, path: tuple[Any, ...]) -> None:
         seen.is_known = False
     elif isinstance(node, torch.Tensor):
         kind = type(node)
-        spec, local = (node._spec, node._local_tensor) if isinstance(node, DTensor) else (None, node)
+        is_plain = kind is torch.Tensor or not isinstance(node, DTensor)  # to ask the latter takes longer
+        spec, local = (None, node) if is_plain else (node._spec, node._local_tensor)
         seen.tensors.append(local)
         seen.tensor_names.append(path)
         if local.layout is not torch.strided or local.is_nested:
