@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from shardckpt.storage import MemoryStorage, Read
 from shardckpt.storage.transfer import several
 from shardckpt.storage.transfer.fingerprint import Fingerprint, fingerprint, stores
 from shardckpt.storage.transfer.ranges import merge
-from shardckpt.storage.transfer.several import for_each
+from shardckpt.storage.transfer.several import bundles, for_each
 from shardckpt.storage.transfer.summing import sums_of
 
 SOME_READS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 60), st.integers(0, 20)), max_size=30)
@@ -200,7 +201,7 @@ class TestForEach:
         """The save thread may still be writing when the main thread has ended."""
         program = """
 import threading
-from shardckpt.storage.transfer.several import for_each
+from shardckpt.storage.transfer.several import bundles, for_each
 
 def save():
     threading.main_thread().join()
@@ -229,3 +230,11 @@ class TestFingerprint:
         storage = MemoryStorage()
         storage.put("a", [content])
         assert stores(storage, "a", Fingerprint().extended(content))
+
+
+@given(st.lists(st.integers(0, 12)), st.integers(1, 20))
+def test_bundles_keep_the_order_and_are_as_large_as_they_may_be(sizes: list[int], most: int) -> None:
+    found = list(bundles(sizes, int, most=most))
+    assert [size for bundle in found for size in bundle] == sizes
+    assert all(len(bundle) == 1 or sum(bundle) <= most for bundle in found)
+    assert all(sum(one) + other[0] > most for one, other in pairwise(found))

@@ -85,8 +85,10 @@ def _look(seen: _Seen, node: Any, path: tuple[Any, ...]) -> None:
         seen.is_known = False
     elif isinstance(node, torch.Tensor):
         kind = type(node)
-        is_plain = kind is torch.Tensor or not isinstance(node, DTensor)  # to ask the latter takes longer
-        spec, local = (None, node) if is_plain else (node._spec, node._local_tensor)
+        if kind is torch.Tensor or not isinstance(node, DTensor):  # to ask the latter takes longer
+            spec, local = None, node
+        else:
+            spec, local = node._spec, node._local_tensor
         seen.tensors.append(local)
         seen.tensor_names.append(path)
         if local.layout is not torch.strided or local.is_nested:

@@ -156,7 +156,7 @@ def _copy_job(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
 
 
 def copy_small(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """20,000 small tensors in one call instead of 20,000. Targets have the dtypes of their sources."""
+    """Many tensors in one call: 20,000 small ones, or some of medium size. Targets have the dtypes of their sources."""
     if any(map(_has_no_copy, {target.dtype for target in targets})):
         targets, sources = [raw(target) for target in targets], [raw(source) for source in sources]
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain, count, islice
 from queue import Queue
@@ -40,6 +40,22 @@ def for_each(items: Iterable[T], work: Callable[[T], None], *, threads: int) -> 
     finally:
         crew.join()  # the memory that the work reads and fills is the caller's
     crew.raise_first()
+
+
+def bundles(items: Iterable[T], nbytes_of: Callable[[T], int], *, most: int) -> Iterator[list[T]]:
+    """Neighbours of together at most so many bytes, or one that is larger: to hand a thread its work costs 0.1 ms, in
+    which it would have copied a megabyte."""
+    bundle: list[T] = []
+    room = most
+    for item in items:
+        nbytes = nbytes_of(item)
+        if bundle and nbytes > room:
+            yield bundle
+            bundle, room = [], most
+        bundle.append(item)
+        room -= nbytes
+    if bundle:
+        yield bundle
 
 
 class _Crew(Generic[T]):

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 import shardckpt as sc
+from shardckpt.engine.saving import stage
 from shardckpt.engine.saving.stage import Staging
+from shardckpt.engine.saving.staging import imaged
 from shardckpt.storage.base import Buffer, Storage
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.memory import MemoryObjects, MemoryStorage
+from shardckpt.storage.transfer.several import for_each
 from shardckpt.storage.wrapping import StorageWrapper
 from shardckpt.testing.gangs import run_ranks
 from tests.engine.states import train, training
@@ -224,8 +227,8 @@ def test_the_check_of_copies_finds_an_image_that_was_damaged(tmp_path: Path, mon
 
     def copy(staging: Staging, wanted: Callable[[torch.Tensor], bool]) -> None:
         real(staging, wanted)
-        for stage in staging._stages:
-            image: Any = stage
+        for staged in staging._stages:
+            image: Any = staged
             image.image.view[image._layout.slots[0].data] = 1  # of 1.0 it is 0
 
     with sc.CheckpointManager(
@@ -244,3 +247,27 @@ def test_the_check_of_copies_finds_an_image_that_was_damaged(tmp_path: Path, mon
 def test_a_policy_that_is_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         sc.SavePolicy(**wrong)
+
+
+def test_tensors_of_medium_size_are_handed_to_threads_many_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA adapters are some hundred tensors of 100 KB; handing over each cost twice as much as copying it."""
+    jobs: list[int] = []
+
+    def counted(items: Iterable[Any], work: Callable[[Any], None], *, threads: int) -> None:
+        jobs.append(len(every := list(items)))
+        for_each(every, work, threads=threads)
+
+    monkeypatch.setattr(stage, "for_each", counted)
+    monkeypatch.setattr(imaged, "for_each", counted)
+    state = {f"{n}": torch.randn(128, 256) for n in range(200)} | {"small": torch.ones(3), "large": torch.ones(2 << 20)}
+    expected = {name: tensor.clone() for name, tensor in state.items()}
+    with sc.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, state).result()
+        for tensor in state.values():
+            tensor.zero_()
+        checkpoints.load(1, state)
+    assert jobs, "nothing was counted"
+    assert max(jobs) <= 10, "26 MB in pieces of 4 MiB, and one each for the large and the small one"
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -13,10 +14,13 @@ from shardckpt.engine.saving.write import Sealed, SealedFile, SealedRange
 from shardckpt.format.archive import LARGE, Slot, file_crc, write_crcs, write_headers
 from shardckpt.format.checksum import crc32
 from shardckpt.format.manifest import FileEntry
-from shardckpt.storage.transfer.several import for_each
+from shardckpt.storage.transfer.several import bundles, for_each
 
 _TAIL, _TAIL_OF_RECORD = 1 << 20, 1 << 10
 """Room for index, pickle and directory: bytes of address space, which cost nothing until they are touched."""
+_BUNDLE = 4 << 20
+"""Bytes of records that a thread copies, or sums up, in one go. Of 224 records of 131 KB, each by itself took 25 ms to
+copy, where 4 MiB at a time take 9 (2026-11-28)."""
 
 
 class ImagedFile(StagedFile):
@@ -62,18 +66,22 @@ class ImagedFile(StagedFile):
     def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
         """Copies into the image, sums of what is not copied."""
         assert self._file is not None
-        records, targets = self._file.records, self._targets
+        records, targets, medium = self._file.records, self._targets, list[int]()
         for number in self._others:
             slot, tensor = self._layout.slots[number], records[number].tensor
             if not wanted(tensor):
                 continue
-            if not self._is_staged(slot):
+            is_staged = self._is_staged(slot)
+            if not is_staged:
                 yield self._sum_job(number, tensor)
+            elif slot.nbytes < _BUNDLE:
+                medium.append(number)
+                continue
             if slot.nbytes >= LARGE and self._share.touches(slot.data, slot.end):
                 yield from slices(targets[number], tensor, slot.data, self._share)
         small = [number for number in self._small if wanted(records[number].tensor)]
-        if small:
-            yield lambda: copy_small([targets[n] for n in small], [records[n].tensor for n in small])
+        for bundle in (*bundles(medium, self._nbytes_of, most=_BUNDLE), *([small] if small else ())):
+            yield partial(copy_small, [targets[n] for n in bundle], [records[n].tensor for n in bundle])
 
     def transfers(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Whole records, also those that others write: they are summed up from the image, so that nobody waits."""
@@ -115,14 +123,18 @@ class ImagedFile(StagedFile):
         slots = self._layout.slots
         large = [number for number, slot in enumerate(slots) if slot.nbytes >= LARGE and self._crcs[number] is None]
 
-        def sum_up(number: int) -> None:
-            self._crcs[number] = crc32(view[slots[number].data : slots[number].end])
+        def sum_up(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                self._crcs[number] = crc32(view[slots[number].data : slots[number].end])
 
-        for_each(large, sum_up, threads=threads)
+        for_each(bundles(large, self._nbytes_of, most=_BUNDLE), sum_up, threads=threads)
         pairs = zip(self._crcs, self._spans, strict=True)
         crcs = [crc32(view[start:end]) if crc is None else crc for crc, (start, end) in pairs]
         self._crcs = [*crcs]
         return crcs
+
+    def _nbytes_of(self, number: int) -> int:
+        return self._layout.slots[number].nbytes
 
     def _with_tail(self, tail: bytes) -> tuple[memoryview, ...]:
         """The image with its tail behind it; a tail that is larger than any that was thought of stays by itself."""
