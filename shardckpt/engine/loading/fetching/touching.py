@@ -47,11 +47,16 @@ def given_back(memory: memoryview, used: Iterable[tuple[int, int]]) -> None:
 
     Their bytes are zero from then on; pages that are shared with other bytes stay. Any thread may call.
     """
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    start = 0
     for first, end in _joined(sorted(used)):
         first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if end - first >= _LEAST:
+            start = start or _address_of(memory)
             advise(start + first, end - first, mmap.MADV_DONTNEED)
+
+
+def _address_of(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _joined(stretches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -66,7 +71,7 @@ def _joined(stretches: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _touch(memory: memoryview, ended: threading.Event) -> None:
-    start, size = ctypes.addressof(ctypes.c_char.from_buffer(memory)), len(memory)
+    start, size = _address_of(memory), len(memory)
     for at in range(0, size, _STRIDE):
         if ended.is_set() or advise(start + at, min(_STRIDE, size - at), POPULATE_WRITE):
             return
