@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 GOOD, PROBLEMS, UNUSABLE = 0, 1, 2
 
+_MOST_NAMES = 12
+"""Of parts, in a line for people; JSON has all."""
+
 MOMENT_S = 0.5
 """What is over by then shows no bar."""
 
@@ -129,6 +132,12 @@ def explaining() -> Iterator[None]:
 def size_text(nbytes: int | None) -> str:
     """Bytes for people: "1.5 GB"."""
     return "-" if nbytes is None else bytes_text(nbytes)
+
+
+def names_text(names: Sequence[str]) -> str:
+    """ "a, b, c"; of very many the first ones, and how many there are besides: a flat state may have thousands."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def age_text(created: str | None, now: datetime | None = None) -> str:

@@ -227,3 +227,16 @@ def test_on_a_real_object_store(seaweedfs: Any, place: Any, monkeypatch: pytest.
     storage.replace(key, storage.read(key)[:-1])
     status, told, _ = run("verify", url)
     assert (status, "damaged: manifest.json" in told) == (1, True)
+
+
+def test_of_very_many_parts_only_some_are_named(tmp_path: Path) -> None:
+    """A flat state of adapters has hundreds; JSON has all of them."""
+    with sc.CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, {f"p{number:03}": torch.ones(2) for number in range(300)}).result()
+    for command in ("ls", "verify"):
+        status, out, _ = run(command, tmp_path)
+        assert status == 0
+        assert "p000, p001" in out
+        assert "p011 and 288 more" in out
+        assert "p012" not in out
+        assert "p299" in run(command, tmp_path, "--json")[1]

@@ -13,6 +13,7 @@ from shardckpt.cli.output import (
     age_text,
     console,
     explaining,
+    names_text,
     print_json,
     print_table,
     progress,
@@ -77,7 +78,7 @@ def _row(line: StepLine, metrics: Sequence[str]) -> tuple[str, ...]:
     numbers = ["-" if value is None else f"{value:g}" for value in values]
     state = line.state if line.state in ("committed", "model only") else f"{line.state} ({line.folder})"
     step = "-" if line.step is None else str(line.step)
-    return step, age_text(line.created), size_text(line.nbytes), *numbers, state, ", ".join(line.parts)
+    return step, age_text(line.created), size_text(line.nbytes), *numbers, state, names_text(line.parts)
 
 
 def verify(
@@ -122,7 +123,7 @@ def _print_report(report: StepReport, out: Console) -> None:
     out.print(Text.assemble((report.verdict, _MARKS[report.verdict]), f"  {name}{where}{facts}"))
     has = [part for part, there in report.parts.items() if there]
     lacks = [part for part, there in report.parts.items() if not there]
-    also = f"; also {', '.join(report.others)}" if report.others else ""
+    also = f"; also {names_text(report.others)}" if report.others else ""
     out.print(Text(f"  has {', '.join(has) or 'none of the parts'}{also}; without {', '.join(lacks) or 'nothing'}"))
     for problem in report.problems:
         out.print(Text(f"  damaged: {problem}", "red"), soft_wrap=True)
