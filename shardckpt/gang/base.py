@@ -51,11 +51,14 @@ class Gang(Protocol):
     @property
     def size(self) -> int: ...
 
-    def enter(self, scope: str, *, timeout: timedelta) -> None:
+    def enter(self, scope: str, *, timeout: timedelta, skipped: Sequence[str] = ()) -> None:
         """Start a new conversation, e.g. "save/1000/0": all ranks that take part give the same name.
 
         Whatever an earlier conversation left behind (messages of a rank that came late, a broken
         connection) cannot reach the new one. All ranks meet here, so it is also a barrier.
+
+        `skipped`: scopes that this rank was to enter, and has given up before it did. Who still waits for it there is
+        told to leave, as with those that it has entered.
         """
         ...
 

@@ -32,7 +32,7 @@ class LocalGang:
     def size(self) -> int:
         return 1
 
-    def enter(self, scope: str, *, timeout: timedelta) -> None:
+    def enter(self, scope: str, *, timeout: timedelta, skipped: Sequence[str] = ()) -> None:
         self._entered = True
 
     def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:

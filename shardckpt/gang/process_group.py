@@ -80,8 +80,8 @@ class ProcessGroupGang:
     def size(self) -> int:
         return self._size
 
-    def enter(self, scope: str, *, timeout: timedelta) -> None:
-        deadline, arrival = Deadline(timeout), self._history.arrive(scope)
+    def enter(self, scope: str, *, timeout: timedelta, skipped: Sequence[str] = ()) -> None:
+        deadline, arrival = Deadline(timeout), self._history.arrive(scope, skipped)
         self._conversation, self._operation = "", 0
         self._listening, self._lost = set(range(1, self._size)), set()
         self._meeting.mailbox.renew()

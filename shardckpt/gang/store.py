@@ -79,9 +79,9 @@ class StoreGang:
     def size(self) -> int:
         return self._size
 
-    def enter(self, scope: str, *, timeout: timedelta) -> None:
+    def enter(self, scope: str, *, timeout: timedelta, skipped: Sequence[str] = ()) -> None:
         self._conversation = ""
-        verdict = self.meet(self._history.arrive(scope), Deadline(timeout))
+        verdict = self.meet(self._history.arrive(scope, skipped), Deadline(timeout))
         if not verdict.ok:
             raise verdict.error()
 

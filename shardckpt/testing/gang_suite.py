@@ -139,6 +139,11 @@ class TeamContract(GangContract):
         for entered in play(acts.run_ahead, ahead):
             assert entered == "scope 3"
 
+    @pytest.mark.parametrize("ahead", [2, 0])
+    def test_a_rank_that_says_what_it_skipped_meets_the_others_in_the_next_scope(self, play: Play, ahead: int) -> None:
+        for entered in play(acts.run_ahead, ahead, ["scope 1"]):
+            assert entered == "scope 2"
+
     def test_gather_gives_what_came_when_a_rank_is_missing(self, play: Play, tmp_path: Path) -> None:
         results = play(acts.miss_a_gather, 1, tmp_path)
         absent, values = results[0][0]

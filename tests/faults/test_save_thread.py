@@ -151,6 +151,33 @@ def test_training_goes_on_and_the_next_save_commits(
         assert stall_s < LIMIT_S / 2
 
 
+@pytest.mark.parametrize("victim", range(RANKS))
+def test_who_is_given_up_before_it_came_does_not_fail_the_next_save(
+    monkeypatch: pytest.MonkeyPatch, victim: int
+) -> None:
+    """The others still wait for it in the scope of the save that it has given up; it goes to the next one."""
+    monkeypatch.setattr(lease, "_GRACE_S", 0.5)
+    fault, place = Fault("hangs", victim), MemoryStorage()
+    put_in_the_way(monkeypatch, fault, "meet")
+
+    def act(gangs: sc.Gangs) -> list[int]:
+        is_victim = gangs.root.rank == victim
+        training = Training(0)
+        with sc.CheckpointManager(place, gangs, timeout=PATIENT) as checkpoints:
+            fault.armed = fault.armed or is_victim
+            pending = checkpoints.save(1, training.state, deadline=DEADLINE if is_victim else 10 * DEADLINE)
+            with pytest.raises(sc.CheckpointSaveError) as caught:
+                pending.result(timedelta(seconds=LIMIT_S))
+            assert is_victim or f"rank {victim} is in scope 'save/2" in str(caught.value)
+            checkpoints.save(2, training.state).result()
+            return checkpoints.steps()
+
+    with ExitStack() as stack:
+        stack.callback(fault.over.set)
+        assert run_ranks(RANKS, act) == [[2]] * RANKS
+    assert fault.met.is_set(), "else nothing has been tested"
+
+
 def put_in_the_way(monkeypatch: pytest.MonkeyPatch, fault: Fault, phase: str) -> None:
     owner, name, rank_of = IN_CLASS[phase]
     real = getattr(owner, name)

@@ -119,9 +119,9 @@ class LeasedGang:
     def size(self) -> int:
         return self._gang.size
 
-    def enter(self, scope: str, *, timeout: timedelta) -> None:
+    def enter(self, scope: str, *, timeout: timedelta, skipped: Sequence[str] = ()) -> None:
         with self._lease.held():
-            self._gang.enter(scope, timeout=timeout)
+            self._gang.enter(scope, timeout=timeout, skipped=skipped)
 
     def gather(self, value: Json, *, timeout: timedelta, fold: Fold | None = None) -> list[Json] | None:
         with self._lease.held():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -54,12 +55,13 @@ class Committer:
         self._manners = manners
         self._pacer = None if manners.rate is None else Pacer(manners.rate)
         self._book = TableBook()
+        self._given_up: deque[str] = deque(maxlen=8)
         self._blobs = Blobs(storage)
 
     def attempt(self, work: Work) -> Transaction:
         """A new attempt to commit it."""
         terms: dict[str, Any] = {"step": work.pending.step, "limit": work.limit, "lease": work.lease}
-        terms["began"] = work.pending.report.began
+        terms |= {"began": work.pending.report.began, "given_up": self._given_up}
         return Transaction(self._storage, self._gang, self._book, **terms)
 
     def run(self, work: Work) -> None:
@@ -69,6 +71,7 @@ class Committer:
 
     def _give_up(self, work: Work) -> None:
         """On the watching thread: the save thread hangs, and is left behind."""
+        self._given_up.append(work.scope)  # the others may wait for it there longer than this rank does
         work.pending.progress.cancel()
         work.stager.forsake()
         work.give_up_save()

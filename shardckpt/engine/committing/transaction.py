@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -61,9 +61,21 @@ class Transaction:
     """One attempt; made anew for each save. Any method may raise; then `abandon` is to be called."""
 
     def __init__(
-        self, storage: Storage, gang: Gang, book: TableBook, *, step: int, limit: Limit, lease: Lease, began: float
+        self,
+        storage: Storage,
+        gang: Gang,
+        book: TableBook,
+        *,
+        step: int,
+        limit: Limit,
+        lease: Lease,
+        began: float,
+        given_up: Collection[str] = (),
     ) -> None:
+        """`given_up`: the scopes of saves that this rank let fail while their thread hung, maybe before it met
+        anybody."""
         self._storage = storage
+        self._given_up = given_up
         self._gang: Gang = LeasedGang(gang, lease)
         self._lease = lease
         self._book = book
@@ -96,7 +108,7 @@ class Transaction:
         """Meet under this name, hear whether all are ready (`ready` raises where one is not), agree on an attempt id,
         make room."""
         self.has_met = True
-        self._gang.enter(scope, timeout=self._limit.talk)
+        self._gang.enter(scope, timeout=self._limit.talk, skipped=tuple(self._given_up))
 
         def meet() -> float:
             ready()

@@ -86,8 +86,10 @@ class History:
     def __init__(self) -> None:
         self._past: deque[str] = deque(maxlen=_REMEMBERED)
 
-    def arrive(self, scope: str) -> Arrival:
-        """What to say at the meeting for `scope`; from the next meeting on it belongs to the past."""
+    def arrive(self, scope: str, skipped: Iterable[str] = ()) -> Arrival:
+        """What to say at the meeting for `scope`; from the next meeting on it belongs to the past, as `skipped` does
+        now."""
+        self._past.extend(past for past in skipped if past not in self._past)
         arrival = Arrival(scope, tuple(self._past))
         self._past.append(scope)
         return arrival
