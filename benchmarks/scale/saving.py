@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import torch
-
 from benchmarks.scale.jobs import Mesh, Model, Rank
 from shardckpt.engine.committing.receipts import compose_manifest, describe_own, disagreements, merge_tables
 from shardckpt.engine.garbage import uncollected
 from shardckpt.engine.saving.again import Planner
 from shardckpt.engine.saving.plan import SavePlan
-from shardckpt.engine.saving.staging.file import StagedFile
+from shardckpt.engine.saving.staging.file import StagedFile, Wanted
 from shardckpt.engine.saving.write import Receipt, Sealed, SealedFile, SealedRange, decode_receipt
 from shardckpt.engine.splits.pieces import check_agreed
 from shardckpt.format.manifest import FileEntry, Manifest, encode_manifest
@@ -35,14 +33,14 @@ class SizedFile(StagedFile):
     contents: Mapping[int, bytes] = {}
     """After `seal`, of a file of which this rank writes the end: its index and its tree, by where they lie."""
 
-    def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterator[Callable[[], None]]:
+    def jobs(self, wanted: Wanted) -> Iterator[Callable[[], None]]:
         return iter(())
 
     def seal(self, rank: int, *, threads: int = 1) -> Sealed | None:
         """As `ImagedFile` does it."""
         assert self._file is not None
         crcs, share, file = [0] * len(self._file.records), self._share, self._file
-        self._sum_up(crcs)
+        self._crcs = [*crcs]
         if share.is_empty:
             return None
         if not share.tail:
@@ -51,7 +49,7 @@ class SizedFile(StagedFile):
         nbytes = self._layout.tail + len(tail.content)
         entry = FileEntry(file.name, nbytes, 0, file.home, rank, tail.index, tail.tree)
         self.contents = {at: tail.content[at - self._layout.tail :][:size] for at, size, _ in (tail.index, tail.tree)}
-        return SealedFile(entry, (), dict(self.digests), share.start, share.whole, share.numbers)
+        return SealedFile(entry, (), self.digests, share.start, share.whole, share.numbers)
 
 
 @dataclass(slots=True)

@@ -34,6 +34,7 @@ from shardckpt.engine.saving.devices.cuda import Cuda
 from shardckpt.engine.saving.hooks import StepHooks, memory_of_optimizers
 from shardckpt.engine.saving.share import least_share
 from shardckpt.engine.saving.stage import Stager
+from shardckpt.engine.saving.staging.file import everything, nothing
 from shardckpt.engine.saving.staging.still import frozen_names
 from shardckpt.engine.saving.work import SaveOptions, Work, as_save_error, check_metadata
 from shardckpt.engine.writing.process import ProcessStorage
@@ -233,10 +234,10 @@ class Saver:
         work.staging = work.stager.prepare(work.plan, rank=self._at.rank, windowed=options.staging == "none")
         work.pending.report.nbytes = work.staging.nbytes
         memory = memory_of_optimizers(parts) if options.staging == "overlap" else frozenset()
-        work.later = (lambda tensor: tensor.data_ptr() in memory) if memory else (lambda _: False)
+        work.later = (lambda tensor: tensor.data_ptr() in memory) if memory else nothing
         if options.verify:
             work.staging.note()
-        now = (lambda tensor: not work.later(tensor)) if memory else (lambda _: True)
+        now = (lambda tensor: not work.later(tensor)) if memory else everything
         work.staging.copy_now(now, and_wait=options.staging != "overlap")
         self._hooks.install(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,10 +54,14 @@ def check_manifest(manifest: Manifest) -> None:
     replicas = [_check_layout(layout, manifest.meshes, world) for layout in manifest.layouts]
     _check_ranks([rank for table in manifest.tables for rank in table.ranks], world, "the tables")
     least_dims = [_least_dims(layout) for layout in manifest.layouts]  # once, for there may be as many tables
+    terms = (manifest.meshes, manifest.layouts)
     for table in manifest.tables:
         if not table.ranks:
             raise ValueError("a table of what no rank holds")
-        _check_table(table, least_dims, replicas)
+        if not (table.sound and all(map(operator.is_, table.sound, terms))):  # neither is ever changed
+            _check_table(table, least_dims, replicas)
+            if table.text:
+                object.__setattr__(table, "sound", terms)
     _check_pieces(manifest)
     if manifest.model_only:
         _check_model_only(manifest)
@@ -182,6 +187,8 @@ def _check_table(table: Table, least_dims: Sequence[int], replicas: Sequence[int
 
 
 def _check_pieces(manifest: Manifest) -> None:
+    if not any(layout.pieces for layout in manifest.layouts):
+        return
     used = {(entry.layout, entry.shape): name for table in manifest.tables for name, entry in table.tensors.items()}
     for (number, shape), name in used.items():
         pieces = manifest.layouts[number].pieces

@@ -8,15 +8,13 @@ keys share one table. The last line is a SHA-256 over all bytes before it: a rec
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from shardckpt.format.consistency import check_manifest
 from shardckpt.format.index import (
     MAX_NUMBERS,
-    as_dtype,
     as_json_has_it,
     as_numbers,
     as_pieces,
@@ -30,12 +28,23 @@ from shardckpt.format.index import (
     runs_of,
     shown,
 )
-from shardckpt.format.placement import Piece
 from shardckpt.format.record.columns import FileColumns, in_columns, loose
 from shardckpt.format.record.files import Extent as Extent
 from shardckpt.format.record.files import FileEntry as FileEntry
 from shardckpt.format.record.files import encode_file
 from shardckpt.format.record.packing import decode_files, encode_files, numbers_in
+from shardckpt.format.record.tables import HOMES as HOMES
+from shardckpt.format.record.tables import OF_RANK as OF_RANK
+from shardckpt.format.record.tables import VALUE_HOMES as VALUE_HOMES
+from shardckpt.format.record.tables import Home as Home
+from shardckpt.format.record.tables import LayoutEntry as LayoutEntry
+from shardckpt.format.record.tables import MeshEntry as MeshEntry
+from shardckpt.format.record.tables import Table as Table
+from shardckpt.format.record.tables import TensorEntry as TensorEntry
+from shardckpt.format.record.tables import decode_table as decode_table
+from shardckpt.format.record.tables import dumps, tops_of
+from shardckpt.format.record.tables import encode_table as encode_table
+from shardckpt.format.record.tables import spelled as spelled
 
 FORMAT = 1
 """Of a record whose files all lie in the step's folder."""
@@ -44,66 +53,6 @@ FORMAT_WITH_BLOBS = 2
 FORMAT_IN_COLUMNS = 3
 """Of a record of many files, which has them in columns (see `record.columns`), blobs or not."""
 FORMATS = (FORMAT, FORMAT_WITH_BLOBS, FORMAT_IN_COLUMNS)
-
-Home = Literal["model", "replicated", "rank", "frozen", "frozen_rank"]
-"""In which kind of file a key lies: model.<shard>.pt, replicated.<shard>.pt, rank_<rank>.pt; or, of tensors that do not
-change from step to step, frozen.<shard>.pt or frozen_rank_<rank>.pt."""
-
-HOMES: tuple[Home, ...] = ("model", "replicated", "rank", "frozen", "frozen_rank")
-VALUE_HOMES: tuple[Home, ...] = HOMES[:3]
-"""Where Python values may lie."""
-OF_RANK: frozenset[Home] = frozenset({"rank", "frozen_rank"})
-"""Of these each rank has a file of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class MeshEntry:
-    """A device mesh: names and sizes of its dimensions, and the global ranks in row-major order."""
-
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    _hash: int = field(default=0, init=False, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Hashed once: it is a key for every tensor, and may have 10,000 ranks. Numbers hash alike anywhere."""
-        object.__setattr__(self, "_hash", hash((self.shape, self.ranks)))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutEntry:
-    """How tensors lie: in which home and, if sharded, by which placements on which mesh; or else in pieces."""
-
-    home: Home
-    mesh: int | None = None
-    placements: tuple[str, ...] = ()
-    pieces: tuple[Piece, ...] = ()
-    given: tuple[str, ...] = ()
-    """The dimensions of the mesh that the tensors themselves know of, if not all: they were on a mesh of these."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """A tensor as a whole: dtype, global shape, which layout, and which replica of a shard was written."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    layout: int
-    replica: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """What some ranks hold alike in kind: their tensors and their Python values (key to home)."""
-
-    ranks: tuple[int, ...]
-    tensors: Mapping[str, TensorEntry]
-    values: Mapping[str, Home]
-    text: str = field(default="", init=False, compare=False, repr=False)
-    """Its JSON, if that has been made already (see `spelled`). Of a copy with `replace` it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +101,7 @@ class Manifest:
     @property
     def parts(self) -> tuple[str, ...]:
         """The top-level keys that are present: "model", "optimizer", "rng", ..."""
-        keys = {key.split(".", 1)[0] for table in self.tables for key in (*table.tensors, *table.values)}
-        return tuple(sorted(keys))
+        return tuple(sorted({top for table in self.tables for top in table.tops or tops_of(table)}))
 
     def is_of_model(self, key: str) -> bool:
         """Whether a tensor or value of this name is of the model's state."""
@@ -187,8 +135,8 @@ def encode_manifest(manifest: Manifest) -> bytes:
         content["model_key"] = manifest.model_key
     if manifest.model_only:
         content["model_only"] = True
-    texts = {key: _dumps(value) for key, value in content.items()}
-    texts["tables"] = f"[{','.join(table.text or _dumps(encode_table(table)) for table in manifest.tables)}]"
+    texts = {key: dumps(value) for key, value in content.items()}
+    texts["tables"] = f"[{','.join(table.text or dumps(encode_table(table)) for table in manifest.tables)}]"
     lines = ",\n".join(f'"{key}": {text}' for key, text in texts.items())
     body = f"{{\n{lines},\n"
     return f'{body}"sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
@@ -203,46 +151,6 @@ def decode_manifest(data: bytes) -> Manifest:
         return _decode(load_json(data))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"not a well-formed record: {type(error).__name__}: {error}") from error
-
-
-def encode_table(table: Table) -> dict[str, Any]:
-    """A table as JSON, as it stands in the record and travels from a rank to rank 0."""
-    entries = list(table.tensors.values())
-    return {
-        "ranks": runs_of(table.ranks),
-        "tensors": {
-            "name": list(table.tensors),
-            "dtype": [e.dtype for e in entries],
-            "shape": [list(e.shape) for e in entries],
-            "layout": [e.layout for e in entries],
-            "replica": [e.replica for e in entries],
-        },
-        "values": {home: [key for key, at in table.values.items() if at == home] for home in VALUE_HOMES},
-    }
-
-
-def spelled(table: Table) -> Table:
-    """The same table, which keeps its JSON: for one that stands in the records of many steps."""
-    same = replace(table)
-    object.__setattr__(same, "text", _dumps(encode_table(table)))
-    return same
-
-
-def _dumps(content: Any) -> str:
-    return json.dumps(content, separators=(",", ":"))
-
-
-def decode_table(content: Mapping[str, Any]) -> Table:
-    """A table from JSON; whether its layouts are there is for the record to say."""
-    columns = content["tensors"]
-    rows = zip(columns["dtype"], columns["shape"], columns["layout"], columns["replica"], strict=True)
-    entries = [TensorEntry(as_dtype(d), as_shape(s), as_size(at), as_size(copy)) for d, s, at, copy in rows]
-    names = as_texts(columns["name"])
-    values = [(key, home) for home in VALUE_HOMES for key in as_texts(content["values"][home])]
-    keys = {*names, *(key for key, _ in values)}
-    if len(keys) != len(names) + len(values):
-        raise ValueError("a key of a table is given twice")
-    return Table(as_numbers(content["ranks"]), dict(zip(names, entries, strict=True)), dict(values))
 
 
 def _format_of(files: Sequence[FileEntry]) -> int:

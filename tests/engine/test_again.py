@@ -174,10 +174,15 @@ def test_no_tensor_is_held(tmp_path: Path) -> None:
         assert [tensor for tensor in alike if (tensor.data_ptr(), tensor.shape) in wanted] == []
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse).*")
 def test_what_cannot_be_stored_is_said_each_time() -> None:
     planner, state, reader = Planner(ALONE), some_state(), StateReader()
     check(planner, state)
-    for bad in (torch.ones(2).to_sparse(), object(), lambda: 0):
+    whole, rows = torch.ones(4, 4), [torch.ones(2), torch.ones(3)]
+    odd = [whole.to_sparse(), whole.to_sparse_csr(), whole.to_sparse_bsr((2, 2)), whole.to_mkldnn()]
+    odd += [torch.nested.nested_tensor(rows, layout=layout) for layout in (torch.strided, torch.jagged)]
+    odd += [torch.nn.Parameter(whole.to_sparse())]
+    for bad in (*odd, object(), lambda: 0):
         state["progress"]["name"] = bad
         for _ in range(2):
             with pytest.raises(InvalidStateError, match=r"progress\.name"):

@@ -73,7 +73,7 @@ def _plain_tensors(plan: SavePlan, file: SealedFile) -> dict[str, str]:
         for name, entry in plan.table.tensors.items()
         if layouts[entry.layout].mesh is None and not layouts[entry.layout].pieces
     }
-    return {name: text for name, text in file.digests.items() if name in plain}
+    return {name: text for name, text in file.digests().items() if name in plain}
 
 
 def disagreements(receipts: Sequence[Receipt]) -> list[str]:

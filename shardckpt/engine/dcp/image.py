@@ -25,7 +25,7 @@ from shardckpt.format.manifest import FileEntry
 
 
 def seal_in_place(file: FilePlan, *, rank: int, threads: int = 2) -> SealedFile:
-    """The finished file of this rank; its `digests` are those of all its tensors, by name.
+    """The finished file of this rank; its `digests` gives those of all its tensors, by name.
 
     Its parts look at the tensors' own memory, which must not change until they are written. Tensors of other devices,
     and those that are not contiguous, are copied to fresh host memory.
@@ -45,7 +45,7 @@ def seal_in_place(file: FilePlan, *, rank: int, threads: int = 2) -> SealedFile:
     entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
     parts = (*_parts(layout.slots, contents, view), memoryview(tail.content))
     digests = {box.name: digest_of(file.records[box.record].tensor, crcs[box.record]) for box in file.boxes}
-    return SealedFile(entry, parts, digests)
+    return SealedFile(entry, parts, lambda: digests)
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:

@@ -260,6 +260,6 @@ def _writable(place: Place) -> Place:
 def _digests(content: Content, own: OwnItems, sealed: Sequence[SealedFile]) -> dict[str, str]:
     """What this rank holds of the tensors that are not sharded, whether it or another rank writes them."""
     names = {item.index.fqn for item in own.unsharded}
-    written = {name: text for file in sealed for name, text in file.digests.items() if name in names}
+    written = {name: text for file in sealed for name, text in file.digests().items() if name in names}
     held = {name: digest_of(tensor, crc32(host_bytes(tensor))) for name, tensor in content.held}
     return written | held

@@ -85,19 +85,24 @@ def _look(seen: _Seen, node: Any, path: tuple[Any, ...]) -> None:
         seen.is_known = False
     elif isinstance(node, torch.Tensor):
         kind = type(node)
-        if kind is torch.Tensor or not isinstance(node, DTensor):  # to ask the latter takes longer
+        is_plain = kind is torch.Tensor or kind is torch.nn.Parameter
+        if is_plain or not isinstance(node, DTensor):  # to ask the latter takes longer
             spec, local = None, node
         else:
             spec, local = node._spec, node._local_tensor
         seen.tensors.append(local)
         seen.tensor_names.append(path)
-        if local.layout is not torch.strided or local.is_nested:
+        try:
+            place, shape, stride, dtype = local.data_ptr(), local.size(), local.stride(), local.dtype
+        except RuntimeError:  # sparse, nested, of MKL-DNN: plain tensors tell so at no cost, others are asked
+            seen.is_known = False
+            return
+        if not is_plain and (local.layout is not torch.strided or local.is_nested):
             seen.is_known = False
         elif seen.is_known:
-            dtype = local.dtype
             is_conj = dtype.is_complex and local.is_conj()
-            seen.places.append(local.data_ptr())
-            seen.marks += (kind, spec, dtype, local.shape, local.stride(), local.device, is_conj, local.is_neg())
+            seen.places.append(place)
+            seen.marks += (kind, spec, dtype, shape, stride, local.device, is_conj, local.is_neg())
     elif is_branch(node):
         seen.keys.append((type(node), len(node)))
         for key, item in node.items() if hasattr(node, "keys") else enumerate(node):

@@ -16,7 +16,7 @@ from shardckpt.engine.saving.devices.seam import Devices, Place
 from shardckpt.engine.saving.image import Image
 from shardckpt.engine.saving.plan import FilePlan, SavePlan
 from shardckpt.engine.saving.staging.alike import Alike
-from shardckpt.engine.saving.staging.file import StagedFile, changed_error, crc_of, digest_of
+from shardckpt.engine.saving.staging.file import StagedFile, Wanted, changed_error, crc_of, digest_of, nothing
 from shardckpt.engine.saving.staging.frozen import FrozenFile
 from shardckpt.engine.saving.staging.imaged import ImagedFile
 from shardckpt.engine.saving.staging.lane import Lane
@@ -137,7 +137,7 @@ class Staging:
                 name: digest_of(tensor.dtype, tuple(tensor.shape), crc_of(tensor)) for name, tensor in tensors
             }
 
-    def copy_now(self, wanted: Callable[[torch.Tensor], bool], *, and_wait: bool) -> None:
+    def copy_now(self, wanted: Wanted, *, and_wait: bool) -> None:
         """On training's thread: what it does from now on, also on devices, comes after these copies. `and_wait`: they
         are all, and they are over when it returns."""
         if and_wait:
@@ -147,7 +147,7 @@ class Staging:
         if and_wait:
             self.finish()
 
-    def copy_later(self, wanted: Callable[[torch.Tensor], bool], *, on_queued: Callable[[], None]) -> None:
+    def copy_later(self, wanted: Wanted, *, on_queued: Callable[[], None]) -> None:
         """On another thread. `on_queued` is called when training may go on as soon as it has called `hold`; all is over
         when this returns. It is here that memory is page-locked, in the first save, which no training waits for."""
         self._lock()
@@ -155,10 +155,12 @@ class Staging:
         on_queued()
         self.finish()
 
-    def copy(self, wanted: Callable[[torch.Tensor], bool]) -> None:
+    def copy(self, wanted: Wanted) -> None:
         """Copy the tensors for which `wanted` holds, and sum up those that others write. Of the host's it is done when
         it returns; of those on devices, where memory is page-locked, it is queued."""
         lane, here = self._lane, wanted
+        if wanted is nothing:
+            return
         if lane.places:
 
             def here(tensor: torch.Tensor) -> bool:
@@ -173,7 +175,7 @@ class Staging:
         for place in lane.places:
             self._copy_from(place, lambda tensor, place=place: lane.place_of(tensor) == place and wanted(tensor))  # type: ignore[misc]
 
-    def _copy_from(self, place: Place, wanted: Callable[[torch.Tensor], bool]) -> None:
+    def _copy_from(self, place: Place, wanted: Wanted) -> None:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         jobs: list[Callable[[], None]] = []
         images: list[Image] = []
@@ -235,6 +237,7 @@ class Staging:
         """By group: what this rank holds of tensors that one rank writes for several, or that several write. After
         `seal`; `SavePlan.alike` and `FilePlan.sharers` say which."""
         shared = {stage.name: stage.held(self._plan.values) for stage in self._stages if stage.is_shared}
-        written = {name: text for stage in self._stages for name, text in stage.digests.items()}
-        copied = {group: {name: written[name] for name in names} for group, names in self._plan.copied.items()}
+        copies = self._plan.copied
+        written = {name: text for stage in self._stages for name, text in stage.digests().items()} if copies else {}
+        copied = {group: {name: written[name] for name in names} for group, names in copies.items()}
         return {group: dict(digests) for group, digests in self._alike.digests.items()} | copied | shared

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch
-
 from shardckpt.engine.background.lease import Lease
 from shardckpt.engine.background.policy import StagingMode
 from shardckpt.engine.committing.transaction import Transaction
@@ -17,6 +15,7 @@ from shardckpt.engine.patience import Limit
 from shardckpt.engine.pending import PendingSave
 from shardckpt.engine.saving.plan import SavePlan
 from shardckpt.engine.saving.stage import Stager, Staging
+from shardckpt.engine.saving.staging.file import Wanted, nothing
 from shardckpt.errors import (
     CheckpointError,
     CheckpointSaveError,
@@ -59,7 +58,7 @@ class Work:
     options: SaveOptions = field(default_factory=SaveOptions)
     plan: SavePlan | None = None
     staging: Staging | None = None
-    later: Callable[[torch.Tensor], bool] = lambda _: False
+    later: Wanted = nothing
     give_up_copy: Callable[[], None] = lambda: None
     """Let the save fail, and training go on, if copying `later` does not come to an end."""
     give_up_save: Callable[[], None] = lambda: None
@@ -92,7 +91,7 @@ class Work:
         """It is over: the state is not held any longer."""
         if self.staging is not None:
             self.staging.let_go()
-        self.plan, self.staging, self.later = None, None, lambda _: False
+        self.plan, self.staging, self.later = None, None, nothing
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:

@@ -20,8 +20,9 @@ class SealedFile:
 
     entry: FileEntry
     parts: Iterable[memoryview]
-    digests: dict[str, str]
-    """For each tensor what is stored of it here, as text, to be compared with other ranks' copies."""
+    digests: Callable[[], Mapping[str, str]]
+    """Gives for each tensor what is stored of it here, as text, to be compared with other ranks' copies; until the save
+    lets go of the state."""
     start: int = 0
     whole: bool = True
     """Whether this rank writes all of it; else several ranks write ranges of it."""

@@ -8,7 +8,7 @@ import torch
 
 from shardckpt.engine.saving.devices.seam import Devices
 from shardckpt.engine.saving.image import Image
-from shardckpt.engine.saving.staging.file import crc_of, digest_of
+from shardckpt.engine.saving.staging.file import Wanted, crc_of, digest_of
 from shardckpt.format.archive import LINE
 from shardckpt.format.checksum import crc32
 
@@ -39,13 +39,13 @@ class Alike:
         if end:
             self.image.reserve(end)
 
-    def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+    def jobs(self, wanted: Wanted) -> Iterable[Callable[[], None]]:
         """Sums of the wanted tensors."""
         for number, (_, _, tensor) in enumerate(self._tensors):
             if wanted(tensor):
                 yield self._sum_job(number)
 
-    def transfers(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def transfers(self, wanted: Wanted) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """What is to be copied instead: (target, source)."""
         for number, (_, _, tensor) in enumerate(self._tensors):
             if wanted(tensor):
@@ -53,7 +53,7 @@ class Alike:
                 if tensor.numel():
                     yield self.image.tensor(self._starts[number], tensor.dtype, tuple(tensor.shape)), tensor
 
-    def nbytes_of(self, wanted: Callable[[torch.Tensor], bool]) -> int:
+    def nbytes_of(self, wanted: Wanted) -> int:
         """Bytes of the tensors for which it holds."""
         return sum(tensor.numel() * tensor.element_size() for _, _, tensor in self._tensors if wanted(tensor))
 

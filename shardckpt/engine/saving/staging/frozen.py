@@ -11,9 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-import torch
-
 from shardckpt.engine.consolidated.fragments import contents_of
+from shardckpt.engine.saving.staging.file import Wanted
 from shardckpt.engine.saving.staging.windowed import WindowedFile
 from shardckpt.engine.saving.write import Sealed, SealedFile
 from shardckpt.format.archive import Tail
@@ -38,7 +37,7 @@ class FrozenFile(WindowedFile):
         self._sums: list[bytes] = []
         self._digest = ""
 
-    def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+    def jobs(self, wanted: Wanted) -> Iterable[Callable[[], None]]:
         """Nothing that training would wait for."""
         return ()
 

@@ -9,7 +9,7 @@ import torch
 
 from shardckpt.engine.saving.image import Image, copy_small, slices
 from shardckpt.engine.saving.plan import FilePlan
-from shardckpt.engine.saving.staging.file import StagedFile
+from shardckpt.engine.saving.staging.file import StagedFile, Wanted, everything
 from shardckpt.engine.saving.write import Sealed, SealedFile, SealedRange
 from shardckpt.format.archive import LARGE, Slot, file_crc, write_crcs, write_headers
 from shardckpt.format.checksum import crc32
@@ -63,7 +63,7 @@ class ImagedFile(StagedFile):
         self._others = [n for n, slot in enumerate(slots) if slot.nbytes and n not in small]
         self._spans = [(slot.data, slot.end) for slot in slots]
 
-    def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+    def jobs(self, wanted: Wanted) -> Iterable[Callable[[], None]]:
         """Copies into the image, sums of what is not copied."""
         assert self._file is not None
         records, targets, medium = self._file.records, self._targets, list[int]()
@@ -79,11 +79,11 @@ class ImagedFile(StagedFile):
                 continue
             if slot.nbytes >= LARGE and self._share.touches(slot.data, slot.end):
                 yield from slices(targets[number], tensor, slot.data, self._share)
-        small = [number for number in self._small if wanted(records[number].tensor)]
+        small = self._small if wanted is everything else [n for n in self._small if wanted(records[n].tensor)]
         for bundle in (*bundles(medium, self._nbytes_of, most=_BUNDLE), *([small] if small else ())):
             yield partial(copy_small, [targets[n] for n in bundle], [records[n].tensor for n in bundle])
 
-    def transfers(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    def transfers(self, wanted: Wanted) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Whole records, also those that others write: they are summed up from the image, so that nobody waits."""
         assert self._file is not None
         for target, record in zip(self._targets, self._file.records, strict=True):
@@ -102,7 +102,6 @@ class ImagedFile(StagedFile):
         assert self._file is not None
         layout, file, share, view = self._layout, self._file, self._share, self.image.view
         crcs = self._all_crcs(view, threads)
-        self._sum_up(crcs)
         if share.is_empty:
             return None
         within = None if share.tail else share.range  # whoever makes the tail sums up all headers
@@ -116,7 +115,7 @@ class ImagedFile(StagedFile):
         nbytes, crc = layout.tail + len(tail.content), file_crc(layout, view, crcs, tail)
         entry = FileEntry(file.name, nbytes, crc, file.home, rank, tail.index, tail.tree)
         place = (share.start, share.whole, share.numbers)
-        return SealedFile(entry, self._with_tail(tail.content), dict(self.digests), *place)
+        return SealedFile(entry, self._with_tail(tail.content), self.digests, *place)
 
     def _all_crcs(self, view: memoryview, threads: int) -> list[int]:
         """Of all records: those that `jobs` has not summed up are in the image."""

@@ -12,7 +12,7 @@ import torch
 
 from shardckpt.engine.consolidated.assembling.windows import Windows
 from shardckpt.engine.consolidated.fragments import WINDOW, contents_of
-from shardckpt.engine.saving.staging.file import StagedFile, changed_error
+from shardckpt.engine.saving.staging.file import StagedFile, Wanted, changed_error
 from shardckpt.engine.saving.write import Sealed, SealedFile, SealedRange
 from shardckpt.format.archive import front_of, header_of
 from shardckpt.format.checksum import combine, crc32
@@ -27,7 +27,7 @@ class WindowedFile(StagedFile):
         self._cut: dict[int, int] = {}
         """By record of which only a part is in this rank's share: the sum of that part."""
 
-    def jobs(self, wanted: Callable[[torch.Tensor], bool]) -> Iterable[Callable[[], None]]:
+    def jobs(self, wanted: Wanted) -> Iterable[Callable[[], None]]:
         """Sums."""
         assert self._file is not None
         for number, record in enumerate(self._file.records):
@@ -42,7 +42,6 @@ class WindowedFile(StagedFile):
         layout, share, name = self._layout, self._share, self._file.name
         crcs = [crc or 0 for crc in self._crcs]  # none of a record without bytes
         self._crcs = [*crcs]
-        self._sum_up(crcs)
         if share.is_empty:
             return None
         if not share.tail:
@@ -54,7 +53,7 @@ class WindowedFile(StagedFile):
         crc, nbytes = combine([*sums, (crc32(tail.content), len(tail.content))])
         entry = FileEntry(name, nbytes, crc, self._file.home, rank, tail.index, tail.tree)
         place = (share.start, share.whole, share.numbers)
-        return SealedFile(entry, self._windows(crcs, tail.content), dict(self.digests), *place)
+        return SealedFile(entry, self._windows(crcs, tail.content), self.digests, *place)
 
     def _cut_job(self, number: int, tensor: torch.Tensor) -> Callable[[], None]:
         def sum_up() -> None:
