@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -40,6 +41,11 @@ def for_each(items: Iterable[T], work: Callable[[T], None], *, threads: int) -> 
     finally:
         crew.join()  # the memory that the work reads and fills is the caller's
     crew.raise_first()
+
+
+def processors() -> int:
+    """How many this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def bundles(items: Iterable[T], nbytes_of: Callable[[T], int], *, most: int) -> Iterator[list[T]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from shardckpt.storage.transfer.several import processors
 from shardckpt.tools.examining.findings import Finding, bytes_text
 
 _LEAST = {"torch": "2.7", "fsspec": "2025.3"}
@@ -21,8 +22,7 @@ _SMALL_SHM = 1 << 30
 def examine_machine(root: str = "/") -> Iterator[Finding]:
     """All findings of this machine. `root`: below which /proc, /sys and /dev lie."""
     yield from _versions()
-    processors = len(os.sched_getaffinity(0))
-    yield Finding("processors", "good", f"{processors} for this process", value=processors)
+    yield Finding("processors", "good", f"{processors()} for this process", value=processors())
     yield _memory(Path(root))
     yield _shared_memory(Path(root) / "dev/shm")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -11,7 +11,7 @@ import torch
 
 from shardckpt.engine.loading.fetching.fetch import WASTE, Fetched, KeyOf, Need, judge
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter, read_metered
-from shardckpt.engine.loading.fetching.pieces import THREADS, Unit, copies, copy_all, cut, is_cut, units
+from shardckpt.engine.loading.fetching.pieces import Unit, copies, copy_all, cut, is_cut, threads, units
 from shardckpt.engine.loading.fetching.touching import given_back, touched
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.saving.image import Image
@@ -59,6 +59,7 @@ class Arena:
         self._meter = meter
         self._fetched: list[Fetched] = []
         self._image = Image(huge=False)
+        self._threads = threads()
         self._nbytes = 0
         self._waste = WASTE
         self._here: frozenset[str] = frozenset()
@@ -91,7 +92,7 @@ class Arena:
         known = {at: crc for (at, read), crc in zip(wanted, sums, strict=False) if len(read.into)}
         looked = [(item, list(self._looks(item, known))) for item in self._fetched]
         left = (look for _, looks in looked for look in looks if look.crc is None)
-        for_each(units(left), self._sum_up, threads=THREADS)
+        for_each(units(left), self._sum_up, threads=self._threads)
         return judge((item, ((look.offset, look.nbytes, look.crc or 0) for look in looks)) for item, looks in looked)
 
     def fill(self, places: Sequence[tuple[Fetched, torch.Tensor]], *, timeout: timedelta | None) -> None:
@@ -103,7 +104,7 @@ class Arena:
         inference = torch.is_inference_mode_enabled()  # of this thread, and told to none that it starts
         with torch.no_grad():
             every = (copy for item, place in places for copy in _copies(item.offset, self._tensor(item), place))
-            for_each(units(every), partial(self._copy, inference), threads=THREADS)
+            for_each(units(every), partial(self._copy, inference), threads=self._threads)
 
     def _copy(self, inference: bool, unit: Unit[_Copy]) -> None:
         copy_all(((copy.source, copy.place) for copy in unit.parts), inference=inference)

@@ -29,7 +29,7 @@ from shardckpt.engine.loading.fetching.arena import Arena
 from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter
-from shardckpt.engine.loading.fetching.pieces import THREADS, Part, Unit, copies, copy_all, cut, is_cut, units
+from shardckpt.engine.loading.fetching.pieces import Part, Unit, copies, copy_all, cut, is_cut, threads, units
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
 from shardckpt.format.checksum import crc32
@@ -118,7 +118,8 @@ class Borrowed:
         self._items: dict[str, list[Fetched]] = {}
         self._kept: dict[str, Lent] = {}
         self._states: dict[str, tuple[int, ...]] = {}
-        self._gate = Gate(THREADS)
+        self._threads = threads()
+        self._gate = Gate(self._threads)
 
     def add(self, need: Need, record: StoredRecord) -> Fetched:
         item = Fetched(need, record, runs_of(record, need.region))
@@ -138,7 +139,7 @@ class Borrowed:
             looks = [*around.get(key, ()), *(look for _, those in items for look in those)]
             with self._borrowed(key) as lent:
                 look_at = partial(_look_at, lent, self._meter)
-                for_each(units(sorted(looks, key=lambda look: look.start)), look_at, threads=THREADS)
+                for_each(units(sorted(looks, key=lambda look: look.start)), look_at, threads=self._threads)
             looked += items
         return judge((item, _summed(looks)) for item, looks in looked)
 
@@ -164,7 +165,7 @@ class Borrowed:
             with self._borrowed(key) as lent, torch.inference_mode(inference):
                 elements = _Elements(lent)
                 copies = (copy for item, place in those for copy in _copies(elements, item, place))
-                for_each(units(copies), partial(_copy, lent, self._gate, self._meter, inference), threads=THREADS)
+                for_each(units(copies), partial(_copy, lent, self._gate, self._meter, inference), threads=self._threads)
 
     @contextmanager
     def _borrowed(self, key: str) -> Iterator[Lent]:

@@ -31,7 +31,7 @@ from shardckpt.engine.loading.fetching.borrow import Borrowed, fetch_from, prese
 from shardckpt.engine.loading.fetching.fetch import Fetch, Fetched, KeyOf, Need, Summed, judge
 from shardckpt.engine.loading.fetching.gate import Gate, unfinished
 from shardckpt.engine.loading.fetching.meter import UNWATCHED, Meter
-from shardckpt.engine.loading.fetching.pieces import THREADS, Unit, units
+from shardckpt.engine.loading.fetching.pieces import Unit, units
 from shardckpt.engine.loading.integrity import PartialSum, runs_of
 from shardckpt.engine.patience import within
 from shardckpt.format.checksum import crc32
@@ -119,7 +119,7 @@ class Straight(Borrowed):
         for key, those in sorted(self._straight.items()):
             pieces = sorted((piece for _, pieces in those for piece in pieces), key=lambda piece: piece.start)
             with self._borrowed(key) as lent:
-                for_each(units(pieces), partial(_take, lent, self._gate, self._meter), threads=THREADS)
+                for_each(units(pieces), partial(_take, lent, self._gate, self._meter), threads=self._threads)
 
 
 def fetch_straight_from(storage: Storage, key_of: KeyOf, files: Iterable[str], meter: Meter) -> Fetch:
