@@ -59,6 +59,16 @@ def test_history_forgets_what_is_long_ago() -> None:
     assert arrival.past == tuple(str(number) for number in range(91, 99))
 
 
+def test_what_was_skipped_is_past_once_and_pushes_nothing_out_later() -> None:
+    """Whoever has skipped something says so at every meeting."""
+    history, skipped = History(), [f"hung {number}" for number in range(8)]
+    assert history.arrive("0", skipped[:1]).past == ("hung 0",)
+    assert history.arrive("1", skipped).past == ("0", *skipped[1:])
+    for number in range(2, 12):
+        past = history.arrive(str(number), skipped).past
+    assert past == tuple(map(str, range(3, 11)))
+
+
 scopes = st.sampled_from(["a", "b", "c"])
 arrivals = st.one_of(st.none(), st.tuples(scopes, st.lists(scopes, max_size=3).map(tuple)))
 

@@ -56,6 +56,7 @@ class Committer:
         self._pacer = None if manners.rate is None else Pacer(manners.rate)
         self._book = TableBook()
         self._given_up: deque[str] = deque(maxlen=8)
+        """The scopes of saves whose thread hung, the newest last."""
         self._blobs = Blobs(storage)
 
     def attempt(self, work: Work) -> Transaction:

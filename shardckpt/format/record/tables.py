@@ -72,7 +72,7 @@ class Table:
     tops: frozenset[str] = field(default=frozenset(), init=False, compare=False, repr=False)
     """The top-level keys of its keys, where it keeps its JSON."""
     sound: tuple[Any, ...] = field(default=(), init=False, compare=False, repr=False)
-    """Where it keeps its JSON: with which meshes, layouts and ranks nothing was found wrong with it."""
+    """Where it keeps its JSON: with which meshes and layouts nothing was found wrong with it."""
 
 
 def encode_table(table: Table) -> dict[str, Any]:

@@ -85,11 +85,13 @@ class History:
 
     def __init__(self) -> None:
         self._past: deque[str] = deque(maxlen=_REMEMBERED)
+        self._skipped: tuple[str, ...] = ()
 
-    def arrive(self, scope: str, skipped: Iterable[str] = ()) -> Arrival:
+    def arrive(self, scope: str, skipped: Sequence[str] = ()) -> Arrival:
         """What to say at the meeting for `scope`; from the next meeting on it belongs to the past, as `skipped` does
-        now."""
-        self._past.extend(past for past in skipped if past not in self._past)
+        now. The same may be given again: what is past for long makes nobody forget what has just been."""
+        self._past.extend(s for s in skipped if s not in self._skipped and s not in self._past)
+        self._skipped = tuple(skipped)
         arrival = Arrival(scope, tuple(self._past))
         self._past.append(scope)
         return arrival
